@@ -4,7 +4,10 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Literal
 
+import cv2
 import numpy as np
+
+from clbench.errors import UserError
 
 Split = Literal["train", "test"]
 GOOD = "good"
@@ -43,7 +46,67 @@ class Dataset(ABC):
 
 @dataclass(frozen=True)
 class Geometry:
-    """The size images are brought to: both sides to `resize` (None keeps the file's), then the centre `crop`."""
+    """The size images are brought to: both sides to `resize` (None keeps the file's), then the centre `crop`.
+
+    Raises:
+        UserError: a size is not positive, or the crop is larger than what it is cut from.
+    """
 
     resize: int | None = 256
     crop: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, size in (("resize", self.resize), ("crop", self.crop)):
+            if size is not None and size < 1:
+                raise UserError(
+                    f"dataset.{name}={size} is no size: give a positive number of pixels, or null"
+                )
+        if self.resize is not None and self.crop is not None and self.crop > self.resize:
+            raise UserError(
+                f"dataset.crop={self.crop} is larger than dataset.resize={self.resize}: "
+                f"give a crop of at most {self.resize}, or null for none"
+            )
+
+    def image(self, image: np.ndarray) -> np.ndarray:
+        """Image [H, W, C] -> [h, w, C] of the same type.
+
+        Raises:
+            UserError: the image is smaller than the crop.
+        """
+        if self.resize is not None:
+            # In two steps, since one side may shrink while the other grows.
+            height, width = image.shape[:2]
+            shrunk = min(height, self.resize), min(width, self.resize)
+            image = _resized(image, shrunk, cv2.INTER_AREA)
+            image = _resized(image, (self.resize, self.resize), cv2.INTER_LINEAR)
+        return self._cropped(image)
+
+    def mask(self, mask: np.ndarray) -> np.ndarray:
+        """Mask, bool [H, W] -> bool [h, w]: nearest neighbours, so that it stays a mask.
+
+        Raises:
+            UserError: the mask is smaller than the crop.
+        """
+        if self.resize is not None:
+            size = (self.resize, self.resize)
+            mask = _resized(mask.astype(np.uint8), size, cv2.INTER_NEAREST_EXACT).astype(bool)
+        return self._cropped(mask)
+
+    def _cropped(self, array: np.ndarray) -> np.ndarray:
+        if self.crop is None:
+            return array
+        height, width = array.shape[:2]
+        if min(height, width) < self.crop:
+            raise UserError(
+                f"dataset.crop={self.crop} is larger than an image of {width}x{height}: "
+                "give a smaller dataset.crop, or enlarge images with dataset.resize"
+            )
+        top, left = (height - self.crop) // 2, (width - self.crop) // 2
+        return array[top : top + self.crop, left : left + self.crop]
+
+
+def _resized(array: np.ndarray, size: tuple[int, int], interpolation: int) -> np.ndarray:
+    """`array` [H, W, ...] at `size` (h, w); itself where it has that size."""
+    if array.shape[:2] == size:
+        return array
+    return cv2.resize(np.ascontiguousarray(array), size[::-1], interpolation=interpolation)

@@ -1,0 +1,99 @@
+"""Image and mask files on disk: decoded whole, or refused."""
+
+import io
+from pathlib import Path
+
+import cv2
+import numpy as np
+from PIL import Image
+
+from clbench.data.samples import GOOD
+from clbench.errors import UserError
+
+FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
+
+_WHITE_IS_ZERO = 0  # TIFF tag 262, photometric interpretation
+_SEPARATE_PLANES = 2  # TIFF tag 284, planar configuration
+
+
+def read_image(path: Path) -> np.ndarray:
+    """The image as a person sees it, uint8 [H, W, 3] RGB.
+
+    Grey becomes three equal channels, 16 bits are scaled by the full range (65535 -> 255: / 257, rounded),
+    alpha is dropped, and the EXIF orientation is applied.
+
+    Raises:
+        UserError: the file is missing, truncated, corrupt, or of a type without a range (float, 32-bit).
+    """
+    pixels = _decode(path)
+    if pixels.dtype == np.uint16:
+        pixels = ((pixels.astype(np.uint32) + 128) // 257).astype(np.uint8)
+    return cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)
+
+
+def read_mask(path: Path) -> np.ndarray:
+    """Where the defect is, bool [H, W]: every pixel with a positive value in any channel but alpha.
+
+    Raises:
+        UserError: as `read_image`, or the mask marks no pixel.
+    """
+    mask: np.ndarray = np.any(_decode(path), axis=2)
+    if not mask.any():
+        raise UserError(f"mask {path} marks no pixel: draw the defect in it, or move its image to {GOOD}")
+    return mask
+
+
+def _decode(path: Path) -> np.ndarray:
+    """Pixels as stored, uint8 or uint16 [H, W, 3] BGR, oriented."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read image file {path}: {error.strerror}") from error
+    if not data:
+        raise UserError(f"image file {path} is empty: copy it again from its source")
+    _check_whole(path, data)
+    # BGR on purpose: OpenCV 5.0's IMREAD_COLOR_RGB returns noise for 16-bit RGB TIFF.
+    try:
+        pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH)
+    except cv2.error as error:
+        raise _broken(path, "OpenCV cannot decode it") from error
+    if pixels is None:
+        raise _broken(path, "OpenCV cannot decode it")
+    if pixels.dtype not in (np.uint8, np.uint16):
+        raise _unsupported(path, f"{pixels.dtype} pixels")
+    return pixels
+
+
+def _check_whole(path: Path, data: bytes) -> None:
+    """Refuse what OpenCV would return half-decoded or wrongly decoded, without a word."""
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            image.load()
+            mode, tags = image.mode, getattr(image, "tag_v2", {})
+    except Exception as error:  # Pillow's decoders fail with whatever the damage leads them to
+        if isinstance(error, Image.UnidentifiedImageError):
+            raise _broken(path, "not a PNG, JPEG, BMP, TIFF or WebP with 8 or 16 bits per channel") from error
+        raise _broken(path, error) from error
+    if mode in ("F", "I"):
+        raise _unsupported(path, "float pixels" if mode == "F" else "signed or 32-bit pixels")
+    if max(_as_tuple(tags.get(258, 8))) > 8:
+        # OpenCV 5.0 mixes up the planes of the one and does not invert the other.
+        if tags.get(284) == _SEPARATE_PLANES:
+            raise _unsupported(path, "16-bit separate colour planes")
+        if tags.get(262) == _WHITE_IS_ZERO:
+            raise _unsupported(path, "16-bit white-is-zero pixels")
+
+
+def _as_tuple(value: int | tuple[int, ...]) -> tuple[int, ...]:
+    return value if isinstance(value, tuple) else (value,)
+
+
+def _broken(path: Path, reason: object) -> UserError:
+    return UserError(
+        f"image file {path} is truncated, corrupt or no image ({reason}): copy it again from its source"
+    )
+
+
+def _unsupported(path: Path, what: str) -> UserError:
+    return UserError(f"image file {path} has {what}: convert it to 8- or 16-bit unsigned grey or RGB")

@@ -1,0 +1,66 @@
+"""Decoded images of one category or task, as tensors."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from clbench.data.samples import GOOD
+from clbench.errors import UserError
+
+
+@dataclass(frozen=True, eq=False)
+class ImageSet:
+    """Images with what is known about them, all of one size.
+
+    Args:
+        images: uint8 [N, 3, H, W], RGB.
+        masks: bool [N, H, W], True on defects.
+        kinds: `GOOD` or the kind of defect, per image.
+        names: for people, per image.
+    """
+
+    images: Tensor
+    masks: Tensor
+    kinds: list[str]
+    names: list[str]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def labels(self) -> Tensor:
+        """bool [N], True where the image shows a defect."""
+        return torch.tensor([kind != GOOD for kind in self.kinds], dtype=torch.bool)
+
+    @staticmethod
+    def concatenate(sets: Sequence["ImageSet"]) -> "ImageSet":
+        """The images of several sets, in order; copied, unless there is only one set.
+
+        Raises:
+            UserError: the sets differ in image size.
+        """
+        if len(sets) == 1:
+            return sets[0]
+        for other in sets[1:]:
+            if other.images.shape[1:] != sets[0].images.shape[1:]:
+                raise different_sizes(
+                    sets[0].names[0], sets[0].masks.shape[1:], other.names[0], other.masks.shape[1:]
+                )
+        return ImageSet(
+            images=torch.cat([part.images for part in sets]),
+            masks=torch.cat([part.masks for part in sets]),
+            kinds=[kind for part in sets for kind in part.kinds],
+            names=[name for part in sets for name in part.names],
+        )
+
+
+def different_sizes(
+    first: str, first_size: Sequence[int], other: str, other_size: Sequence[int]
+) -> UserError:
+    """The error for two images that cannot share a tensor; sizes are (H, W)."""
+    return UserError(
+        f"{first} is {first_size[1]}x{first_size[0]} but {other} is {other_size[1]}x{other_size[0]}: "
+        "bring all images to one size with dataset.resize=..."
+    )
