@@ -34,6 +34,15 @@ class ImageSet:
         """bool [N], True where the image shows a defect."""
         return torch.tensor([kind != GOOD for kind in self.kinds], dtype=torch.bool)
 
+    def same_size(self, other: "ImageSet") -> None:
+        """Check that two sets could be one.
+
+        Raises:
+            UserError: they differ in image size.
+        """
+        if other.images.shape[1:] != self.images.shape[1:]:
+            raise different_sizes(self.names[0], self.masks.shape[1:], other.names[0], other.masks.shape[1:])
+
     @staticmethod
     def concatenate(sets: Sequence["ImageSet"]) -> "ImageSet":
         """The images of several sets, in order; copied, unless there is only one set.
@@ -44,10 +53,7 @@ class ImageSet:
         if len(sets) == 1:
             return sets[0]
         for other in sets[1:]:
-            if other.images.shape[1:] != sets[0].images.shape[1:]:
-                raise different_sizes(
-                    sets[0].names[0], sets[0].masks.shape[1:], other.names[0], other.masks.shape[1:]
-                )
+            sets[0].same_size(other)
         return ImageSet(
             images=torch.cat([part.images for part in sets]),
             masks=torch.cat([part.masks for part in sets]),

@@ -1,0 +1,313 @@
+"""Frozen feature pyramids from timm, and the store that lets a frozen network see an image once per run."""
+
+import difflib
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from pydantic import NonNegativeInt, PositiveInt
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from clbench.errors import UserError
+from clbench.randomness import generator, seed_for
+
+PACKAGED = "package:"  # a checkpoint that the package ships
+
+
+class Backbone:
+    """Which pretrained network to take features from; detectors ask it for the levels they need.
+
+    Args:
+        name: a timm model.
+        weights: `pretrained` (timm downloads them), `random` (by seed), or `checkpoint`.
+        checkpoint: a local file, .safetensors or .pth (tensors only), used in place of a download.
+        arguments: further arguments of `timm.create_model`.
+        seed: of random weights.
+        batch_size: images the network sees at a time.
+        feature_memory_mb, feature_disk_mb: how much the feature store may hold in memory, and after that in
+            a temporary file; what does not fit is computed again.
+        precision: `fp32`, or `bf16` or `fp16` for mixed precision inside the frozen network.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        pretrained: bool = True,
+        checkpoint: str | None = None,
+        arguments: Mapping[str, Any] | None = None,
+        seed: int = 0,
+        batch_size: PositiveInt = 16,
+        feature_memory_mb: NonNegativeInt = 2000,
+        feature_disk_mb: NonNegativeInt = 4000,
+        precision: str = "fp32",
+        compile: bool = False,
+    ):
+        if not timm.is_model(name):
+            close = difflib.get_close_matches(name, timm.list_models(), n=3)
+            hint = f"; nearest: {', '.join(close)}" if close else "; timm.list_models() has all names"
+            raise UserError(f"backbone.name={name} is not a timm model{hint}")
+        self.name = name
+        self.pretrained = pretrained
+        self.checkpoint = checkpoint
+        self.arguments = dict(arguments or {})
+        self.seed = seed
+        self.batch_size = batch_size
+        self.store_limits = feature_memory_mb * 10**6, feature_disk_mb * 10**6
+        self.precision = precision
+        self.compile = compile
+
+    def pyramid(self, layers: list[int]) -> "FeaturePyramid":
+        """The frozen network up to the last of `layers`, giving those levels (timm's `out_indices`).
+
+        Raises:
+            UserError: no such layer, weights that cannot be had here, or weights that do not fit.
+        """
+        network = self.network(layers)
+        store = FeatureStore(*self.store_limits)
+        dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[self.precision]
+        pyramid = FeaturePyramid(network, self._whole_parameters(), store, self.batch_size, dtype)
+        if self.compile:
+            pyramid.network.compile()
+        return pyramid
+
+    def network(self, layers: list[int]) -> nn.Module:
+        """The network itself, in evaluation mode: uint8 images are not for it; see `FeaturePyramid`."""
+        torch.manual_seed(seed_for(self.seed, "backbone weights"))
+        network = self._create(layers, pretrained=self.pretrained and self.checkpoint is None)
+        if self.checkpoint is not None:
+            self._load(network)
+        return network.eval()
+
+    def _create(self, layers: list[int], pretrained: bool) -> nn.Module:
+        create = {"features_only": True, "out_indices": tuple(layers), "pretrained": pretrained}
+        try:
+            return timm.create_model(self.name, **create, **self.arguments)
+        except (IndexError, AssertionError) as error:
+            raise UserError(
+                f"method.layers={layers} are not all levels of backbone.name={self.name}: "
+                f"it has {self._levels()}, numbered from 0"
+            ) from error
+        except TypeError as error:
+            raise UserError(
+                f"backbone.arguments={self.arguments} do not suit {self.name}: {error}"
+            ) from error
+        except Exception as error:
+            if not pretrained:
+                raise UserError(
+                    f"backbone.name={self.name} cannot give a feature pyramid: {error}"
+                ) from error
+            raise UserError(
+                f"the pretrained weights of backbone.name={self.name} could not be downloaded "
+                f"({_first_line(error)}): on a machine with a network, save timm.create_model('{self.name}', "
+                "pretrained=True).state_dict() with safetensors, bring the file here and set "
+                "backbone.checkpoint=FILE; or take backbone=small, which needs no download"
+            ) from error
+
+    def _levels(self) -> str:
+        try:
+            with torch.device("meta"):
+                reductions = timm.create_model(self.name, features_only=True).feature_info.reduction()
+        except Exception:  # only words for an error that is on its way
+            return "other levels"
+        return f"{len(reductions)} levels"
+
+    def _whole_parameters(self) -> int:
+        """Parameters of the whole classification network, which the paper counts as the architecture."""
+        with torch.device("meta"):
+            whole = timm.create_model(self.name, pretrained=False, **self.arguments)
+        return sum(parameter.numel() for parameter in whole.parameters())
+
+    def _load(self, network: nn.Module) -> None:
+        assert self.checkpoint is not None
+        if self.checkpoint.startswith(PACKAGED):
+            path = Path(__file__).parent / "weights" / self.checkpoint.removeprefix(PACKAGED)
+        else:
+            path = Path(self.checkpoint).expanduser()
+        state = _read_weights(path)
+        wanted = network.state_dict()
+        # Checkpoints of whole networks bring levels that nobody asked for, and their classifier.
+        missing = [key for key in wanted if key not in state]
+        wrong = [key for key in wanted if key in state and state[key].shape != wanted[key].shape]
+        if missing or wrong:
+            examples = ", ".join(
+                [f"no {key}" for key in missing[:3]]
+                + [f"{key} is {list(state[key].shape)}, not {list(wanted[key].shape)}" for key in wrong[:3]]
+            )
+            raise UserError(
+                f"backbone.checkpoint={self.checkpoint} does not fit backbone.name={self.name} "
+                f"({len(missing)} tensors missing, {len(wrong)} of another size: {examples}): "
+                "give the weights of that timm model, or name the model they are of"
+            )
+        network.load_state_dict({key: state[key] for key in wanted})
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise UserError(f"backbone.checkpoint={path} does not exist: give a .safetensors or .pth file")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, OSError, RuntimeError, ValueError, EOFError) as error:
+        raise UserError(f"backbone.checkpoint={path} cannot be read: {_first_line(error)}") from error
+    except Exception as error:  # pickle.UnpicklingError and what it wraps: more than tensors
+        raise UserError(
+            f"backbone.checkpoint={path} holds more than tensors and is not unpickled: "
+            "save its state_dict() as .safetensors"
+        ) from error
+    for key in ("state_dict", "model"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise UserError(f"backbone.checkpoint={path} is not a dictionary of tensors: save a state_dict()")
+    return state
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+class FeaturePyramid(nn.Module):
+    """A frozen network that gives levels of features, each image's computed once.
+
+    The network always sees batches of the same size (the last one is filled up), so that an image's features
+    do not depend on which images it comes with.
+
+    Attributes:
+        channels: C_l of each level.
+        whole_parameters: of the whole network, of which only the first levels are run.
+    """
+
+    mean: Tensor
+    deviation: Tensor
+
+    def __init__(
+        self,
+        network: nn.Module,
+        whole_parameters: int,
+        store: "FeatureStore",
+        batch_size: int,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        self.network = network.requires_grad_(False).eval()
+        self.channels: list[int] = network.feature_info.channels()
+        self.whole_parameters = whole_parameters
+        self.store = store
+        self.batch_size = batch_size
+        self.dtype = dtype
+        config = network.pretrained_cfg if hasattr(network, "pretrained_cfg") else network.default_cfg
+        for name, key, usual in (
+            ("mean", "mean", (0.485, 0.456, 0.406)),
+            ("deviation", "std", (0.229, 0.224, 0.225)),
+        ):
+            values = torch.tensor(config.get(key) or usual).view(1, 3, 1, 1)
+            self.register_buffer(name, values, persistent=False)
+
+    def train(self, mode: bool = True) -> "FeaturePyramid":
+        """Always in evaluation mode: frozen normalisation statistics stay as they are."""
+        return super().train(False)
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Images, uint8 or float in [0, 1], [B, 3, H, W] -> levels, float32 [B, C_l, H_l, W_l]."""
+        keys = self.store.keys(images)
+        found = [self.store.get(key) for key in keys]
+        missing = [index for index, levels in enumerate(found) if levels is None]
+        for begin in range(0, len(missing), self.batch_size):
+            part = missing[begin : begin + self.batch_size]
+            for row, index in enumerate(part):
+                if row == 0:
+                    levels = self._compute(images[part])
+                found[index] = [level[row] for level in levels]
+                self.store.put(keys[index], found[index])
+        return [
+            torch.stack([levels[index] for levels in found]).to(images.device)
+            for index in range(len(self.channels))
+        ]
+
+    @torch.no_grad()
+    def _compute(self, images: Tensor) -> list[Tensor]:
+        """The levels of at most a batch of images."""
+        missing = self.batch_size - len(images)
+        if missing:
+            images = torch.cat([images, images[:1].expand(missing, -1, -1, -1)])
+        normalised = (unit(images) - self.mean) / self.deviation
+        device = images.device.type
+        with torch.autocast(device, dtype=self.dtype, enabled=self.dtype is not None):
+            levels = self.network(normalised)
+        return [level[: len(images) - missing].float() for level in levels]
+
+
+def unit(images: Tensor) -> Tensor:
+    """Images as float32 in [0, 1]: uint8 is divided by 255, floats are what they should be already."""
+    return images.float() / 255 if images.dtype == torch.uint8 else images
+
+
+class FeatureStore:
+    """Levels of features by image content: in memory up to a limit, then in a temporary file, then not at all.
+
+    Content is what an image is known by, so the same image is found again in any stage, split or replay
+    buffer, and a detector need not know that there is a store. First come, first kept: with passes in the
+    same order over and over, throwing old entries out would only make every pass miss.
+
+    Attributes:
+        paused: True while nothing is to be found or kept.
+    """
+
+    def __init__(self, memory_limit: int, disk_limit: int):
+        self.memory_limit, self.disk_limit = memory_limit, disk_limit
+        self.memory_used = self.disk_used = 0
+        self.paused = False
+        self._entries: dict[tuple[int, int], list[Tensor]] = {}
+        self._weights: Tensor | None = None
+
+    def keys(self, images: Tensor) -> list[tuple[int, int]]:
+        """Two independent 64-bit sums over the pixels of each image [B, 3, H, W], computed on its device."""
+        flat = images.reshape(len(images), -1)
+        flat = flat.view(torch.int32) if flat.dtype == torch.float32 else flat
+        if self._weights is None or self._weights.shape[1] != flat.shape[1]:
+            bounds = -(2**62), 2**62
+            random = generator(0, "feature store")
+            self._weights = torch.randint(*bounds, (2, flat.shape[1]), generator=random) | 1
+        weights = self._weights = self._weights.to(images.device)
+        # One image and one sum at a time: products of a whole batch would take 16 times its bytes.
+        sums = torch.stack([torch.stack([(row * weight).sum() for weight in weights]) for row in flat])
+        return [(first, second) for first, second in sums.tolist()]
+
+    def get(self, key: tuple[int, int]) -> list[Tensor] | None:
+        """The levels [C_l, H_l, W_l] of an image, or None."""
+        return None if self.paused else self._entries.get(key)
+
+    def put(self, key: tuple[int, int], levels: list[Tensor]) -> None:
+        """Keep the levels of an image, where there is room for them."""
+        size = sum(level.numel() * level.element_size() for level in levels)
+        if self.paused or key in self._entries:
+            return
+        if self.memory_used + size <= self.memory_limit:
+            self._entries[key] = [level.clone() for level in levels]
+            self.memory_used += size
+        elif self.disk_used + size <= self.disk_limit and (kept := self._spill(levels)) is not None:
+            self._entries[key] = kept
+            self.disk_used += size
+
+    def _spill(self, levels: list[Tensor]) -> list[Tensor] | None:
+        """The same levels, mapped from an unnamed temporary file, or None where the disk has no room."""
+        kept = []
+        try:
+            for level in levels:
+                with tempfile.TemporaryFile() as file:
+                    file.write(level.cpu().contiguous().numpy().data)
+                    file.flush()
+                    array = np.memmap(file, dtype=np.float32, mode="c", shape=tuple(level.shape))
+                    kept.append(torch.from_numpy(array))
+        except OSError:
+            self.disk_limit = self.disk_used  # computing again is slower, but it is right
+            return None
+        return kept

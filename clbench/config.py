@@ -1,0 +1,282 @@
+"""The typed schema of conf/, the checks of a composed config, and its resolvers. Imports no torch."""
+
+import difflib
+import hashlib
+import inspect
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, get_type_hints
+
+import hydra.utils
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, TypeAdapter, ValidationError
+
+from clbench.data.samples import Geometry
+from clbench.errors import UserError
+
+# Settings that change where results go or how a run is watched, but not what they are.
+_NOT_IN_RESULTS = ("experiment", "outputs", "cache", "maps", "overwrite", "wandb", "hydra")
+
+# Keys beside `_target_` that are not for the constructor.
+_NOT_ARGUMENTS = {
+    "method": ("name", "protocol"),
+    "dataset": ("name", "resize", "crop"),
+    "strategy": ("name",),
+    "backbone": (),
+}
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class _Open(BaseModel):
+    """A node whose further keys are the arguments of its `_target_`, checked against its signature."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+
+class Protocol(_Strict):
+    strategy: str
+    crop: PositiveInt | None
+
+
+class Method(_Open):
+    name: str
+    protocol: Protocol
+
+
+class DatasetNode(_Open):
+    name: str
+    resize: PositiveInt | None
+    crop: PositiveInt | None
+
+
+class Replay(_Strict):
+    size: PositiveInt | None
+
+
+class TaskOrder(_Strict):
+    kind: Literal["listed", "alphabetical", "random"]
+    tasks: list[str | list[str]] | None
+
+
+class Gpu(_Strict):
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
+    precision: Literal["fp32", "bf16", "fp16"]
+    deterministic: bool
+    compile: bool
+    threads: PositiveInt | None
+
+
+class Wandb(_Strict):
+    mode: Literal["disabled"]
+
+
+class Schema(_Strict):
+    """Every key of a composed config."""
+
+    method: Method
+    backbone: _Open
+    strategy: _Open
+    replay: Replay
+    dataset: DatasetNode
+    task_order: TaskOrder
+    gpu: Gpu
+    wandb: Wandb
+    benchmark: str
+    experiment: Annotated[str, Field(pattern=r"^[\w.\-]+$")]
+    outputs: str
+    cache: str
+    seed: Annotated[int, Field(ge=0)]
+    evaluate: Literal["seen", "all"]
+    maps: bool
+    overwrite: bool
+
+
+def check(config: DictConfig) -> dict[str, Any]:
+    """The resolved config as plain values, once it is known to make sense.
+
+    Raises:
+        UserError: an unknown key, a value of the wrong type or out of range, or a combination that makes
+            no sense.
+    """
+    config = OmegaConf.masked_copy(config, [key for key in config if key != "hydra"])
+    try:
+        plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    except MissingMandatoryValue as error:
+        raise UserError(f"{error.full_key} has no value: give {error.full_key}=...") from error
+    except OmegaConfBaseException as error:
+        raise UserError(_first_line(error)) from error
+    assert isinstance(plain, dict)
+    values: dict[str, Any] = {str(key): value for key, value in plain.items()}
+    try:
+        Schema.model_validate(values)
+    except ValidationError as error:
+        raise _invalid(error, values) from error
+    _check_arguments("method", values["method"])
+    _check_arguments("dataset", values["dataset"])
+    _check_arguments("backbone", {**values["backbone"], "_target_": "clbench.backbones.Backbone"})
+    Geometry(values["dataset"]["resize"], values["dataset"]["crop"])
+    _check_combinations(values)
+    return values
+
+
+def arguments(config: Mapping[str, Any], node: str) -> dict[str, Any]:
+    """A node's `_target_` and what its constructor takes."""
+    return {key: value for key, value in config[node].items() if key not in _NOT_ARGUMENTS[node]}
+
+
+def _check_combinations(config: dict[str, Any]) -> None:
+    method, strategy, size = config["method"]["name"], config["strategy"]["name"], config["replay"]["size"]
+    if strategy == "replay" and size is None:
+        raise UserError("strategy=replay needs a buffer: give replay.size, e.g. replay.size=300")
+    if strategy != "replay" and size is not None:
+        reason = {
+            "native": f"{method}'s own update keeps statistics and no images",
+            "finetune": "fine-tuning keeps nothing of earlier tasks",
+            "joint": "joint training has all images at once",
+            "single": "each task has a model of its own",
+        }.get(strategy, "it has no buffer")
+        raise UserError(
+            f"strategy={strategy} with replay.size={size} makes no sense: {reason}; "
+            "take strategy=replay, or leave replay.size out"
+        )
+    if config["gpu"]["device"] == "cpu" and config["gpu"]["precision"] == "fp16":
+        raise UserError("gpu.precision=fp16 is for GPUs: on gpu.device=cpu take bf16 or fp32")
+    order = config["task_order"]
+    if order["kind"] == "listed" and not order["tasks"]:
+        raise UserError("task_order.tasks is empty: list at least one category")
+
+
+def _check_arguments(node: str, config: dict[str, Any]) -> None:
+    """Check a node's values against the signature of the class that they are for."""
+    target = hydra.utils.get_class(config["_target_"])
+    hints = get_type_hints(target.__init__, include_extras=True)
+    # What has no default and is not set by the config comes from the run: the backbone, precision, ...
+    known = [name for name in inspect.signature(target).parameters]
+    for key, value in config.items():
+        if key == "_target_" or key in _NOT_ARGUMENTS[node]:
+            continue
+        if key not in known:
+            raise _unknown(f"{node}.{key}", [f"{node}.{name}" for name in known])
+        try:
+            TypeAdapter(hints.get(key, Any)).validate_python(value, strict=True)
+        except ValidationError as error:
+            raise UserError(f"{node}.{key}={value}: {_reason(error.errors()[0])}") from error
+
+
+def _invalid(error: ValidationError, values: dict[str, Any]) -> UserError:
+    first = error.errors()[0]
+    path = [str(part) for part in first["loc"]]
+    if first["type"] == "extra_forbidden":
+        level: Any = values
+        for part in path[:-1]:
+            level = level[part]
+        known = Schema.model_fields if len(path) == 1 else level
+        return _unknown(".".join(path), [".".join([*path[:-1], key]) for key in known if key != path[-1]])
+    keys = [part for part in path if part.isidentifier() and part not in ("str", "list")]
+    return UserError(f"{'.'.join(keys)}={first['input']}: {_reason(first)}")
+
+
+def _reason(error: Any) -> str:
+    return str(error["msg"])[0].lower() + str(error["msg"])[1:]
+
+
+def _unknown(key: str, known: list[str]) -> UserError:
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    hint = f"; nearest: {close[0]}" if close else f"; there are: {', '.join(sorted(known))}"
+    return UserError(f"there is no setting {key}{hint}")
+
+
+def explain(
+    error: Exception, overrides: list[str], default: DictConfig, groups: dict[str, list[str]]
+) -> UserError:
+    """One line for what Hydra found wrong when it composed `overrides`.
+
+    Args:
+        default: the config without them, for the keys that there are.
+        groups: the options of each group.
+    """
+    keys = _keys(OmegaConf.to_container(default, resolve=False)) + list(groups)
+    for override in overrides:
+        key, _, value = override.partition("=")
+        key = key.lstrip("+~")
+        if key in groups and value not in groups[key]:
+            close = difflib.get_close_matches(value, groups[key], n=1, cutoff=0.5)
+            hint = f"nearest: {close[0]}; " if close else ""
+            return UserError(f"{key}={value} does not exist; {hint}there are: {', '.join(groups[key])}")
+        owner = key.split(".")[0]
+        if key not in keys and f"'{key.split('.')[-1]}'" in str(error) or owner not in (*groups, *default):
+            return _unknown(key, [known for known in keys if not known.startswith("hydra")])
+    return UserError(_first_line(error))
+
+
+def _keys(node: Any, prefix: str = "") -> list[str]:
+    if not isinstance(node, dict):
+        return []
+    return [
+        name for key, value in node.items() for name in (f"{prefix}{key}", *_keys(value, f"{prefix}{key}."))
+    ]
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """What differs between two checked configs and changes results, as `key: old -> new`."""
+    before, after = (
+        {key: value for key, value in _flat(config) if key.split(".")[0] not in _NOT_IN_RESULTS}
+        for config in (old, new)
+    )
+    return [
+        f"{key}: {before.get(key, 'absent')} -> {after.get(key, 'absent')}"
+        for key in sorted({*before, *after})
+        if before.get(key, "absent") != after.get(key, "absent")
+    ]
+
+
+def _flat(node: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    pairs: list[tuple[str, Any]] = []
+    for key, value in node.items():
+        if isinstance(value, dict) and value:
+            pairs += _flat(value, f"{prefix}{key}.")
+        else:
+            pairs.append((f"{prefix}{key}", value))
+    return pairs
+
+
+def run_name(overrides: ListConfig | list[str]) -> str:
+    """The run directory's name: what was overridden, so that the same command finds the same directory.
+
+    Values that cannot stand in a file's name, or are long, are cut and end in a hash of the whole.
+    """
+    parts = []
+    for override in sorted(overrides):
+        key, _, value = override.partition("=")
+        if key.lstrip("+~").split(".")[0].split("/")[0] in _NOT_IN_RESULTS:
+            continue
+        readable = re.sub(r"[^\w.+\-]+", "-", value.rstrip("/").rsplit("/", 1)[-1]).strip("-")[:40]
+        if readable != value:
+            readable += f"~{hashlib.sha256(value.encode()).hexdigest()[:6]}"
+        parts.append(f"{key}={readable}")
+    name = ",".join(parts) or "default"
+    return name if len(name) <= 200 else f"{name[:190]}~{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+
+
+def strategy_for(paper: str, replay_size: int | None) -> str:
+    """What strategy=auto means."""
+    return paper if replay_size is None else "replay"
+
+
+def strategy_class(name: str) -> str:
+    """A strategy's class: clbench/strategies/<name>.py holds <Name>."""
+    return f"clbench.strategies.{name}.{name.title().replace('_', '')}"
+
+
+def register_resolvers() -> None:
+    """Make the functions above usable in conf/."""
+    for resolver in (run_name, strategy_for, strategy_class):
+        OmegaConf.register_new_resolver(resolver.__name__, resolver, replace=True)

@@ -1,0 +1,93 @@
+"""The stream: tasks in their order, and their images."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from clbench.data import cache
+from clbench.data.images import ImageSet
+from clbench.data.samples import Dataset, Geometry
+from clbench.errors import UserError
+from clbench.randomness import generator
+
+
+@dataclass(frozen=True)
+class Task:
+    """Categories that arrive together, with what is learned from and what is tested on."""
+
+    name: str
+    train: ImageSet
+    test: ImageSet
+
+
+def order(dataset: Dataset, kind: str, tasks: list | None, seed: int) -> list[list[str]]:
+    """The categories of each task.
+
+    Args:
+        kind: `listed`, `alphabetical` or `random` (by seed).
+        tasks: for `listed`: categories, or lists of categories that arrive together.
+
+    Raises:
+        UserError: the list names a category twice, or one that the dataset does not have.
+    """
+    if tasks is None:
+        names = sorted(dataset.categories)
+        if kind == "random":
+            random = generator(seed, "task order")
+            names = [names[index] for index in torch.randperm(len(names), generator=random).tolist()]
+        return [[name] for name in names]
+    grouped = [[task] if isinstance(task, str) else list(task) for task in tasks]
+    named = [name for group in grouped for name in group]
+    if not named or not all(grouped):
+        raise UserError(f"task_order.tasks={tasks} has an empty task: name at least one category in each")
+    for name in named:
+        if named.count(name) > 1:
+            raise UserError(f"task_order.tasks names '{name}' twice: a category arrives once")
+        if name not in dataset.categories:
+            raise UserError(
+                f"task_order.tasks names '{name}', which dataset={dataset.name} does not have; "
+                f"found: {', '.join(dataset.categories)}"
+            )
+    return grouped
+
+
+def load(
+    dataset: Dataset,
+    categories: list[list[str]],
+    geometry: Geometry,
+    directory: Path,
+    progress: Callable[[str, int, int], None],
+) -> list[Task]:
+    """The tasks of a stream, every image of which has been read once: no bad file is found after training.
+
+    Raises:
+        UserError: a file is unreadable, or images differ in size.
+    """
+    found = {
+        (name, split): dataset.samples(name, split)
+        for group in categories
+        for name in group
+        for split in ("train", "test")
+    }
+    total = sum(len(samples) for samples in found.values())
+    done = 0
+
+    def advance(images: int) -> None:
+        nonlocal done
+        done += images
+        progress("reading images", done, total)
+
+    sets = {key: cache.load(samples, geometry, directory, advance) for key, samples in found.items()}
+    first = next(iter(sets.values()))
+    for images in sets.values():
+        ImageSet.same_size(first, images)
+    return [
+        Task(
+            name="+".join(group),
+            train=ImageSet.concatenate([sets[name, "train"] for name in group]),
+            test=ImageSet.concatenate([sets[name, "test"] for name in group]),
+        )
+        for group in categories
+    ]

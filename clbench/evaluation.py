@@ -1,0 +1,54 @@
+"""Anomaly maps of a task's test images, and what they are worth."""
+
+import time
+
+import numpy as np
+import torch
+
+from clbench.data.images import ImageSet
+from clbench.data.stream import Task
+from clbench.methods.base import Prediction, Progress
+from clbench.metrics.curves import image_metrics, pixel_metrics
+from clbench.strategies.base import Strategy
+
+BATCH_SIZE = 16
+_TIMED_IMAGES = 32
+
+
+@torch.no_grad()
+def predict(
+    strategy: Strategy, images: ImageSet, task: int, device: torch.device, progress: Progress
+) -> Prediction:
+    """Maps [N, H, W] and scores [N] of a task's test images, on the CPU."""
+    strategy.detector.eval()
+    count = len(images)
+    maps, scores = torch.empty(images.masks.shape), torch.empty(count)
+    for begin in range(0, count, BATCH_SIZE):
+        rows = slice(begin, begin + BATCH_SIZE)
+        prediction = strategy.predict(images.images[rows].to(device), task)
+        maps[rows], scores[rows] = prediction.maps.cpu(), prediction.scores.cpu()
+        progress("evaluating", min(begin + BATCH_SIZE, count), count)
+    return Prediction(maps, scores)
+
+
+def measure(prediction: Prediction, images: ImageSet) -> dict[str, float | None]:
+    """The seven metrics of a task; None where one is undefined."""
+    scores, labels = prediction.scores.numpy(), images.labels.numpy()
+    return {
+        **image_metrics(scores.astype(np.float64), labels),
+        **pixel_metrics(prediction.maps.numpy(), images.masks.numpy()),
+    }
+
+
+@torch.no_grad()
+def inference_time(strategy: Strategy, task: Task, index: int, device: torch.device) -> float:
+    """Milliseconds an image, from uint8 pixels to map and score, nothing remembered: the best of 3 passes."""
+    images = task.test.images[:_TIMED_IMAGES].to(device)
+    passes = []
+    with strategy.detector.uncached():
+        for _ in range(3):
+            begin = time.perf_counter()
+            for part in images.split(BATCH_SIZE):
+                strategy.predict(part, index).scores.cpu()
+            passes.append(time.perf_counter() - begin)
+    return 1000 * min(passes) / len(images)

@@ -1,0 +1,65 @@
+"""Bytes kept, counted from live tensors. MB are 10^6 bytes, as in the paper."""
+
+import resource
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from clbench.backbones import FeaturePyramid
+from clbench.strategies.base import Strategy
+
+MB = 10**6
+
+
+def measure(strategy: Strategy, device: torch.device) -> dict[str, float]:
+    """The footprint of what a strategy keeps, in MB.
+
+    Returns:
+        architecture_mb: weights of all networks, whole, as the paper counts them;
+        executed_mb: the part of them that runs;
+        additional_mb: banks, statistics and stored images;
+        peak_mb: the most this process held since `reset_peak`, on the GPU where one is used.
+    """
+    detector = strategy.detector
+    pyramids = [module for module in detector.modules() if isinstance(module, FeaturePyramid)]
+    frozen = {id(parameter) for pyramid in pyramids for parameter in pyramid.parameters()}
+    trained = sum(_bytes([p]) for p in detector.parameters() if id(p) not in frozen)
+    own = {name for name, _ in detector.named_buffers(recurse=False)}
+    states = strategy.detectors()
+    additional = sum(_bytes(tensor for name, tensor in state.items() if name in own) for state in states)
+    stored = strategy.stored_images()
+    models = max(len(states), 1)
+    return {
+        "architecture_mb": (sum(4 * p.whole_parameters for p in pyramids) + models * trained) / MB,
+        "executed_mb": (sum(_bytes(p.parameters()) for p in pyramids) + models * trained) / MB,
+        "additional_mb": (additional + (_bytes([stored]) if stored is not None else 0)) / MB,
+        "peak_mb": peak(device) / MB,
+    }
+
+
+def _bytes(tensors: Iterable[Tensor | nn.Parameter]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def reset_peak(device: torch.device) -> None:
+    """Count the peak from here on."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        pass  # elsewhere than on Linux the peak is that of the process so far
+
+
+def peak(device: torch.device) -> int:
+    """Peak bytes: allocated on the GPU, or resident in this process (libraries and mapped images included)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
+    except (OSError, StopIteration):
+        return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

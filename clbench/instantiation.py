@@ -1,0 +1,71 @@
+"""From a checked config to the objects it names."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+
+from clbench.backbones import Backbone
+from clbench.config import arguments
+from clbench.data import stream
+from clbench.data.samples import Dataset, Geometry
+from clbench.data.stream import Task
+from clbench.errors import UserError
+from clbench.methods.base import Detector, Progress
+from clbench.strategies.base import Strategy
+
+
+def device(gpu: dict[str, Any]) -> torch.device:
+    """The device to run on, with determinism and threads set as asked.
+
+    Raises:
+        UserError: there is no such device here.
+    """
+    name = gpu["device"]
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    chosen = torch.device(name)
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise UserError(
+            f"gpu.device={name}: torch {torch.__version__} sees {torch.cuda.device_count()} GPUs here; "
+            "take gpu=cpu, or a machine or a torch build with CUDA"
+        )
+    if gpu["threads"]:
+        torch.set_num_threads(gpu["threads"])
+    torch.use_deterministic_algorithms(gpu["deterministic"], warn_only=False)
+    torch.backends.cudnn.deterministic = gpu["deterministic"]
+    return chosen
+
+
+def tasks(config: dict[str, Any], progress: Progress) -> list[Task]:
+    """The stream's tasks, all images read once."""
+    dataset: Dataset = instantiate(arguments(config, "dataset"))
+    order = config["task_order"]
+    categories = stream.order(dataset, order["kind"], order["tasks"], config["seed"])
+    geometry = Geometry(config["dataset"]["resize"], config["dataset"]["crop"])
+    size = config["replay"]["size"]
+    images = sum(len(dataset.samples(name, "train")) for group in categories for name in group)
+    if size is not None and size > images:
+        raise UserError(
+            f"replay.size={size} is larger than all {images} training images of the stream: "
+            f"give at most {images}, or strategy=joint"
+        )
+    return stream.load(dataset, categories, geometry, Path(config["cache"]).expanduser(), progress)
+
+
+def detector(config: dict[str, Any]) -> Detector:
+    """The method's detector on its backbone, fresh."""
+    gpu = config["gpu"]
+    backbone = Backbone(**config["backbone"], precision=gpu["precision"], compile=gpu["compile"])
+    return instantiate(arguments(config, "method"), backbone=backbone, seed=config["seed"], _convert_="all")
+
+
+def strategy(config: dict[str, Any], detector: Detector) -> Strategy:
+    """The strategy that takes a detector through the stream."""
+    return instantiate(
+        arguments(config, "strategy"),
+        detector,
+        seed=config["seed"],
+        replay_size=config["replay"]["size"],
+    )

@@ -1,0 +1,33 @@
+"""From distances on a feature grid to an anomaly map at image size."""
+
+import math
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def to_image_size(grid: Tensor, size: tuple[int, int], sigma: float) -> Tensor:
+    """Grid [B, h, w] -> map [B, H, W]: bilinear upsampling, then a Gaussian of `sigma` pixels.
+
+    Both are linear and separable, so together they are one matrix on each side.
+    """
+    rows = _resampling(grid.shape[1], size[0], sigma).to(grid)
+    columns = _resampling(grid.shape[2], size[1], sigma).to(grid)
+    return rows @ grid @ columns.T
+
+
+@lru_cache(maxsize=32)
+def _resampling(source: int, target: int, sigma: float) -> Tensor:
+    """float32 [target, source]: bilinear resampling, then blurring with mirrored borders."""
+    upsampled = F.interpolate(torch.eye(source)[None], size=target, mode="linear", align_corners=False)[0].T
+    if sigma == 0:
+        return upsampled.contiguous()
+    radius = math.ceil(4 * sigma)
+    offsets = torch.arange(-radius, radius + 1)
+    weights = torch.exp(-(offsets**2) / (2 * sigma**2))
+    mirrored = (torch.arange(target)[:, None] + offsets) % (2 * target)
+    mirrored = torch.minimum(mirrored, 2 * target - 1 - mirrored)
+    blur = torch.zeros(target, target).scatter_add_(1, mirrored, (weights / weights.sum()).expand(target, -1))
+    return (blur @ upsampled).contiguous()

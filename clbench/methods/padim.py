@@ -1,0 +1,167 @@
+"""PaDiM: a Gaussian of patch features at every position (Defard et al., 2021)."""
+
+from typing import Literal
+
+import torch
+from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
+from torch import Tensor
+from torch.nn import functional as F
+
+from clbench.backbones import Backbone
+from clbench.methods.base import Detector, Prediction
+from clbench.methods.maps import to_image_size
+from clbench.randomness import generator
+
+_CHUNK = 256  # positions whose matrices are factored at a time
+
+
+class PaDiM(Detector):
+    """Gaussians over positions, averaged over tasks (supplement, Algorithm 1).
+
+    Args:
+        backbone: where patch features come from.
+        layers: levels of its pyramid; all are brought to the grid of the first.
+        features: random channels kept, at most; all where the levels have fewer.
+        epsilon: added to the diagonal of each covariance.
+        update: how a task's Gaussians meet those of earlier tasks under `strategy=native`.
+            `average` is Algorithm 1. Beyond the paper: `pooled` gives the Gaussian of all images seen
+            (scatter within and between tasks, Chan et al., 1979), `per_task` keeps one map of Gaussians
+            per task, and an image is judged by the one it is nearest to on average.
+        sigma: of the map's smoothing, pixels.
+        seed: of the choice of channels.
+
+    Buffers, with K = 1, or the number of tasks under `per_task`, and P positions:
+        mean: float32 [K, P, D].
+        whitening: float32 [K, P, D, D], the inverse of each covariance's Cholesky factor: all that the map
+            needs, and the covariance can be had back from it.
+        counts: int64 [tasks], images of each task seen.
+    """
+
+    mean: Tensor
+    whitening: Tensor
+    counts: Tensor
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        *,
+        layers: list[int],
+        features: PositiveInt = 350,
+        epsilon: PositiveFloat = 0.01,
+        update: Literal["average", "pooled", "per_task"] = "average",
+        sigma: NonNegativeFloat = 4.0,
+        seed: int = 0,
+    ):
+        super().__init__()
+        self.pyramid = backbone.pyramid(layers)
+        self.epsilon = epsilon
+        self.update = update
+        self.sigma = sigma
+        available = sum(self.pyramid.channels)
+        order = torch.randperm(available, generator=generator(seed, "padim channels"))
+        bounds = [0]
+        for channels in self.pyramid.channels:
+            bounds.append(bounds[-1] + channels)
+        kept = order[:features].sort().values
+        self.channels = [
+            kept[(kept >= low) & (kept < high)] - low for low, high in zip(bounds, bounds[1:], strict=False)
+        ]
+        size = len(kept)
+        self.register_buffer("mean", torch.empty(0, 0, size))
+        self.register_buffer("whitening", torch.empty(0, 0, size, size))
+        self.register_buffer("counts", torch.empty(0, dtype=torch.int64))
+
+    def forget(self) -> None:
+        self.mean, self.whitening, self.counts = self.mean[:0], self.whitening[:0], self.counts[:0]
+
+    def start_task(self, task: int, images: Tensor) -> None:
+        self._count = 0
+
+    def training_step(self, images: Tensor) -> None:
+        """Adds images [B, 3, H, W] to the sums that mean and covariance come from."""
+        embedding = self.embedding(images)
+        if not self._count:
+            # Sums are of differences to a first guess of the mean: squares of raw features would cancel.
+            self._origin = embedding.mean(2)
+            self._sum = torch.zeros_like(self._origin)
+            self._squares = self._sum.new_zeros(*self._origin.shape, self._origin.shape[1])
+        difference = embedding - self._origin[:, :, None]
+        self._sum += difference.sum(2)
+        self._squares.baddbmm_(difference, difference.transpose(1, 2))
+        self._count += embedding.shape[2]
+
+    def finish_task(self) -> None:
+        """Merges the task's Gaussians into what is kept, and factors the result."""
+        count = self._count
+        shift = self._sum / count
+        mean = self._origin + shift
+        covariance = self._squares
+        merge = len(self.counts) > 0 and self.update != "per_task"
+        merged_mean = self._merged_mean(mean, count) if merge else mean
+        for begin in range(0, len(mean), _CHUNK):
+            rows = slice(begin, begin + _CHUNK)
+            self.progress("Gaussians", min(begin + _CHUNK, len(mean)), len(mean))
+            chunk = covariance[rows].double()  # eq. (1), with the sample's N - 1
+            chunk -= count * shift[rows, :, None].double() * shift[rows, None].double()
+            chunk /= max(count - 1, 1)
+            chunk.diagonal(dim1=1, dim2=2).add_(self.epsilon)
+            if merge:
+                chunk = self._merged_covariance(rows, mean[rows], chunk, count)
+            lower = torch.linalg.cholesky(chunk)
+            identity = torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device)
+            covariance[rows] = torch.linalg.solve_triangular(lower, identity, upper=False).float()
+        whitening = covariance[None]
+        if self.update == "per_task" and len(self.counts):
+            self.mean = torch.cat([self.mean, merged_mean[None]])
+            self.whitening = torch.cat([self.whitening, whitening])
+        else:
+            self.mean, self.whitening = merged_mean[None], whitening
+        self.counts = torch.cat([self.counts, self.counts.new_tensor([count])])
+        del self._origin, self._sum, self._squares
+
+    def _weight(self, count: int) -> float:
+        """The new task's share: 1 / tasks in Algorithm 1, its share of the images when pooled."""
+        if self.update == "pooled":
+            return count / (int(self.counts.sum()) + count)
+        return 1 / (len(self.counts) + 1)
+
+    def _merged_mean(self, mean: Tensor, count: int) -> Tensor:
+        return torch.lerp(self.mean[0], mean, self._weight(count))
+
+    def _merged_covariance(self, rows: slice, mean: Tensor, covariance: Tensor, count: int) -> Tensor:
+        """Covariances float64 [p, D, D] of the kept Gaussians at positions `rows` and the new ones together."""
+        lower = torch.linalg.inv(self.whitening[0, rows].double())
+        kept = lower @ lower.transpose(1, 2)
+        if self.update == "average":
+            return torch.lerp(kept, covariance, self._weight(count))
+        seen = int(self.counts.sum())
+        total = seen + count
+        identity = self.epsilon * torch.eye(kept.shape[-1], dtype=kept.dtype, device=kept.device)
+        between = (mean - self.mean[0, rows]).double()
+        scatter = (kept - identity) * (seen - 1) + (covariance - identity) * max(count - 1, 0)
+        scatter += (seen * count / total) * between[:, :, None] * between[:, None]
+        return scatter / (total - 1) + identity
+
+    def forward(self, images: Tensor) -> Prediction:
+        embedding = self.embedding(images)
+        distances = torch.stack(
+            [
+                torch.bmm(whitening, embedding - mean[:, :, None]).square_().sum(1).sqrt_()
+                for mean, whitening in zip(self.mean, self.whitening, strict=True)
+            ]
+        )  # eq. (2): [K, P, B]
+        nearest = distances.mean(1).argmin(0)
+        selected = distances.permute(0, 2, 1)[nearest, torch.arange(len(images), device=images.device)]
+        maps = to_image_size(selected.view(len(images), *self._grid), tuple(images.shape[-2:]), self.sigma)
+        return Prediction(maps, maps.amax((1, 2)))
+
+    def embedding(self, images: Tensor) -> Tensor:
+        """The chosen channels on the first level's grid, [P, D, B]: a matrix for each position."""
+        levels = [
+            level[:, channels.to(level.device)]
+            for level, channels in zip(self.pyramid(images), self.channels, strict=True)
+        ]
+        self._grid = levels[0].shape[-2:]
+        # Nearest, as the method copies a deep feature to all positions that it covers.
+        aligned = torch.cat([F.interpolate(level, self._grid, mode="nearest") for level in levels], 1)
+        return aligned.flatten(2).permute(2, 1, 0).contiguous()

@@ -1,0 +1,136 @@
+"""PatchCore: distance to the nearest of the memorised normal patches (Roth et al., 2022)."""
+
+from typing import Annotated
+
+import torch
+from annotated_types import Gt, Lt
+from pydantic import NonNegativeFloat, PositiveInt
+from torch import Tensor
+from torch.nn import functional as F
+
+from clbench.backbones import Backbone
+from clbench.methods.base import Detector, Prediction
+from clbench.methods.coreset import farthest_first, projection
+from clbench.methods.maps import to_image_size
+from clbench.methods.nearest import nearest
+from clbench.randomness import generator
+
+
+class PatchCore(Detector):
+    """One coreset of patches per task, in a memory of fixed size (supplement, Algorithm 2).
+
+    Args:
+        backbone: where patch features come from.
+        layers: levels of its pyramid; all are brought to the grid of the first.
+        memory_size: patches kept in all; each task's share is memory_size / number of tasks.
+        epsilon: relative error allowed to the random projection that coresets are selected in.
+        neighbours: memorised patches that the image score is weighted with.
+        sigma: of the map's smoothing, pixels.
+        seed: of the projection and of each coreset's first patch.
+
+    Buffers:
+        bank: the tasks' coresets one after the other, float32 [sum of bank_sizes, D].
+        bank_sizes: int64 [tasks].
+    """
+
+    bank: Tensor
+    bank_sizes: Tensor
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        *,
+        layers: list[int],
+        memory_size: PositiveInt = 30_000,
+        epsilon: Annotated[float, Gt(0), Lt(1)] = 0.9,
+        neighbours: PositiveInt = 3,
+        sigma: NonNegativeFloat = 4.0,
+        seed: int = 0,
+    ):
+        super().__init__()
+        self.pyramid = backbone.pyramid(layers)
+        self.memory_size = memory_size
+        self.epsilon = epsilon
+        self.neighbours = neighbours
+        self.sigma = sigma
+        self.seed = seed
+        self.register_buffer("bank", torch.empty(0, sum(self.pyramid.channels)))
+        self.register_buffer("bank_sizes", torch.empty(0, dtype=torch.int64))
+
+    def forget(self) -> None:
+        self.bank, self.bank_sizes = self.bank[:0], self.bank_sizes[:0]
+
+    def start_task(self, task: int, images: Tensor) -> None:
+        self._task = task
+        self._expected = len(images)
+        self._patches = torch.empty(0)
+        self._filled = 0
+
+    def training_step(self, images: Tensor) -> None:
+        """Collects the patches of images [B, 3, H, W]."""
+        patches = self.patches(images).flatten(0, 2)
+        if not self._filled:  # one block for the whole task: appending would need twice the memory
+            self._patches = patches.new_empty(self._expected * len(patches) // len(images), patches.shape[1])
+        self._patches[self._filled : self._filled + len(patches)] = patches
+        self._filled += len(patches)
+
+    def finish_task(self) -> None:
+        """Algorithm 2: every task, old or new, keeps memory_size / tasks patches."""
+        patches = self._patches[: self._filled]
+        share = max(self.memory_size // (len(self.bank_sizes) + 1), 1)
+        random = generator(self.seed, "coreset", self._task)
+        start = int(torch.randint(len(patches), (1,), generator=random))
+        plane = projection(patches.shape[1], len(patches), self.epsilon, random).to(patches)
+        chosen = farthest_first(
+            patches @ plane, share, start, progress=lambda done: self.progress("coreset", done, share)
+        )
+        # Farthest-first order is nested: the coreset of an old coreset is its beginning.
+        kept = [old[:share] for old in self.bank.split(self.bank_sizes.tolist())]
+        self.bank = torch.cat([*kept, patches[chosen]])
+        self.bank_sizes = torch.tensor([len(part) for part in (*kept, chosen)], device=self.bank.device)
+        del self._patches
+
+    def forward(self, images: Tensor) -> Prediction:
+        patches = self.patches(images)
+        batch, height, width, size = patches.shape
+        distances, rows = nearest(patches.flatten(0, 2), self.bank, self.bank_sizes.tolist())
+        distances, rows = distances.view(-1, batch, height * width), rows.view(-1, batch, height * width)
+        # The task is unknown: take the bank that the image is nearest to on average (supplement, 1.2.4).
+        selected = distances.mean(2).argmin(0)
+        images_index = torch.arange(batch, device=patches.device)
+        chosen, rows = distances[selected, images_index], rows[selected, images_index]
+        maps = to_image_size(chosen.view(batch, height, width), tuple(images.shape[-2:]), self.sigma)
+        scores = self._weighted(patches.view(batch, -1, size), chosen, rows, selected)
+        return Prediction(maps, scores)
+
+    def _weighted(self, patches: Tensor, distances: Tensor, rows: Tensor, selected: Tensor) -> Tensor:
+        """Image scores [B] by Roth et al., 2022, eq. 7: less where the matched patch is itself a rare one.
+
+        Args:
+            patches: [B, P, D].
+            distances, rows: to and of the nearest patch in the selected bank, [B, P].
+            selected: bank of each image, [B].
+        """
+        highest, where = distances.max(1)
+        scores = highest.clone()
+        ends = self.bank_sizes.cumsum(0).tolist()
+        for index, task in enumerate(selected.tolist()):
+            bank = self.bank[ends[task] - int(self.bank_sizes[task]) : ends[task]]
+            matched = self.bank[rows[index, where[index]]]
+            around = (bank - matched).square().sum(1).topk(min(self.neighbours, len(bank)), largest=False)
+            to_test = (bank[around.indices] - patches[index, where[index]]).square().sum(1).sqrt()
+            if len(to_test) > 1:
+                # exp(highest) / sum(exp(to_test)), as a softmax so that it cannot overflow; the nearest of
+                # the neighbours is the matched patch itself, at the highest distance.
+                scores[index] *= 1 - torch.softmax(to_test, 0)[0]
+        return scores
+
+    def patches(self, images: Tensor) -> Tensor:
+        """Patch features [B, h, w, D]: each level averaged over 3x3 neighbours, on the first level's grid."""
+        levels = [F.avg_pool2d(level, 3, 1, 1) for level in self.pyramid(images)]
+        grid = levels[0].shape[-2:]
+        levels = [
+            level if level.shape[-2:] == grid else F.interpolate(level, grid, mode="bilinear")
+            for level in levels
+        ]
+        return torch.cat(levels, 1).permute(0, 2, 3, 1)

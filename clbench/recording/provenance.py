@@ -1,0 +1,45 @@
+"""What a run is, and what made it."""
+
+import platform
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_LIBRARIES = ("clbench", "torch", "torchvision", "timm", "numpy", "opencv-python", "hydra-core")
+
+
+def identity(config: dict[str, Any], tasks: list[str]) -> dict[str, Any]:
+    """The part of summary.json that is known before training."""
+    return {
+        "status": "running",
+        "method": config["method"]["name"],
+        "strategy": config["strategy"]["name"],
+        "replay_size": config["replay"]["size"],
+        "backbone": config["backbone"]["name"],
+        "dataset": config["dataset"]["name"],
+        "tasks": tasks,
+        "seed": config["seed"],
+    }
+
+
+def made_by(device: torch.device) -> dict[str, Any]:
+    """Versions, git revision and device, for config.yaml."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "CPU"
+    return {
+        "python": platform.python_version(),
+        **{library: version(library) for library in _LIBRARIES},
+        "git_revision": _git_revision(),
+        "device": f"{device} ({name})",
+    }
+
+
+def _git_revision() -> str | None:
+    """The commit of the code that runs, with `-dirty` where files differ from it; None outside of git."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

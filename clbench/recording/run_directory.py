@@ -1,0 +1,140 @@
+"""A run's directory: what was configured, measured and kept. Nothing in it is ever half-written."""
+
+import csv
+import fcntl
+import io
+import json
+import os
+import shutil
+import socket
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from clbench.config import differences
+from clbench.errors import UserError
+
+
+class RunDirectory:
+    """outputs/<experiment>/<run>: config.yaml, metrics.csv, summary.json, checkpoint/, maps/."""
+
+    def __init__(self, path: Path | str):
+        self.path = Path(path)
+
+    def summary(self) -> dict[str, Any] | None:
+        """summary.json, or None where the run has not begun."""
+        try:
+            return json.loads((self.path / "summary.json").read_text())
+        except (FileNotFoundError, json.JSONDecodeError):
+            return None
+
+    def config(self) -> dict[str, Any] | None:
+        """The resolved config that the run was begun with, or None."""
+        try:
+            stored = yaml.safe_load((self.path / "config.yaml").read_text())
+        except FileNotFoundError:
+            return None
+        stored.pop("made_by", None)
+        return stored
+
+    def finished(self, config: Mapping[str, Any]) -> bool:
+        """Whether this very run is complete.
+
+        Raises:
+            UserError: the directory holds a run of another config, and `overwrite` is not set.
+        """
+        stored = self.config()
+        if stored is None or config["overwrite"]:
+            return False
+        if changed := differences(stored, config):
+            raise UserError(
+                f"{self.path} holds a run of another config ({'; '.join(changed)}): "
+                "take another experiment=NAME, or overwrite=true"
+            )
+        summary = self.summary()
+        return summary is not None and summary["status"] == "complete"
+
+    def clear(self) -> None:
+        """Remove the results of an earlier run."""
+        for name in ("summary.json", "config.yaml", "metrics.csv"):
+            (self.path / name).unlink(missing_ok=True)
+        for name in ("checkpoint", "maps"):
+            shutil.rmtree(self.path / name, ignore_errors=True)
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Held by the one process that works here, and released by the system when it dies.
+
+        Raises:
+            UserError: another process holds it.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        with open(self.path / "run.lock", "a+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                file.seek(0)
+                raise UserError(
+                    f"{self.path} is in use by {file.read().strip() or 'another process'}: "
+                    "wait for it, or give this run another experiment=NAME"
+                ) from error
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            file.flush()
+            yield
+
+    @contextmanager
+    def reporting(self) -> Iterator[Callable[[Mapping[str, Any]], None]]:
+        """A run that reports to summary.json: `running` once it says what it is, `failed` where it breaks.
+
+        A run that fails before that, for what its user must change, leaves nothing.
+        """
+        about: dict[str, Any] = {}
+
+        def begin(identity: Mapping[str, Any]) -> None:
+            about.update(identity)
+            self.write_summary(about)
+
+        try:
+            yield begin
+        except Exception as error:
+            if about:
+                reason = f"{type(error).__name__}: {error}"
+                with suppress(OSError):  # where nothing can be written, the error itself matters more
+                    self.write_summary({**about, "status": "failed", "reason": reason})
+            raise
+
+    def write_config(self, config: Mapping[str, Any], made_by: Mapping[str, Any]) -> None:
+        text = yaml.safe_dump({**config, "made_by": dict(made_by)}, sort_keys=False)
+        self._write("config.yaml", text)
+
+    def write_summary(self, summary: Mapping[str, Any]) -> None:
+        self._write("summary.json", json.dumps(summary, indent=2) + "\n")
+
+    def write_metrics(self, rows: list[tuple[int, int, str, str, float | None]]) -> None:
+        """metrics.csv: rows of (stage, task_index, task, metric, value); None is written `undefined`."""
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(("stage", "task_index", "task", "metric", "value"))
+        for *what, value in rows:
+            writer.writerow((*what, "undefined" if value is None else f"{value:.6f}"))
+        self._write("metrics.csv", text.getvalue())
+
+    def _write(self, name: str, text: str) -> None:
+        write_whole(self.path / name, lambda part: part.write_text(text))
+
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """A file that appears under its name only when it is complete and on the disk: beside, flushed, renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.part")
+    try:
+        write(part)
+        with open(part, "rb") as file:
+            os.fsync(file.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)

@@ -1,0 +1,86 @@
+"""How a detector meets the stream: which images a task's steps see, and what happens to what was kept."""
+
+import copy
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+from clbench.backbones import FeaturePyramid
+from clbench.methods.base import Detector, Prediction
+
+
+class Strategy:
+    """Learns the stages of a stream with a detector, and predicts with what was learned.
+
+    Args:
+        detector: fresh.
+        seed: of what the strategy draws.
+        replay_size: images of the replay buffer; only `replay` has one.
+    """
+
+    replays = False
+
+    def __init__(self, detector: Detector, *, seed: int = 0, replay_size: int | None = None):
+        self.detector = detector
+        self.seed = seed
+        self.replay_size = replay_size
+
+    def stages(self, tasks: int) -> list[list[int]]:
+        """The tasks that each stage learns: one a stage."""
+        return [[task] for task in range(tasks)]
+
+    def learn(self, stage: int, images: Tensor) -> None:
+        """Learn a stage from its images, uint8 [N, 3, H, W]."""
+        raise NotImplementedError
+
+    def predict(self, images: Tensor, task: int) -> Prediction:
+        """Predict images of a task; only `single` may look at which task it is."""
+        return self.detector(images)
+
+    def unchanged(self, stage: int, learned: int) -> bool:
+        """Whether the predictions for a task learned at stage `learned` are still those of stage - 1."""
+        return False
+
+    def stored_images(self) -> Tensor | None:
+        """Images kept for replay, uint8 [M, 3, H, W]."""
+        return None
+
+    def detectors(self) -> Sequence[Mapping[str, Tensor]]:
+        """The state of every detector kept, without frozen networks: one, but for `single`."""
+        return [kept_state(self.detector)]
+
+    def state(self) -> dict[str, Tensor]:
+        """What is needed to continue after this stage."""
+        return {f"detector.{name}": tensor for name, tensor in kept_state(self.detector).items()}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Continue from what `state` gave."""
+        self.detector.restore(part(state, "detector."))
+
+    def fit(self, detector: Detector, stage: int, images: Tensor) -> None:
+        """The one training loop: steps over the images, epoch by epoch."""
+        detector.start_task(stage, images)
+        for _ in range(detector.epochs):
+            for begin in range(0, len(images), detector.batch_size):
+                detector.training_step(images[begin : begin + detector.batch_size])
+                detector.progress("learning", min(begin + detector.batch_size, len(images)), len(images))
+        detector.finish_task()
+
+
+def kept_state(detector: Detector) -> dict[str, Tensor]:
+    """A detector's state but for frozen networks, which the config brings back."""
+    frozen = tuple(
+        f"{name}." for name, module in detector.named_modules() if isinstance(module, FeaturePyramid)
+    )
+    return {name: tensor for name, tensor in detector.state_dict().items() if not name.startswith(frozen)}
+
+
+def part(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The entries under a prefix, without it."""
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+
+
+def fresh(detector: Detector) -> Detector:
+    """A copy that shares the frozen networks and nothing else."""
+    shared = {id(module): module for module in detector.modules() if isinstance(module, FeaturePyramid)}
+    return copy.deepcopy(detector, shared)

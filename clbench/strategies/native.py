@@ -1,0 +1,12 @@
+"""Native: the method's own continual update of what it keeps (supplement, Algorithms 1 and 2)."""
+
+from torch import Tensor
+
+from clbench.strategies.base import Strategy
+
+
+class Native(Strategy):
+    """Each stage sees its own images; banks and statistics are merged with those of earlier tasks."""
+
+    def learn(self, stage: int, images: Tensor) -> None:
+        self.fit(self.detector, stage, images)

@@ -1,0 +1,50 @@
+"""Single: a model for each task, and the task known at test time."""
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+from clbench.methods.base import Prediction
+from clbench.strategies.base import Strategy, fresh, kept_state, part
+
+
+class Single(Strategy):
+    """Each stage learns a fresh detector of its own; only the frozen networks are shared."""
+
+    def __init__(self, detector, **settings):  # type: ignore[no-untyped-def]
+        super().__init__(detector, **settings)
+        self._untrained = fresh(detector)
+        self._learned: list[Mapping[str, Tensor]] = []
+        self._loaded: int | None = None
+
+    def learn(self, stage: int, images: Tensor) -> None:
+        detector = fresh(self._untrained)
+        detector.progress = self.detector.progress
+        self.fit(detector, stage, images)
+        self._learned.append(kept_state(detector))
+        self.detector, self._loaded = detector, stage
+
+    def predict(self, images: Tensor, task: int) -> Prediction:
+        model = min(task, len(self._learned) - 1)  # an unseen task has no model yet: the newest judges it
+        if self._loaded != model:
+            self.detector.restore(self._learned[model])
+            self._loaded = model
+        return self.detector(images)
+
+    def unchanged(self, stage: int, learned: int) -> bool:
+        return learned < stage
+
+    def detectors(self) -> Sequence[Mapping[str, Tensor]]:
+        return self._learned
+
+    def state(self) -> dict[str, Tensor]:
+        return {
+            f"detectors.{task}.{name}": tensor
+            for task, state in enumerate(self._learned)
+            for name, tensor in state.items()
+        }
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        tasks = 1 + max(int(name.split(".")[1]) for name in state)
+        self._learned = [part(state, f"detectors.{task}.") for task in range(tasks)]
+        self._loaded = None

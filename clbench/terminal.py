@@ -1,0 +1,149 @@
+"""What a person sees while runs go on, and when they are over."""
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+SHOWN = ("image_auroc", "pixel_auroc", "pixel_ap", "pixel_f1", "aupro")
+TITLES = {
+    "image_auroc": "image AUROC",
+    "image_ap": "image AP",
+    "image_f1": "image F1",
+    "pixel_auroc": "pixel AUROC",
+    "pixel_ap": "pixel AP",
+    "pixel_f1": "pixel F1",
+    "aupro": "AU-PRO",
+}
+
+
+class Display:
+    """One bar that says what is happening now, and lines that stay. Plain lines where it is no terminal.
+
+    Args:
+        run: named in plain lines when several runs share the output.
+    """
+
+    def __init__(self, run: str, *, alone: bool = True):
+        # A log has no width of its own, and a table folded to 80 columns cannot be read.
+        self.console = Console(width=None if sys.stdout.isatty() else 160)
+        self._prefix = "" if alone else f"{run}: "
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=self.console,
+            transient=True,
+            disable=not (alone and self.console.is_terminal),
+        )
+        self._row = self._bar.add_task("", total=None)
+        self._heading = ""
+        self._phase = ""
+
+    def __enter__(self) -> "Display":
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def heading(self, text: str) -> None:
+        """What the following phases belong to: `task 3/10 cable`."""
+        self._heading, self._phase = text, ""
+
+    def progress(self, phase: str, done: int, total: int) -> None:
+        """How far the current phase is."""
+        if phase != self._phase:
+            self._phase = phase
+            self._bar.reset(self._row, total=total, description=f"{self._heading}: {phase}")
+        self._bar.update(self._row, completed=done, total=total)
+
+    def line(self, text: str) -> None:
+        """A line that stays."""
+        self.console.print(f"{self._prefix}{text}", markup=False, highlight=False, soft_wrap=True)
+
+    def table(self, table: Table) -> None:
+        self.console.print(table)
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """A metric for people."""
+    return "undefined" if value is None else f"{value:.{digits}f}"
+
+
+def run_table(
+    summary: Mapping[str, Any],
+    just_learned: Mapping[str, Sequence[float | None]],
+    final: Mapping[str, Sequence[float | None]],
+) -> Table:
+    """A finished run: a row a task, each metric just learned and after the last stage.
+
+    Args:
+        just_learned, final: metric -> value per task.
+    """
+    table = Table(
+        title=f"{summary['method']}, {summary['strategy']}: just learned → final", title_justify="left"
+    )
+    table.add_column("task")
+    for metric in SHOWN:
+        table.add_column(TITLES[metric], justify="right")
+    table.add_column("F1 forgotten", justify="right")
+    for index, task in enumerate(summary["tasks"]):
+        cells = [
+            f"{number(just_learned[metric][index])} → {number(final[metric][index])}" for metric in SHOWN
+        ]
+        before, after = just_learned["pixel_f1"][index], final["pixel_f1"][index]
+        lost = "" if not before or after is None else f"{100 * (before - after) / before:.1f} %"
+        table.add_row(task, *cells, lost)
+    table.add_section()
+    forgotten = summary["average_forgetting_pct"]
+    table.add_row(
+        "mean",
+        *[number(summary["final"][metric]) for metric in SHOWN],
+        "" if forgotten is None else f"{forgotten:.1f} %",
+        style="bold",
+    )
+    memory, time = summary["memory"], summary["time"]
+    table.caption = (
+        f"memory: networks {memory['architecture_mb']:.1f} MB ({memory['executed_mb']:.1f} run), "
+        f"kept {memory['additional_mb']:.1f} MB, peak {memory['peak_mb']:.0f} MB · time: training "
+        f"{time['train_s']:.1f} s, evaluation {time['eval_s']:.1f} s, "
+        f"{time['inference_ms_per_image']:.1f} ms an image"
+    )
+    table.caption_justify = "left"
+    return table
+
+
+def sweep_table(runs: Sequence[tuple[Path, Mapping[str, Any] | None]]) -> Table:
+    """A row a run, from their directories' summaries."""
+    table = Table(title="mean over tasks after the last stage", title_justify="left")
+    table.add_column("run", overflow="fold")
+    for metric in SHOWN:
+        table.add_column(TITLES[metric], justify="right")
+    for title in ("F1 forgotten", "kept MB", "peak MB", "train s", "eval s", "ms/image"):
+        table.add_column(title, justify="right")
+    for path, summary in runs:
+        if summary is None or summary["status"] != "complete":
+            reason = "not begun" if summary is None else summary.get("reason", summary["status"])
+            table.add_row(path.name, f"[red]{reason}", *[""] * (len(SHOWN) + 5))
+            continue
+        forgotten, memory, time = summary["average_forgetting_pct"], summary["memory"], summary["time"]
+        table.add_row(
+            path.name,
+            *[number(summary["final"][metric]) for metric in SHOWN],
+            "-" if forgotten is None else f"{forgotten:.1f} %",
+            f"{memory['additional_mb']:.1f}",
+            f"{memory['peak_mb']:.0f}",
+            f"{time['train_s']:.1f}",
+            f"{time['eval_s']:.1f}",
+            f"{time['inference_ms_per_image']:.1f}",
+        )
+    return table

@@ -1,0 +1,58 @@
+"""One run, or with -m a sweep: python train.py [-m] key=value ..."""
+
+from __future__ import annotations
+
+import hydra
+from omegaconf import DictConfig
+
+from clbench.config import check, register_resolvers
+
+register_resolvers()
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="config")
+def main(config: DictConfig) -> None:
+    """A method and a strategy, taken through a stream."""
+    settings = check(config)
+    from hydra.core.hydra_config import HydraConfig
+
+    from clbench import experiment, footprint, instantiation
+    from clbench.recording.provenance import identity, made_by
+    from clbench.recording.run_directory import RunDirectory
+    from clbench.terminal import Display
+
+    job = HydraConfig.get()
+    directory = RunDirectory(hydra.utils.to_absolute_path(job.runtime.output_dir))
+    alone = job.launcher._target_.endswith("BasicLauncher")
+    with (
+        directory.lock(),
+        Display(directory.path.name, alone=alone) as display,
+        directory.reporting() as report,
+    ):
+        if directory.finished(settings):
+            return
+        if settings["overwrite"]:
+            directory.clear()
+        display.heading(directory.path.name)
+        device = instantiation.device(settings["gpu"])
+        footprint.reset_peak(device)
+        tasks = instantiation.tasks(settings, display.progress)
+        detector = instantiation.detector(settings).to(device)
+        strategy = instantiation.strategy(settings, detector)
+        about = identity(settings, [task.name for task in tasks])
+        directory.write_config(settings, made_by(device))
+        report(about)
+        experiment.run(
+            strategy,
+            tasks,
+            directory,
+            display,
+            device,
+            about,
+            evaluate=settings["evaluate"],
+            maps=settings["maps"],
+        )
+
+
+if __name__ == "__main__":
+    main()
