@@ -86,7 +86,11 @@ class Backbone:
         return network.eval()
 
     def _create(self, layers: list[int], pretrained: bool) -> nn.Module:
-        create = {"features_only": True, "out_indices": tuple(layers), "pretrained": pretrained}
+        create: dict[str, Any] = {
+            "features_only": True,
+            "out_indices": tuple(layers),
+            "pretrained": pretrained,
+        }
         try:
             return timm.create_model(self.name, **create, **self.arguments)
         except (IndexError, AssertionError) as error:
@@ -113,8 +117,13 @@ class Backbone:
     def _levels(self) -> str:
         try:
             with torch.device("meta"):
-                reductions = timm.create_model(self.name, features_only=True).feature_info.reduction()
-        except Exception:  # only words for an error that is on its way
+                reductions = _info(timm.create_model(self.name, features_only=True)).reduction()
+        except (
+            RuntimeError,
+            AssertionError,
+            AttributeError,
+            TypeError,
+        ):  # only words for an error that is on its way
             return "other levels"
         return f"{len(reductions)} levels"
 
@@ -198,12 +207,12 @@ class FeaturePyramid(nn.Module):
     ):
         super().__init__()
         self.network = network.requires_grad_(False).eval()
-        self.channels: list[int] = network.feature_info.channels()
+        self.channels: list[int] = _info(network).channels()
         self.whole_parameters = whole_parameters
         self.store = store
         self.batch_size = batch_size
         self.dtype = dtype
-        config = network.pretrained_cfg if hasattr(network, "pretrained_cfg") else network.default_cfg
+        config: Any = network.pretrained_cfg if hasattr(network, "pretrained_cfg") else network.default_cfg
         for name, key, usual in (
             ("mean", "mean", (0.485, 0.456, 0.406)),
             ("deviation", "std", (0.229, 0.224, 0.225)),
@@ -225,10 +234,10 @@ class FeaturePyramid(nn.Module):
             for row, index in enumerate(part):
                 if row == 0:
                     levels = self._compute(images[part])
-                found[index] = [level[row] for level in levels]
-                self.store.put(keys[index], found[index])
+                found[index] = one = [level[row] for level in levels]
+                self.store.put(keys[index], one)
         return [
-            torch.stack([levels[index] for levels in found]).to(images.device)
+            torch.stack([levels[index] for levels in found if levels]).to(images.device)
             for index in range(len(self.channels))
         ]
 
@@ -243,6 +252,11 @@ class FeaturePyramid(nn.Module):
         with torch.autocast(device, dtype=self.dtype, enabled=self.dtype is not None):
             levels = self.network(normalised)
         return [level[: len(images) - missing].float() for level in levels]
+
+
+def _info(network: nn.Module) -> Any:
+    """timm's description of a pyramid's levels."""
+    return network.feature_info
 
 
 def unit(images: Tensor) -> Tensor:

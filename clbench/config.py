@@ -102,7 +102,7 @@ def check(config: DictConfig) -> dict[str, Any]:
         UserError: an unknown key, a value of the wrong type or out of range, or a combination that makes
             no sense.
     """
-    config = OmegaConf.masked_copy(config, [key for key in config if key != "hydra"])
+    config = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
     try:
         plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except MissingMandatoryValue as error:
@@ -153,7 +153,7 @@ def _check_combinations(config: dict[str, Any]) -> None:
 def _check_arguments(node: str, config: dict[str, Any]) -> None:
     """Check a node's values against the signature of the class that they are for."""
     target = hydra.utils.get_class(config["_target_"])
-    hints = get_type_hints(target.__init__, include_extras=True)
+    hints = get_type_hints(getattr(target, "__init__"), include_extras=True)  # noqa: B009
     # What has no default and is not set by the config comes from the run: the backbone, precision, ...
     known = [name for name in inspect.signature(target).parameters]
     for key, value in config.items():

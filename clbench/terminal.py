@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from typing_extensions import Self
 
 SHOWN = ("image_auroc", "pixel_auroc", "pixel_ap", "pixel_f1", "aupro")
 TITLES = {
@@ -46,7 +47,7 @@ class Display:
         self._heading = ""
         self._phase = ""
 
-    def __enter__(self) -> "Display":
+    def __enter__(self) -> Self:
         self._bar.start()
         return self
 

@@ -1,6 +1,7 @@
 """From distances on a feature grid to an anomaly map at image size."""
 
 import math
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def to_image_size(grid: Tensor, size: tuple[int, int], sigma: float) -> Tensor:
+def to_image_size(grid: Tensor, size: Sequence[int], sigma: float) -> Tensor:
     """Grid [B, h, w] -> map [B, H, W]: bilinear upsampling, then a Gaussian of `sigma` pixels.
 
     Both are linear and separable, so together they are one matrix on each side.

@@ -18,18 +18,18 @@ def nearest(queries: Tensor, bank: Tensor, sizes: list[int]) -> tuple[Tensor, Te
         Euclidean distances float32 [K, Q] and rows of `bank` int64 [K, Q].
     """
     norms = bank.square().sum(1)
-    query_norms = queries.square().sum(1)
     distances = torch.empty(len(sizes), len(queries), device=queries.device)
     rows = torch.empty(len(sizes), len(queries), dtype=torch.int64, device=queries.device)
-    step = max(1, _BLOCK // max(sizes))
-    begin = 0
+    step = max(1, _BLOCK // max(*sizes, queries.shape[1]))
+    end = 0
     for index, size in enumerate(sizes):
-        entries, entry_norms = bank[begin : begin + size], norms[begin : begin + size]
+        begin, end = end, end + size
+        entries, entry_norms = bank[begin:end], norms[begin:end]
         for first in range(0, len(queries), step):
             part = slice(first, first + step)
             # |b|^2 - 2 q.b: the query's own norm does not change which entry is nearest
-            values, found = torch.addmm(entry_norms, queries[part], entries.T, alpha=-2).min(1)
-            distances[index, part] = values
+            found = torch.addmm(entry_norms, queries[part], entries.T, alpha=-2).argmin(1)
             rows[index, part] = found + begin
-        begin += size
-    return distances.add_(query_norms).clamp_(min=0).sqrt_(), rows
+            # By differences, since the product cancels where the distance is small.
+            distances[index, part] = (queries[part] - entries[found]).square_().sum(1).sqrt_()
+    return distances, rows

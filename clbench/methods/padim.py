@@ -1,5 +1,6 @@
 """PaDiM: a Gaussian of patch features at every position (Defard et al., 2021)."""
 
+import itertools
 from typing import Literal
 
 import torch
@@ -64,7 +65,7 @@ class PaDiM(Detector):
             bounds.append(bounds[-1] + channels)
         kept = order[:features].sort().values
         self.channels = [
-            kept[(kept >= low) & (kept < high)] - low for low, high in zip(bounds, bounds[1:], strict=False)
+            kept[(kept >= low) & (kept < high)] - low for low, high in itertools.pairwise(bounds)
         ]
         size = len(kept)
         self.register_buffer("mean", torch.empty(0, 0, size))
@@ -152,7 +153,7 @@ class PaDiM(Detector):
         )  # eq. (2): [K, P, B]
         nearest = distances.mean(1).argmin(0)
         selected = distances.permute(0, 2, 1)[nearest, torch.arange(len(images), device=images.device)]
-        maps = to_image_size(selected.view(len(images), *self._grid), tuple(images.shape[-2:]), self.sigma)
+        maps = to_image_size(selected.view(len(images), *self._grid), images.shape[-2:], self.sigma)
         return Prediction(maps, maps.amax((1, 2)))
 
     def embedding(self, images: Tensor) -> Tensor:

@@ -99,7 +99,7 @@ class PatchCore(Detector):
         selected = distances.mean(2).argmin(0)
         images_index = torch.arange(batch, device=patches.device)
         chosen, rows = distances[selected, images_index], rows[selected, images_index]
-        maps = to_image_size(chosen.view(batch, height, width), tuple(images.shape[-2:]), self.sigma)
+        maps = to_image_size(chosen.view(batch, height, width), images.shape[-2:], self.sigma)
         scores = self._weighted(patches.view(batch, -1, size), chosen, rows, selected)
         return Prediction(maps, scores)
 

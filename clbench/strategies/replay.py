@@ -1,10 +1,12 @@
 """Replay: stored images of earlier tasks are learned again with each new one."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from clbench.methods.base import Detector
 from clbench.randomness import generator
 from clbench.strategies.base import Strategy
 
@@ -18,7 +20,7 @@ class Replay(Strategy):
 
     replays = True
 
-    def __init__(self, detector, **settings):  # type: ignore[no-untyped-def]
+    def __init__(self, detector: Detector, **settings: Any):
         super().__init__(detector, **settings)
         self.images = torch.empty(0, dtype=torch.uint8)
         self.counts: list[int] = []  # images of each task in the buffer

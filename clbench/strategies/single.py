@@ -1,17 +1,18 @@
 """Single: a model for each task, and the task known at test time."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import Tensor
 
-from clbench.methods.base import Prediction
+from clbench.methods.base import Detector, Prediction
 from clbench.strategies.base import Strategy, fresh, kept_state, part
 
 
 class Single(Strategy):
     """Each stage learns a fresh detector of its own; only the frozen networks are shared."""
 
-    def __init__(self, detector, **settings):  # type: ignore[no-untyped-def]
+    def __init__(self, detector: Detector, **settings: Any):
         super().__init__(detector, **settings)
         self._untrained = fresh(detector)
         self._learned: list[Mapping[str, Tensor]] = []

@@ -1,0 +1,138 @@
+"""Each mistake gets one line that names the thing, the value and the way out, and leaves nothing behind."""
+
+import shutil
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from conftest import Train
+
+MISTAKES = [
+    (["metod=padim"], "metod", "nearest: method"),
+    (["method=patchcor"], "method=patchcor", "nearest: patchcore"),
+    (["method.memorysize=10"], "method.memorysize", "nearest: method.memory_size"),
+    (["+method.memorysize=10"], "method.memorysize", "nearest: method.memory_size"),
+    (["replay.sise=10"], "replay.sise", "nearest: replay.size"),
+    (["+colour=red"], "colour", "there are: "),
+    (["replay.size=abc"], "replay.size=abc", "valid integer"),
+    (["replay.size=0"], "replay.size=0", "greater than 0"),
+    (["replay.size=-3"], "replay.size=-3", "greater than 0"),
+    (["replay.size=19"], "replay.size=19", "all 18 training images"),
+    (["method.memory_size=0"], "method.memory_size=0", "greater than 0"),
+    (["method.memory_size=many"], "method.memory_size=many", "valid integer"),
+    (["method.epsilon=2"], "method.epsilon=2", "less than 1"),
+    (["method=padim", "method.update=best"], "method.update=best", "'average', 'pooled' or 'per_task'"),
+    (["strategy=native", "replay.size=10"], "strategy=native with replay.size=10", "strategy=replay"),
+    (["strategy=joint", "replay.size=10"], "strategy=joint with replay.size=10", "strategy=replay"),
+    (["strategy=replay"], "strategy=replay", "give replay.size"),
+    (["gpu.precision=fp64"], "gpu.precision=fp64", "'fp32', 'bf16' or 'fp16'"),
+    (["gpu=cpu", "gpu.precision=fp16"], "gpu.precision=fp16", "bf16"),
+    (["gpu.device=tpu"], "gpu.device=tpu", "cpu|cuda"),
+    (["gpu.device=cuda:7"], "gpu.device=cuda:7", "gpu=cpu"),
+    (["evaluate=some"], "evaluate=some", "'seen' or 'all'"),
+    (["seed=x"], "seed=x", "valid integer"),
+    (["dataset.resize=32", "dataset.crop=40"], "dataset.crop=40", "at most 32"),
+    (["dataset.resize=null", "dataset.crop=64"], "dataset.crop=64", "48x48"),
+    (["dataset.resize=0"], "dataset.resize=0", "greater than 0"),
+    (["task_order.tasks=[brick,clot]"], "'clot'", "found: brick, cloth, plate"),
+    (["task_order.tasks=[brick,brick]"], "'brick' twice", "once"),
+    (["task_order.tasks=[[],brick]"], "task_order.tasks", "empty task"),
+    (["dataset.root=/nowhere"], "/nowhere", "dataset.root"),
+    (["dataset.root=???"], "dataset.root", "give dataset.root="),
+    (["backbone.name=resnet19"], "backbone.name=resnet19", "nearest: resnet18"),
+    (["backbone.checkpoint=/nowhere/w.safetensors"], "/nowhere/w.safetensors", "does not exist"),
+    (["method.layers=[2,9]"], "method.layers=[2, 9]", "5 levels"),
+    (["experiment=a/b"], "experiment=a/b", "pattern"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "named", "way_out"), MISTAKES, ids=lambda value: str(value)[:40])
+def test_a_mistake_on_the_command_line(
+    train: Train, tmp_path: Path, overrides: list[str], named: str, way_out: str
+) -> None:
+    result = train(*overrides)
+    assert_refused(result, named, way_out)
+    assert "task 1/" not in result.stdout  # before any training
+    assert not list(tmp_path.glob("outputs/*/*/summary.json"))
+
+
+def assert_refused(result, *words: str) -> None:
+    assert result.returncode in (1, 2)
+    errors = [line for line in result.stderr.splitlines() if line.strip()]
+    assert len(errors) == 1 and errors[0].startswith("error: "), result.stderr
+    for word in words:
+        assert word in errors[0]
+
+
+@pytest.fixture
+def copy(folder: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(folder, tmp_path / "copy"))
+
+
+def test_empty_training_folder(copy: Path, train: Train) -> None:
+    for image in (copy / "cloth/train/good").iterdir():
+        image.unlink()
+    assert_refused(train(f"dataset.root={copy}"), "cloth")
+
+
+def test_truncated_image_is_found_before_training(copy: Path, train: Train) -> None:
+    image = copy / "plate/test/blot/001.png"
+    image.write_bytes(image.read_bytes()[:-400])
+    result = train(f"dataset.root={copy}")
+    assert_refused(result, "plate/test/blot/001.png")
+    assert "task 1/" not in result.stdout
+
+
+def test_masks_that_do_not_fit(copy: Path, train: Train) -> None:
+    mask = copy / "brick/ground_truth/blot/000_mask.png"
+    cv2.imwrite(str(mask), np.full((40, 48), 255, np.uint8))
+    assert_refused(train(f"dataset.root={copy}"), "000_mask.png", "48x40")
+    cv2.imwrite(str(mask), np.zeros((48, 48), np.uint8))
+    assert_refused(train(f"dataset.root={copy}"), "000_mask.png", "positive")
+    mask.unlink()
+    assert_refused(train(f"dataset.root={copy}"), "000")
+
+
+def test_weights_that_do_not_fit(train: Train, tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    save_file({"conv1.weight": torch.zeros(3, 3)}, tmp_path / "w.safetensors")
+    checkpoint = f"backbone.checkpoint={tmp_path}/w.safetensors"
+    assert_refused(train(checkpoint), "w.safetensors", "does not fit", "tensors missing")
+    (tmp_path / "w.safetensors").write_bytes(b"no tensors")
+    assert_refused(train(checkpoint), "w.safetensors", "cannot be read")
+
+
+def test_a_pickle_is_never_run(train: Train, tmp_path: Path) -> None:
+    import torch
+
+    class Harmful:
+        def __reduce__(self):  # type: ignore[no-untyped-def]
+            return (Path.touch, (tmp_path / "ran",))
+
+    torch.save({"conv1.weight": Harmful()}, tmp_path / "w.pth")
+    assert_refused(train(f"backbone.checkpoint={tmp_path}/w.pth"), "w.pth", "not unpickled")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_offline_without_weights_says_which_file_to_put_where(train: Train) -> None:
+    result = train(
+        "backbone=resnet18",
+        "backbone.checkpoint=null",
+        "backbone.arguments={}",
+        environment={"HF_HUB_OFFLINE": "1", "HF_HOME": "/nonexistent"},
+    )
+    assert_refused(result, "resnet18", "backbone.checkpoint=FILE", "backbone=small")
+
+
+def test_outputs_that_cannot_be_written(train: Train, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    assert_refused(train(f"outputs={tmp_path}/file"), "file", "outputs=")
+
+
+def test_one_bad_run_stops_a_sweep_before_the_first_starts(train: Train, tmp_path: Path) -> None:
+    result = train("-m", "method=patchcore,padim", "method.memory_size=100")
+    assert_refused(result, "method.memory_size")
+    assert not (tmp_path / "outputs").exists()

@@ -1,0 +1,178 @@
+"""Whole runs through the command line, as a user starts them."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import ROOT, Train, command, run_directories
+
+METRICS = ["image_auroc", "image_ap", "image_f1", "pixel_auroc", "pixel_ap", "pixel_f1", "aupro"]
+
+
+def rows(directory: Path) -> list[dict[str, str]]:
+    with open(directory / "metrics.csv") as file:
+        return list(csv.DictReader(file))
+
+
+def summary(directory: Path) -> dict:
+    return json.loads((directory / "summary.json").read_text())
+
+
+def test_a_sweep_of_methods_and_replay_sizes(train: Train, tmp_path: Path) -> None:
+    result = train("-m", "method=patchcore,padim", "replay.size=6,12")
+    assert result.returncode == 0, result.stderr
+    directories = run_directories(tmp_path)
+    assert len(directories) == 4
+    for directory in directories:
+        about = summary(directory)
+        assert about["status"] == "complete"
+        assert about["strategy"] == "replay"
+        assert f"method={about['method']}" in directory.name
+        assert f"replay.size={about['replay_size']}" in directory.name
+        assert set(about["final"]) == set(METRICS)
+        assert about["tasks"] == ["brick", "cloth", "plate"]
+        assert about["memory"]["architecture_mb"] >= about["memory"]["executed_mb"] > 0
+        stored = about["replay_size"] * 48 * 48 * 3 / 1e6
+        assert about["memory"]["additional_mb"] > stored
+        assert set(about["time"]) == {"train_s", "eval_s", "inference_ms_per_image"}
+        table = rows(directory)
+        assert list(table[0]) == ["stage", "task_index", "task", "metric", "value"]
+        assert len(table) == (1 + 2 + 3) * len(METRICS)
+        made_by = yaml.safe_load((directory / "config.yaml").read_text())["made_by"]
+        assert {"torch", "git_revision", "device"} <= set(made_by)
+    assert len({(path / "metrics.csv").read_text() for path in directories}) == 4
+    for directory in directories:
+        assert directory.name in result.stdout  # the table over the sweep
+
+    again = train("-m", "method=patchcore,padim", "replay.size=6,12")
+    assert again.returncode == 0
+    assert again.stdout.count("finished already, skipped") == 4
+    assert "task 1/3" not in again.stdout
+
+
+def test_every_strategy_with_both_methods_in_local_processes(train: Train, tmp_path: Path) -> None:
+    result = train(
+        "-m", "method=patchcore,padim", "strategy=native,finetune,joint,single", "hydra/launcher=local"
+    )
+    assert result.returncode == 0, result.stderr
+    found = {(about["method"], about["strategy"]): about for about in map(summary, run_directories(tmp_path))}
+    assert len(found) == 8
+    assert all(about["status"] == "complete" for about in found.values())
+    for (_, strategy), about in found.items():
+        assert (about["average_forgetting_pct"] is None) == (strategy == "joint")
+    for method in ("patchcore", "padim"):
+        assert found[method, "single"]["average_forgetting_pct"] == 0
+    single, native = found["padim", "single"], found["padim", "native"]
+    assert single["memory"]["additional_mb"] == pytest.approx(3 * native["memory"]["additional_mb"], rel=1e-3)
+
+
+def test_a_list_of_lists_makes_tasks_of_several_categories(train: Train, tmp_path: Path) -> None:
+    result = train("task_order.tasks=[plate,[brick,cloth]]", "evaluate=all", "maps=true")
+    assert result.returncode == 0, result.stderr
+    (directory,) = run_directories(tmp_path)
+    about = summary(directory)
+    assert about["tasks"] == ["plate", "brick+cloth"]
+    assert len(rows(directory)) == 2 * 2 * len(METRICS)
+    assert about["forward_transfer"]["pixel_auroc"] is not None
+    pictures = sorted(path.name for path in (directory / "maps" / "plate").iterdir())
+    assert len(pictures) == 2 * 4 and pictures[0] == "blot-000-stage-00.png"
+
+
+def test_random_order_is_a_function_of_the_seed(train: Train, tmp_path: Path) -> None:
+    assert train("-m", "task_order=random", "seed=1,1,2,3,4,5").returncode == 0
+    orders = [tuple(summary(directory)["tasks"]) for directory in run_directories(tmp_path)]
+    assert len(orders) == 5 and len(set(orders)) > 1
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        ("method=patchcore",),
+        ("method=padim",),
+        ("method=padim", "method.update=per_task"),
+        ("method=patchcore", "replay.size=7"),
+        ("method=padim", "strategy=single"),
+    ],
+)
+def test_killed_after_any_stage_and_continued_ends_in_the_same_metrics(
+    setting: tuple[str, ...], folder: Path, train: Train, tmp_path: Path
+) -> None:
+    whole = train("experiment=whole", *setting)
+    assert whole.returncode == 0, whole.stderr
+    for stage in range(2):
+        experiment = f"experiment=killed{stage}"
+        process = subprocess.Popen(
+            command(folder, tmp_path, experiment, *setting), cwd=ROOT, stdout=subprocess.DEVNULL
+        )
+        directory = tmp_path / "outputs" / f"killed{stage}"
+        while not list(directory.glob(f"*/checkpoint/stage-{stage:04d}.safetensors")):
+            assert process.poll() is None
+            time.sleep(0.002)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        continued = train(experiment, *setting)
+        assert continued.returncode == 0, continued.stderr
+        (one,), (other,) = run_directories(tmp_path, "whole"), run_directories(tmp_path, f"killed{stage}")
+        assert (one / "metrics.csv").read_bytes() == (other / "metrics.csv").read_bytes()
+        left_out = ("time", "memory")
+        assert {k: v for k, v in summary(one).items() if k not in left_out} == {
+            k: v for k, v in summary(other).items() if k not in left_out
+        }
+
+
+def test_a_damaged_checkpoint_is_passed_over(train: Train, tmp_path: Path) -> None:
+    assert train().returncode == 0
+    (directory,) = run_directories(tmp_path)
+    expected = (directory / "metrics.csv").read_bytes()
+    last = directory / "checkpoint" / "stage-0002.safetensors"
+    last.write_bytes(last.read_bytes()[:-100])
+    (directory / "metrics.csv").unlink()
+    (directory / "summary.json").unlink()
+    result = train()
+    assert result.returncode == 0, result.stderr
+    assert "continuing after stage 2 of 3" in result.stdout
+    assert (directory / "metrics.csv").read_bytes() == expected
+
+
+def test_the_second_process_in_a_run_directory_stops(folder: Path, train: Train, tmp_path: Path) -> None:
+    import fcntl
+
+    assert train().returncode == 0
+    (directory,) = run_directories(tmp_path)
+    (directory / "summary.json").unlink()
+    with open(directory / "run.lock", "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        result = train()
+    assert result.returncode == 1
+    assert "is in use by process" in result.stderr and "Traceback" not in result.stderr
+    assert train().returncode == 0
+
+
+def test_another_config_in_the_same_directory_is_refused_until_told_to_overwrite(
+    train: Train, tmp_path: Path
+) -> None:
+    assert train().returncode == 0
+    (directory,) = run_directories(tmp_path)
+    config = directory / "config.yaml"
+    config.write_text(config.read_text().replace("memory_size: 30000", "memory_size: 20000"))
+    refused = train()
+    assert refused.returncode == 2
+    assert "method.memory_size: 20000 -> 30000" in refused.stderr
+    assert train("overwrite=true").returncode == 0
+    assert train().stdout.count("finished already") == 1
+
+
+def test_help_lists_every_choice_and_imports_neither_torch_nor_wandb(train: Train) -> None:
+    result = train("--help", environment={"PYTHONPROFILEIMPORTTIME": "1"})
+    assert result.returncode == 0
+    for choice in ("patchcore", "wide_resnet50_2", "finetune", "mvtec", "alphabetical", "paper", "cuda"):
+        assert choice in result.stdout
+    imported = {line.rpartition("|")[2].strip() for line in result.stderr.splitlines()}
+    assert "hydra" in imported
+    assert not imported & {"torch", "wandb", "timm"}
