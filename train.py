@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-import hydra
-from omegaconf import DictConfig
+import os
+import sys
+from pathlib import Path
 
-from clbench.config import check, register_resolvers
+import hydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from clbench.config import check, explain, register_resolvers
 
 register_resolvers()
 
@@ -55,4 +61,10 @@ def main(config: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra hands its errors on, to be said in one line
+    try:
+        main()
+    except (HydraException, OmegaConfBaseException) as error:
+        folder = str(Path(__file__).parent.absolute() / "conf")
+        print(f"error: {explain(error, sys.argv[1:], folder)}", file=sys.stderr)
+        sys.exit(2)

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal, get_type_hints
 
 import hydra.utils
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, TypeAdapter, ValidationError
@@ -190,26 +192,36 @@ def _unknown(key: str, known: list[str]) -> UserError:
     return UserError(f"there is no setting {key}{hint}")
 
 
-def explain(
-    error: Exception, overrides: list[str], default: DictConfig, groups: dict[str, list[str]]
-) -> UserError:
-    """One line for what Hydra found wrong when it composed `overrides`.
+def explain(error: Exception, arguments: list[str], folder: str) -> UserError:
+    """One line for what Hydra found wrong with a command line, with the nearest that exists.
 
     Args:
-        default: the config without them, for the keys that there are.
-        groups: the options of each group.
+        arguments: of the command line, flags too.
+        folder: absolute, of the configs.
     """
-    keys = _keys(OmegaConf.to_container(default, resolve=False)) + list(groups)
+    overrides = [text for text in arguments if "=" in text and not text.startswith("-")]
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(folder, version_base="1.3"):
+        loader = GlobalHydra.instance().config_loader()
+        groups = {name: loader.get_group_options(name) for name in loader.list_groups("")}
+        chosen = []
+        for override in overrides:
+            key, _, values = override.partition("=")
+            if key not in groups or key == "hydra":
+                continue
+            for value in values.split(","):
+                if value not in groups[key]:
+                    nearest = difflib.get_close_matches(value, groups[key], n=1, cutoff=0.5)
+                    hint = f"nearest: {nearest[0]}; " if nearest else ""
+                    return UserError(
+                        f"{key}={value} does not exist; {hint}there are: {', '.join(groups[key])}"
+                    )
+            chosen.append(f"{key}={values.split(',')[0]}")
+        keys = [*_keys(OmegaConf.to_container(compose("config", chosen), resolve=False)), *groups]
     for override in overrides:
-        key, _, value = override.partition("=")
-        key = key.lstrip("+~")
-        if key in groups and value not in groups[key]:
-            close = difflib.get_close_matches(value, groups[key], n=1, cutoff=0.5)
-            hint = f"nearest: {close[0]}; " if close else ""
-            return UserError(f"{key}={value} does not exist; {hint}there are: {', '.join(groups[key])}")
-        owner = key.split(".")[0]
-        if key not in keys and f"'{key.split('.')[-1]}'" in str(error) or owner not in (*groups, *default):
-            return _unknown(key, [known for known in keys if not known.startswith("hydra")])
+        key = override.partition("=")[0].lstrip("+~").split("@")[0]
+        if not key.startswith("hydra") and key not in keys:
+            return _unknown(key, keys)
     return UserError(_first_line(error))
 
 

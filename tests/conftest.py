@@ -78,7 +78,8 @@ def command(folder: Path, outputs: Path, *overrides: str) -> list[str]:
         f"cache={outputs}/cache",
     )
     kept = [text for text in defaults if text.partition("=")[0] not in given]
-    return [sys.executable, "train.py", *kept, *overrides]
+    flags = [text for text in overrides if text.startswith("-")]
+    return [sys.executable, "train.py", *flags, *kept, *(text for text in overrides if text not in flags)]
 
 
 def run_directories(outputs: Path, experiment: str = "default") -> list[Path]:

@@ -66,7 +66,7 @@ def fabric(random: np.random.Generator, size: int) -> tuple[Array, Array]:
 
 
 def wood(random: np.random.Generator, size: int) -> tuple[Array, Array]:
-    x, y = grid(size, random.normal(0, 0.03), (random.uniform(-0.3, 0.3), 0))
+    x, _y = grid(size, random.normal(0, 0.03), (random.uniform(-0.3, 0.3), 0))
     rings = x + 0.05 * noise(random, size, 0.25, 3) + 0.004 * noise(random, size, 0.05, 6)
     grain = 0.5 + 0.5 * np.sin(2 * np.pi * 9 * rings + 2 * np.sin(2 * np.pi * 2.3 * rings))
     fibres = noise(random, size, 0.008, 12)
@@ -78,7 +78,7 @@ def wood(random: np.random.Generator, size: int) -> tuple[Array, Array]:
 
 
 def metal(random: np.random.Generator, size: int) -> tuple[Array, Array]:
-    x, y = grid(size, random.normal(0, 0.05))
+    x, _y = grid(size, random.normal(0, 0.05))
     streaks = noise(random, size, 0.9, 0.006) * 0.05 + noise(random, size, 0.3, 0.012) * 0.04
     glint = 0.12 * np.cos(2 * np.pi * (0.6 * x + random.uniform(-0.15, 0.15)))
     light = 0.62 + glint + streaks + 0.015 * noise(random, size, 0.01)
@@ -102,7 +102,9 @@ def leather(random: np.random.Generator, size: int) -> tuple[Array, Array]:
     pebbles = np.abs(noise(random, size, 0.022)) + 0.6 * np.abs(noise(random, size, 0.035))
     creases = np.clip(1 - 2.2 * pebbles, 0, 1)
     relief = cv2.GaussianBlur(creases, (0, 0), size / 250)
-    light = 0.85 - 0.35 * relief + 1.2 * cv2.Sobel(relief, cv2.CV_32F, 1, 1) + 0.03 * fractal(random, size, 0.4)
+    light = (
+        0.85 - 0.35 * relief + 1.2 * cv2.Sobel(relief, cv2.CV_32F, 1, 1) + 0.03 * fractal(random, size, 0.4)
+    )
     return shaded(colour(0.56, 0.3, 0.2), light), np.ones((size, size), np.float32)
 
 
@@ -119,7 +121,9 @@ def washer(random: np.random.Generator, size: int) -> tuple[Array, Array]:
     bevel = np.exp(-(((radius - 0.36) / 0.012) ** 2)) - np.exp(-(((radius - 0.19) / 0.012) ** 2))
     turned = 0.06 * np.sin(2 * np.pi * 55 * radius) + 0.12 * np.cos(2 * angle + random.uniform(0, 0.3))
     light = 0.62 + turned + 0.2 * bevel * np.cos(angle - 0.8) + 0.03 * noise(random, size, 0.012)
-    return blend(_backdrop(random, size, colour(0.13, 0.14, 0.17)), shaded(colour(0.95, 0.85, 0.62), light), body), body
+    return blend(
+        _backdrop(random, size, colour(0.13, 0.14, 0.17)), shaded(colour(0.95, 0.85, 0.62), light), body
+    ), body
 
 
 def capsule(random: np.random.Generator, size: int) -> tuple[Array, Array]:
@@ -127,13 +131,19 @@ def capsule(random: np.random.Generator, size: int) -> tuple[Array, Array]:
     distance = np.hypot(np.maximum(np.abs(x) - 0.2, 0), y) - 0.17
     body = edge(distance)
     across = np.clip(y / 0.17, -1, 1)
-    light = 0.55 + 0.5 * np.sqrt(np.clip(1 - (across + 0.25) ** 2 / 1.6, 0, 1)) + 0.02 * noise(random, size, 0.015)
+    light = (
+        0.55
+        + 0.5 * np.sqrt(np.clip(1 - (across + 0.25) ** 2 / 1.6, 0, 1))
+        + 0.02 * noise(random, size, 0.015)
+    )
     gloss = np.exp(-(((y + 0.09) / 0.02) ** 2)) * edge(np.abs(x) - 0.2, 0.03) * 0.35
     halves = np.where((x < 0)[..., None], colour(0.75, 0.16, 0.14), colour(0.93, 0.85, 0.62))
     seam = np.exp(-((x / 0.006) ** 2)) * 0.25
     picture = shaded(halves, light - seam) + gloss[..., None]
     for k in range(4):  # an imprint on the light half
-        bar = edge(np.maximum(np.abs(x - 0.07 - 0.045 * k) - 0.008, np.abs(y) - (0.05 if k % 2 else 0.03)), 0.005)
+        bar = edge(
+            np.maximum(np.abs(x - 0.07 - 0.045 * k) - 0.008, np.abs(y) - (0.05 if k % 2 else 0.03)), 0.005
+        )
         picture = blend(picture, colour(0.3, 0.25, 0.25), 0.8 * bar)
     shadow = 1 - 0.25 * edge(distance - 0.02, 0.05)
     return blend(shaded(_backdrop(random, size, colour(0.8, 0.82, 0.84)), shadow), picture, body), body
@@ -149,7 +159,9 @@ def gear(random: np.random.Generator, size: int) -> tuple[Array, Array]:
     body = edge(np.maximum.reduce([radius - teeth, 0.08 - radius, -holes]))
     ring = 0.08 * np.sign(np.sin(2 * np.pi * 6 * radius))
     light = 0.5 + ring * 0.6 + 0.06 * fractal(random, size, 0.06) + 0.1 * (0.5 - y)
-    below = shaded(_backdrop(random, size, colour(0.62, 0.55, 0.44)), 1 - 0.3 * edge(radius - teeth - 0.01, 0.04))
+    below = shaded(
+        _backdrop(random, size, colour(0.62, 0.55, 0.44)), 1 - 0.3 * edge(radius - teeth - 0.01, 0.04)
+    )
     return blend(below, shaded(colour(0.66, 0.7, 0.76), light), body), body
 
 
@@ -162,14 +174,18 @@ def circuit(random: np.random.Generator, size: int) -> tuple[Array, Array]:
         length = layout.uniform(0.12, 0.4)
         u, v = (x, y) if layout.random() < 0.5 else (y, x)
         trace = edge(np.maximum(np.abs(u - a) - length / 2, np.abs(v - b) - 0.008), 0.004)
-        board = blend(board, shaded(colour(0.62, 0.7, 0.34), 0.9 + 0.05 * noise(random, size, 0.02)), 0.85 * trace)
+        board = blend(
+            board, shaded(colour(0.62, 0.7, 0.34), 0.9 + 0.05 * noise(random, size, 0.02)), 0.85 * trace
+        )
         for end in (a - length / 2, a + length / 2):
             pad = edge(np.hypot(u - end, v - b) - 0.02, 0.004)
             board = blend(board, colour(0.85, 0.75, 0.45), pad)
             board = blend(board, colour(0.1, 0.1, 0.1), edge(np.hypot(u - end, v - b) - 0.008, 0.004))
     for cx, cy, w, h in ((-0.2, -0.2, 0.13, 0.09), (0.2, 0.14, 0.1, 0.13), (0.23, -0.25, 0.06, 0.06)):
         pins = np.maximum(np.abs(x - cx) - w - 0.025, np.abs(y - cy) - h + 0.01)
-        board = blend(board, colour(0.75, 0.76, 0.78), edge(pins, 0.004) * (np.sin(2 * np.pi * 24 * (y - cy)) > 0))
+        board = blend(
+            board, colour(0.75, 0.76, 0.78), edge(pins, 0.004) * (np.sin(2 * np.pi * 24 * (y - cy)) > 0)
+        )
         chip = edge(np.maximum(np.abs(x - cx) - w, np.abs(y - cy) - h), 0.004)
         board = blend(board, shaded(colour(0.12, 0.12, 0.13), 1 + 0.1 * noise(random, size, 0.01)), chip)
     return board, edge(np.maximum(np.abs(x), np.abs(y)) - 0.47)

@@ -152,7 +152,9 @@ def contamination(random: np.random.Generator, picture: Array, region: Array) ->
     around = _blot(random, region, 0.06, 0.1)
     for _ in range(random.integers(3, 8)):
         alpha = np.maximum(alpha, _blot(random, np.where(around > 0.5, 1, 0), 0.008, 0.022, 0.3))
-    hue = random.choice([0.08, 0.9]) + 0.15 * fractal(random, size, 0.03, 2)[..., None] * np.ones(3, np.float32)
+    hue = random.choice([0.08, 0.9]) + 0.15 * fractal(random, size, 0.03, 2)[..., None] * np.ones(
+        3, np.float32
+    )
     return blend(picture, np.clip(hue, 0, 1), 0.9 * alpha)
 
 
@@ -163,7 +165,10 @@ def deformation(random: np.random.Generator, picture: Array, region: Array) -> A
     pull = np.exp(-(x * x + y * y) / (2 * (radius / 2) ** 2)) * random.uniform(0.035, 0.06) * size
     angle = random.uniform(0, 2 * np.pi)
     rows, columns = np.mgrid[:size, :size].astype(np.float32)
-    moved = (columns + np.cos(angle) * pull).astype(np.float32), (rows + np.sin(angle) * pull).astype(np.float32)
+    moved = (
+        (columns + np.cos(angle) * pull).astype(np.float32),
+        (rows + np.sin(angle) * pull).astype(np.float32),
+    )
     bent = cv2.remap(picture, *moved, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT)
     return bent * (1 + 0.012 * (np.sin(angle) * y + np.cos(angle) * x) * pull)[..., None]
 
@@ -253,7 +258,9 @@ class Synthetic(Dataset):
         if category not in PRODUCTS:
             nearest = difflib.get_close_matches(category, PRODUCTS, n=1, cutoff=0.5)
             hint = f"nearest: {nearest[0]}; " if nearest else ""
-            raise UserError(f"dataset=synthetic has no category '{category}'; {hint}found: {', '.join(PRODUCTS)}")
+            raise UserError(
+                f"dataset=synthetic has no category '{category}'; {hint}found: {', '.join(PRODUCTS)}"
+            )
 
 
 def write(dataset: Synthetic, directory: Path) -> None:
@@ -267,13 +274,19 @@ def write(dataset: Synthetic, directory: Path) -> None:
     if directory.exists() and any(directory.iterdir()):
         raise UserError(f"{directory} is not empty: give a new directory")
     samples = [
-        sample for name in dataset.categories for split in ("train", "test") for sample in dataset.samples(name, split)
+        sample
+        for name in dataset.categories
+        for split in ("train", "test")
+        for sample in dataset.samples(name, split)
     ]
     for sample in track(samples, "drawing"):
         assert isinstance(sample, Drawn)
         image, mask = sample.read()
         folder = directory / sample.category
-        _save(folder / sample.split / sample.kind / f"{sample.index:03d}.png", cv2.cvtColor(image, cv2.COLOR_RGB2BGR))
+        _save(
+            folder / sample.split / sample.kind / f"{sample.index:03d}.png",
+            cv2.cvtColor(image, cv2.COLOR_RGB2BGR),
+        )
         if mask is not None:
             path = folder / "ground_truth" / sample.kind / f"{sample.index:03d}_mask.png"
             _save(path, 255 * mask.astype(np.uint8))

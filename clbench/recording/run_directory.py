@@ -71,8 +71,7 @@ class RunDirectory:
         Raises:
             UserError: another process holds it.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
-        with open(self.path / "run.lock", "a+") as file:
+        with self._writing(), open(self.path / "run.lock", "a+") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
@@ -85,6 +84,17 @@ class RunDirectory:
             file.write(f"process {os.getpid()} on {socket.gethostname()}")
             file.flush()
             yield
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Raise a UserError where the disk is full or may not be written."""
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"{self.path} cannot be written ({error.strerror or error}): free space there, "
+                "or set outputs=... to a folder that you may write to; what was finished is kept"
+            ) from error
 
     @contextmanager
     def reporting(self) -> Iterator[Callable[[Mapping[str, Any]], None]]:

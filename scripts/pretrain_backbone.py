@@ -1,0 +1,176 @@
+"""Pretrain the packaged backbone on procedural images alone: no dataset, no other network's weights.
+
+    python scripts/pretrain_backbone.py --minutes 8 --output clbench/weights/small.safetensors
+
+The pretext is dense: each image is a collage of procedural textures with warped borders, under random
+colour and light, and every position is to tell the recipe it was drawn by. Levels 1 to 3 each predict, so
+that each is discriminative on its own.
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+import timm
+import torch
+from rich.progress import Progress
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+MODEL = {"model_name": "resnet18", "features_only": True, "out_indices": (1, 2, 3)}
+CHANNELS = (32, 64, 128, 256)
+RECIPES = 160
+VARIANTS = 6  # pictures kept of each recipe
+SIDE = 160  # of those, pixels
+CROP = 96  # of a collage, pixels
+PARTS = 5  # recipes of a collage
+BATCH = 24
+
+
+def texture(recipe: int, variant: int) -> Tensor:
+    """One picture of a recipe, [3, SIDE, SIDE] in [0, 1]: the recipe fixes the statistics, not the pixels."""
+    style = torch.Generator().manual_seed(recipe)
+    random = torch.Generator().manual_seed(1_000_003 * (recipe + 1) + variant)
+
+    def between(low: float, high: float) -> float:
+        return low + (high - low) * float(torch.rand((), generator=style))
+
+    line = torch.linspace(-0.5, 0.5, SIDE)
+    y, x = torch.meshgrid(line, line, indexing="ij")
+    phase = 6.3 * torch.rand(4, generator=random)
+    angle, frequency = between(0, 3.14), 2 ** between(2.5, 5.5)
+    u = x * torch.tensor(angle).cos() + y * torch.tensor(angle).sin()
+    v = y * torch.tensor(angle).cos() - x * torch.tensor(angle).sin()
+    bend = between(0, 0.03) * spectral(random, 2.0, 1.0, 0.0)
+    kind = recipe % 8
+    if kind == 0:  # clouds and grain of some power law and direction
+        field = spectral(random, between(0.3, 2.2), between(1, 6), angle)
+    elif kind == 1:  # stripes
+        wave = torch.sin(frequency * 6.3 * (u + bend) + phase[0])
+        field = wave.sign() * wave.abs() ** between(0.2, 1.5)
+    elif kind == 2:  # woven or tiled
+        aspect = between(0.5, 2)
+        wave = torch.sin(6.3 * frequency * (u + bend) + phase[0]) * torch.sin(
+            6.3 * frequency * aspect * v + phase[1]
+        )
+        field = wave.sign() * wave.abs() ** between(0.1, 1)
+    elif kind == 3:  # cells
+        count = int(between(30, 300))
+        first, second = cells(random, count, x, y)
+        field = (second - first) * count**0.5 if between(0, 1) < 0.5 else first * count**0.5
+    elif kind == 4:  # spots
+        count = int(between(40, 400))
+        first, _ = cells(random, count, x, y)
+        field = torch.sigmoid((between(0.2, 0.5) / count**0.5 - first) * 150)
+    elif kind == 5:  # broken marks along a direction
+        band = spectral(random, between(0.5, 1.0), between(4, 10), angle)
+        field = torch.sigmoid(between(3, 8) * (band - between(0.3, 1)))
+    elif kind == 6:  # ridges and creases
+        field = -spectral(random, between(1, 1.8), between(1, 3), angle).abs()
+    else:  # rings
+        centre = torch.rand(2, generator=random) - 0.5
+        field = torch.sin(6.3 * frequency * (torch.hypot(x - centre[0], y - centre[1]) + bend))
+    field = (field - field.mean()) / (field.std() + 1e-6)
+    fine = between(0, 0.6) * spectral(random, between(0, 1), 1.0, 0.0)
+    mix = torch.sigmoid(between(0.7, 2) * field + fine)
+    dark, bright = torch.rand(3, 1, 1, generator=style), torch.rand(3, 1, 1, generator=style)
+    return (dark + (bright - dark) * mix).clamp(0, 1)
+
+
+def spectral(random: torch.Generator, slope: float, stretch: float, angle: float) -> Tensor:
+    """Noise [SIDE, SIDE] with a power law of frequency, elongated by `stretch` along a direction."""
+    fy, fx = torch.fft.fftfreq(SIDE)[:, None], torch.fft.rfftfreq(SIDE)[None]
+    turn = torch.tensor(angle)
+    along, across = fx * turn.cos() + fy * turn.sin(), fy * turn.cos() - fx * turn.sin()
+    radius = torch.hypot(along * stretch, across / stretch) + 1 / SIDE
+    white = torch.fft.rfft2(torch.randn(SIDE, SIDE, generator=random))
+    field = torch.fft.irfft2(white * radius**-slope, s=(SIDE, SIDE))
+    return (field - field.mean()) / field.std()
+
+
+def cells(random: torch.Generator, count: int, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Distance of every position to the nearest and second nearest of `count` random points."""
+    points = torch.rand(count, 2, generator=random) - 0.5
+    distances = torch.cdist(torch.stack([x, y], -1).view(-1, 2), points)
+    nearest = distances.topk(2, largest=False).values.view(SIDE, SIDE, 2)
+    return nearest[..., 0], nearest[..., 1]
+
+
+def collages(bank: Tensor, random: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Images [BATCH, 3, CROP, CROP] in [0, 1] and the recipe at every position, int64 [BATCH, CROP, CROP]."""
+    recipes = torch.randint(RECIPES, (BATCH, PARTS), generator=random)
+    variants = torch.randint(VARIANTS, (BATCH, PARTS), generator=random)
+    scale = 0.35 + 0.65 * torch.rand(BATCH * PARTS, 1, 1, generator=random)
+    turn = 0.25 * torch.randn(BATCH * PARTS, generator=random)
+    rotation = torch.stack([turn.cos(), -turn.sin(), turn.sin(), turn.cos()], 1).view(-1, 2, 2)
+    shift = (1 - scale) * (2 * torch.rand(BATCH * PARTS, 2, 1, generator=random) - 1)
+    affine = torch.cat([rotation * (0.6 + 0.0 * scale), 0.4 * shift], 2)
+    pictures = bank[recipes, variants].view(-1, 3, SIDE, SIDE)
+    where = F.affine_grid(affine, [len(pictures), 3, CROP, CROP], align_corners=False)
+    parts = F.grid_sample(pictures, where, padding_mode="reflection", align_corners=False)
+    parts = parts.view(BATCH, PARTS, 3, CROP, CROP)
+    # Colours vary more than a recipe's own do, so that colour alone does not tell the recipe.
+    shape = (BATCH, PARTS, 3, 1, 1)
+    parts = parts * (1 + 0.25 * torch.randn(shape, generator=random)) + 0.12 * torch.randn(
+        shape, generator=random
+    )
+    coarse = torch.randn(BATCH, PARTS, 4, 4, generator=random)
+    rough = 0.35 * torch.randn(BATCH, PARTS, 14, 14, generator=random)
+    fields = sum(F.interpolate(part, size=(CROP, CROP), mode="bicubic") for part in (coarse, rough))
+    owner = fields.argmax(1)
+    images = parts.gather(1, owner[:, None, None].expand(-1, -1, 3, -1, -1))[:, 0]
+    light = F.interpolate(
+        1 + 0.15 * torch.randn(BATCH, 1, 3, 3, generator=random), size=(CROP, CROP), mode="bicubic"
+    )
+    noisy = images * light + 0.015 * torch.randn(images.shape, generator=random)
+    return noisy.clamp(0, 1), recipes.gather(1, owner.flatten(1)).view_as(owner)
+
+
+def main() -> None:
+    """Train for some minutes and write the weights."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--minutes", type=float, default=8)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, default=Path("clbench/weights/small.safetensors"))
+    given = parser.parse_args()
+    torch.manual_seed(given.seed)
+    random = torch.Generator().manual_seed(given.seed)
+    bank = torch.stack([torch.stack([texture(r, v) for v in range(VARIANTS)]) for r in range(RECIPES)])
+    network = timm.create_model(**MODEL, pretrained=False, channels=CHANNELS)
+    heads = nn.ModuleList(nn.Conv2d(size, RECIPES, 1) for size in CHANNELS[:3])
+    parameters = [*network.parameters(), *heads.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=2e-3, weight_decay=0.02)
+    mean, deviation = (
+        torch.tensor(values).view(1, 3, 1, 1) for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    )
+    begin, smooth, step = time.monotonic(), 0.0, 0
+    with Progress() as progress:
+        row = progress.add_task("pretraining", total=60 * given.minutes)
+        while (elapsed := time.monotonic() - begin) < 60 * given.minutes:
+            left = 1 - elapsed / (60 * given.minutes)
+            for group in optimizer.param_groups:
+                group["lr"] = 2e-3 * min(1, (step + 1) / 100) * max(left, 0.01)
+            images, labels = collages(bank, random)
+            losses = []
+            for level, head in zip(network((images - mean) / deviation), heads, strict=True):
+                logits = head(level)
+                # Positions near a border see both sides; nearest labels are what is asked of them all the same.
+                target = F.interpolate(labels[:, None].float(), size=logits.shape[-2:]).long()[:, 0]
+                losses.append(F.cross_entropy(logits, target))
+            loss = sum(losses)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            step += 1
+            smooth = 0.98 * smooth + 0.02 * float(loss)
+            progress.update(
+                row, completed=elapsed, description=f"step {step}, loss {smooth / (1 - 0.98**step):.2f}"
+            )
+    print(f"{step} steps, last losses by level {[round(float(one), 2) for one in losses]}")
+    given.output.parent.mkdir(parents=True, exist_ok=True)
+    save_file({name: tensor.contiguous() for name, tensor in network.state_dict().items()}, given.output)
+
+
+if __name__ == "__main__":
+    main()
