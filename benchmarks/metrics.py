@@ -88,7 +88,7 @@ def timed(call: Callable, *arguments: np.ndarray, repeats: int = 1):
     return result, min(seconds)
 
 
-def table() -> Table:
+def table(checkpoint: str | None = None, root: str | None = None) -> Table:
     """Seconds of each way, its ratio to ours for all four metrics, and the difference in value."""
     maps, masks = synthetic_task()
     pixel_metrics(maps[:10], masks[:10])  # first calls load libraries

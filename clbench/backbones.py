@@ -1,12 +1,10 @@
-"""Frozen feature pyramids from timm, and the store that lets a frozen network see an image once per run."""
+"""Frozen feature pyramids from timm: a network sees an image once per run."""
 
 import difflib
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import timm
 import torch
 from pydantic import NonNegativeInt, PositiveInt
@@ -15,7 +13,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from clbench.errors import UserError
-from clbench.randomness import generator, seed_for
+from clbench.feature_store import FeatureStore
+from clbench.randomness import seed_for
 
 PACKAGED = "package:"  # a checkpoint that the package ships
 
@@ -201,7 +200,7 @@ class FeaturePyramid(nn.Module):
         self,
         network: nn.Module,
         whole_parameters: int,
-        store: "FeatureStore",
+        store: FeatureStore,
         batch_size: int,
         dtype: torch.dtype | None = None,
     ):
@@ -222,6 +221,7 @@ class FeaturePyramid(nn.Module):
 
     def train(self, mode: bool = True) -> "FeaturePyramid":
         """Always in evaluation mode: frozen normalisation statistics stay as they are."""
+        self.store.learning = mode
         return super().train(False)
 
     def forward(self, images: Tensor) -> list[Tensor]:
@@ -262,66 +262,3 @@ def _info(network: nn.Module) -> Any:
 def unit(images: Tensor) -> Tensor:
     """Images as float32 in [0, 1]: uint8 is divided by 255, floats are what they should be already."""
     return images.float() / 255 if images.dtype == torch.uint8 else images
-
-
-class FeatureStore:
-    """Levels of features by image content: in memory up to a limit, then in a temporary file, then not at all.
-
-    Content is what an image is known by, so the same image is found again in any stage, split or replay
-    buffer, and a detector need not know that there is a store. First come, first kept: with passes in the
-    same order over and over, throwing old entries out would only make every pass miss.
-
-    Attributes:
-        paused: True while nothing is to be found or kept.
-    """
-
-    def __init__(self, memory_limit: int, disk_limit: int):
-        self.memory_limit, self.disk_limit = memory_limit, disk_limit
-        self.memory_used = self.disk_used = 0
-        self.paused = False
-        self._entries: dict[tuple[int, int], list[Tensor]] = {}
-        self._weights: Tensor | None = None
-
-    def keys(self, images: Tensor) -> list[tuple[int, int]]:
-        """Two independent 64-bit sums over the pixels of each image [B, 3, H, W], computed on its device."""
-        flat = images.reshape(len(images), -1)
-        flat = flat.view(torch.int32) if flat.dtype == torch.float32 else flat
-        if self._weights is None or self._weights.shape[1] != flat.shape[1]:
-            bounds = -(2**62), 2**62
-            random = generator(0, "feature store")
-            self._weights = torch.randint(*bounds, (2, flat.shape[1]), generator=random) | 1
-        weights = self._weights = self._weights.to(images.device)
-        # One image and one sum at a time: products of a whole batch would take 16 times its bytes.
-        sums = torch.stack([torch.stack([(row * weight).sum() for weight in weights]) for row in flat])
-        return [(first, second) for first, second in sums.tolist()]
-
-    def get(self, key: tuple[int, int]) -> list[Tensor] | None:
-        """The levels [C_l, H_l, W_l] of an image, or None."""
-        return None if self.paused else self._entries.get(key)
-
-    def put(self, key: tuple[int, int], levels: list[Tensor]) -> None:
-        """Keep the levels of an image, where there is room for them."""
-        size = sum(level.numel() * level.element_size() for level in levels)
-        if self.paused or key in self._entries:
-            return
-        if self.memory_used + size <= self.memory_limit:
-            self._entries[key] = [level.clone() for level in levels]
-            self.memory_used += size
-        elif self.disk_used + size <= self.disk_limit and (kept := self._spill(levels)) is not None:
-            self._entries[key] = kept
-            self.disk_used += size
-
-    def _spill(self, levels: list[Tensor]) -> list[Tensor] | None:
-        """The same levels, mapped from an unnamed temporary file, or None where the disk has no room."""
-        kept = []
-        try:
-            for level in levels:
-                with tempfile.TemporaryFile() as file:
-                    file.write(level.cpu().contiguous().numpy().data)
-                    file.flush()
-                    array = np.memmap(file, dtype=np.float32, mode="c", shape=tuple(level.shape))
-                    kept.append(torch.from_numpy(array))
-        except OSError:
-            self.disk_limit = self.disk_used  # computing again is slower, but it is right
-            return None
-        return kept

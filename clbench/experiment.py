@@ -60,6 +60,7 @@ def run(
         begin = time.perf_counter()
         train = [tasks[task].train.images for task in stages[stage]]
         strategy.learn(stage, (torch.cat(train) if len(train) > 1 else train[0]).to(device))
+        strategy.detector.release(strategy.stored_images())
         seconds["train_s"] += time.perf_counter() - begin
 
         begin = time.perf_counter()

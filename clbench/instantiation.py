@@ -1,10 +1,10 @@
 """From a checked config to the objects it names."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from hydra.utils import instantiate
+from hydra.utils import get_class, instantiate
 
 from clbench.backbones import Backbone
 from clbench.config import arguments
@@ -14,6 +14,8 @@ from clbench.data.stream import Task
 from clbench.errors import UserError
 from clbench.methods.base import Detector, Progress
 from clbench.strategies.base import Strategy
+
+Kind = TypeVar("Kind")
 
 
 def device(gpu: dict[str, Any]) -> torch.device:
@@ -58,14 +60,18 @@ def detector(config: dict[str, Any]) -> Detector:
     """The method's detector on its backbone, fresh."""
     gpu = config["gpu"]
     backbone = Backbone(**config["backbone"], precision=gpu["precision"], compile=gpu["compile"])
-    return instantiate(arguments(config, "method"), backbone=backbone, seed=config["seed"], _convert_="all")
+    return _build(config, "method", Detector, backbone=backbone, seed=config["seed"])
 
 
 def strategy(config: dict[str, Any], detector: Detector) -> Strategy:
     """The strategy that takes a detector through the stream."""
-    return instantiate(
-        arguments(config, "strategy"),
-        detector,
-        seed=config["seed"],
-        replay_size=config["replay"]["size"],
-    )
+    own = {"seed": config["seed"], "replay_size": config["replay"]["size"]}
+    return _build(config, "strategy", Strategy, detector, **own)
+
+
+def _build(config: dict[str, Any], node: str, kind: type[Kind], *parts: Any, **own: Any) -> Kind:
+    """What a node's `_target_` names, which must be of that kind: a config that is loaded cannot run code."""
+    chosen = arguments(config, node)
+    if not issubclass(get_class(chosen["_target_"]), kind):
+        raise UserError(f"{node}._target_={chosen['_target_']} is not a {kind.__module__}.{kind.__name__}")
+    return instantiate(chosen, *parts, **own, _convert_="all", _recursive_=False)

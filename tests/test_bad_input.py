@@ -1,12 +1,15 @@
 """Each mistake gets one line that names the thing, the value and the way out, and leaves nothing behind."""
 
+import json
+import resource
 import shutil
+import subprocess
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
-from conftest import Train
+from conftest import ROOT, Train, command, run_directories
 
 MISTAKES = [
     (["metod=padim"], "metod", "nearest: method"),
@@ -130,6 +133,27 @@ def test_offline_without_weights_says_which_file_to_put_where(train: Train) -> N
 def test_outputs_that_cannot_be_written(train: Train, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     assert_refused(train(f"outputs={tmp_path}/file"), "file", "outputs=")
+
+
+def test_a_full_disk_loses_nothing(folder: Path, tmp_path: Path) -> None:
+    """No file may grow beyond 200 kB: images and tables fit, checkpoints do not."""
+    given = command(folder, tmp_path, "backbone.arguments.channels=[8,16,256,512]")
+    limits = (200_000, 200_000)
+    full = subprocess.run(
+        given,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limits),
+    )
+    assert_refused(full, "stage-0000.safetensors", "File too large", "free space there")
+    (directory,) = run_directories(tmp_path)
+    assert not list(directory.rglob("*.part")) and not list(directory.rglob("*.safetensors"))
+    assert json.loads((directory / "summary.json").read_text())["status"] == "failed"
+    again = subprocess.run(given, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert again.returncode == 0, again.stderr
+    assert json.loads((directory / "summary.json").read_text())["status"] == "complete"
 
 
 def test_one_bad_run_stops_a_sweep_before_the_first_starts(train: Train, tmp_path: Path) -> None:

@@ -8,7 +8,8 @@ import torch
 from scipy.ndimage import gaussian_filter
 from torch.nn import functional as F
 
-from clbench.backbones import Backbone, FeatureStore
+from clbench.backbones import Backbone
+from clbench.feature_store import FeatureStore
 from clbench.methods.maps import to_image_size
 from clbench.methods.nearest import nearest
 from clbench.methods.padim import PaDiM
@@ -179,6 +180,39 @@ def test_the_network_sees_an_image_once_within_the_budget(memory: int, disk: int
     kept = min(30, memory // size + disk // size)
     assert pyramid.store.memory_used <= memory and pyramid.store.disk_used <= disk
     assert sum(seen) == 16 * (2 + math.ceil((30 - kept) / 16))
+
+
+def test_features_of_training_images_make_room_for_the_next_stage(backbone: Backbone) -> None:
+    pyramid = backbone.pyramid([2, 3])
+    size = sum(level[0].numel() * 4 for level in pyramid(images(1, 9)))
+    for memory, disk in ((12 * size, 0), (0, 12 * size), (5 * size, 7 * size)):
+        store = pyramid.store = FeatureStore(memory, disk)
+        test = images(4, 0)
+        pyramid.train(False)
+        before = pyramid(test)
+        for stage in (1, 2, 3):
+            train = images(8, stage)
+            pyramid.train(True)
+            first = pyramid(train)
+            for one, two in zip(first, pyramid(train), strict=True):
+                assert torch.equal(one, two)
+            assert store.memory_used + store.disk_used == 12 * size
+            store.release(keep=train[:2])
+            assert store.memory_used + store.disk_used == 6 * size
+            assert all(store.get(key) for key in store.keys(torch.cat([test, train[:2]])))
+            assert not any(store.get(key) for key in store.keys(train[2:]))
+        pyramid.train(False)
+        for one, two in zip(before, pyramid(test), strict=True):
+            assert torch.equal(one, two)
+
+
+def test_patches_of_a_task_beyond_the_memory_limit_go_to_disk() -> None:
+    settings = {"pretrained": False, "arguments": {"channels": [8, 16, 32, 64]}}
+    ample, tight = (
+        learn(PatchCore(Backbone("resnet18", **settings, feature_memory_mb=mb), layers=[2, 3]), images(30, 0))
+        for mb in (2000, 0)
+    )
+    assert torch.equal(ample.bank, tight.bank)
 
 
 def test_footprints_of_the_paper() -> None:

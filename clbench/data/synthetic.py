@@ -128,7 +128,7 @@ def stain(random: np.random.Generator, picture: Array, region: Array) -> Array:
 
 def discolouration(random: np.random.Generator, picture: Array, region: Array) -> Array:
     alpha = cv2.GaussianBlur(_blot(random, region, 0.06, 0.12), (0, 0), len(region) / 90) * region
-    gains = 1 + random.choice([-1, 1], 3) * random.uniform(0.15, 0.4, 3)
+    gains = 1 + random.choice([-1, 1], 3) * random.uniform(0.12, 0.3, 3)
     return blend(picture, picture * gains.astype(np.float32), alpha)
 
 
@@ -141,7 +141,7 @@ def hole(random: np.random.Generator, picture: Array, region: Array) -> Array:
 
 def thread(random: np.random.Generator, picture: Array, region: Array) -> Array:
     alpha = _line(random, region, random.uniform(0.25, 0.45), random.uniform(0.007, 0.011), 0.05)
-    hue = random.uniform(0.05, 0.95, 3).astype(np.float32)
+    hue = np.clip(random.uniform(0.1, 0.9) + random.uniform(-0.15, 0.15, 3), 0.02, 1).astype(np.float32)
     shadow = np.roll(alpha, len(alpha) // 80, axis=(0, 1))
     return blend(picture * (1 - 0.4 * shadow[..., None]), hue, 0.9 * alpha)
 

@@ -72,6 +72,12 @@ class Detector(nn.Module):
             for store in stores:
                 store.paused = False
 
+    def release(self, keep: Tensor | None) -> None:
+        """Let go of the features of training images, but for those that will be learned again."""
+        for module in self.modules():
+            if isinstance(module, FeaturePyramid):
+                module.store.release(keep)
+
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Take over what `kept_state` of another detector gave; buffers may have other sizes here."""
         for name, tensor in state.items():

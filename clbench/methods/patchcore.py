@@ -1,5 +1,6 @@
 """PatchCore: distance to the nearest of the memorised normal patches (Roth et al., 2022)."""
 
+import tempfile
 from typing import Annotated
 
 import torch
@@ -9,11 +10,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from clbench.backbones import Backbone
+from clbench.errors import UserError
+from clbench.feature_store import on_disk
 from clbench.methods.base import Detector, Prediction
 from clbench.methods.coreset import farthest_first, projection
 from clbench.methods.maps import to_image_size
 from clbench.methods.nearest import nearest
 from clbench.randomness import generator
+
+_CHUNK = 65_536  # patches projected at a time
 
 
 class PatchCore(Detector):
@@ -70,9 +75,28 @@ class PatchCore(Detector):
         """Collects the patches of images [B, 3, H, W]."""
         patches = self.patches(images).flatten(0, 2)
         if not self._filled:  # one block for the whole task: appending would need twice the memory
-            self._patches = patches.new_empty(self._expected * len(patches) // len(images), patches.shape[1])
+            self._patches = self._block(self._expected * len(patches) // len(images), patches)
         self._patches[self._filled : self._filled + len(patches)] = patches
         self._filled += len(patches)
+
+    def _block(self, rows: int, like: Tensor) -> Tensor:
+        """Room for a task's patches: on their device, or on disk beyond the backbone's memory limit.
+
+        Raises:
+            UserError: the disk has no room either.
+        """
+        limit = self.pyramid.store.memory_limit
+        needed = 4 * rows * like.shape[1]
+        if needed <= limit:
+            return like.new_empty(rows, like.shape[1])
+        try:
+            return on_disk(rows * like.shape[1]).view(rows, -1)
+        except OSError as error:
+            raise UserError(
+                f"the {rows:,} patches of this task take {needed / 1e6:,.0f} MB: more than "
+                f"backbone.feature_memory_mb={limit // 10**6} and than {tempfile.gettempdir()} has room for; "
+                "raise the one, or set TMPDIR to a folder with more room"
+            ) from error
 
     def finish_task(self) -> None:
         """Algorithm 2: every task, old or new, keeps memory_size / tasks patches."""
@@ -80,13 +104,14 @@ class PatchCore(Detector):
         share = max(self.memory_size // (len(self.bank_sizes) + 1), 1)
         random = generator(self.seed, "coreset", self._task)
         start = int(torch.randint(len(patches), (1,), generator=random))
-        plane = projection(patches.shape[1], len(patches), self.epsilon, random).to(patches)
+        plane = projection(patches.shape[1], len(patches), self.epsilon, random).to(self.bank)
+        projected = torch.cat([part.to(plane.device) @ plane for part in patches.split(_CHUNK)])
         chosen = farthest_first(
-            patches @ plane, share, start, progress=lambda done: self.progress("coreset", done, share)
+            projected, share, start, progress=lambda done: self.progress("coreset", done, share)
         )
         # Farthest-first order is nested: the coreset of an old coreset is its beginning.
         kept = [old[:share] for old in self.bank.split(self.bank_sizes.tolist())]
-        self.bank = torch.cat([*kept, patches[chosen]])
+        self.bank = torch.cat([*kept, patches[chosen.to(patches.device)].to(self.bank)])
         self.bank_sizes = torch.tensor([len(part) for part in (*kept, chosen)], device=self.bank.device)
         del self._patches
 

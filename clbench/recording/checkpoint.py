@@ -17,7 +17,14 @@ def save(directory: Path, stage: int, tensors: dict[str, Tensor], data: dict[str
     """Write the checkpoint of a finished stage, then remove all but the newest two."""
     contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     metadata = {"data": json.dumps(data)}
-    write_whole(_path(directory, stage), lambda part: save_file(contiguous, part, metadata))
+
+    def write(part: Path) -> None:
+        try:
+            save_file(contiguous, part, metadata)
+        except SafetensorError as error:
+            raise OSError(str(error)) from error
+
+    write_whole(_path(directory, stage), write)
     for old in _newest_first(directory)[_KEPT:]:
         old.unlink()
 

@@ -71,7 +71,12 @@ class RunDirectory:
         Raises:
             UserError: another process holds it.
         """
-        with self._writing(), open(self.path / "run.lock", "a+") as file:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            file = open(self.path / "run.lock", "a+")  # noqa: SIM115
+        except OSError as error:
+            raise _cannot_write(self.path, error) from error
+        with file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
@@ -80,21 +85,11 @@ class RunDirectory:
                     f"{self.path} is in use by {file.read().strip() or 'another process'}: "
                     "wait for it, or give this run another experiment=NAME"
                 ) from error
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}")
-            file.flush()
+            with suppress(OSError):  # on a full disk the lock holds, only without a name
+                file.truncate(0)
+                file.write(f"process {os.getpid()} on {socket.gethostname()}")
+                file.flush()
             yield
-
-    @contextmanager
-    def _writing(self) -> Iterator[None]:
-        """Raise a UserError where the disk is full or may not be written."""
-        try:
-            yield
-        except OSError as error:
-            raise UserError(
-                f"{self.path} cannot be written ({error.strerror or error}): free space there, "
-                "or set outputs=... to a folder that you may write to; what was finished is kept"
-            ) from error
 
     @contextmanager
     def reporting(self) -> Iterator[Callable[[Mapping[str, Any]], None]]:
@@ -113,7 +108,7 @@ class RunDirectory:
         except Exception as error:
             if about:
                 reason = f"{type(error).__name__}: {error}"
-                with suppress(OSError):  # where nothing can be written, the error itself matters more
+                with suppress(UserError):  # where nothing can be written, the error itself matters more
                     self.write_summary({**about, "status": "failed", "reason": reason})
             raise
 
@@ -138,13 +133,27 @@ class RunDirectory:
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """A file that appears under its name only when it is complete and on the disk: beside, flushed, renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """A file that appears under its name only when it is complete and on the disk: beside, flushed, renamed.
+
+    Raises:
+        UserError: the disk is full or may not be written.
+    """
     part = path.with_name(f".{path.name}.part")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         write(part)
         with open(part, "rb") as file:
             os.fsync(file.fileno())
         part.replace(path)
+    except OSError as error:
+        raise _cannot_write(path, error) from error
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+
+
+def _cannot_write(path: Path, error: OSError) -> UserError:
+    return UserError(
+        f"{path} cannot be written ({error.strerror or error}): free space there, "
+        "or set outputs=... to a folder that you may write to; what was finished is kept"
+    )

@@ -33,9 +33,13 @@ class Strategy:
         """Learn a stage from its images, uint8 [N, 3, H, W]."""
         raise NotImplementedError
 
+    def detector_for(self, task: int) -> Detector:
+        """The detector that predicts a task's images; only `single` may look at which task it is."""
+        return self.detector
+
     def predict(self, images: Tensor, task: int) -> Prediction:
-        """Predict images of a task; only `single` may look at which task it is."""
-        return self.detector(images)
+        """Predict images, uint8 [B, 3, H, W], of a task."""
+        return self.detector_for(task)(images)
 
     def unchanged(self, stage: int, learned: int) -> bool:
         """Whether the predictions for a task learned at stage `learned` are still those of stage - 1."""
@@ -59,6 +63,7 @@ class Strategy:
 
     def fit(self, detector: Detector, stage: int, images: Tensor) -> None:
         """The one training loop: steps over the images, epoch by epoch."""
+        detector.train()
         detector.start_task(stage, images)
         for _ in range(detector.epochs):
             for begin in range(0, len(images), detector.batch_size):

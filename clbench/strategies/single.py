@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from clbench.methods.base import Detector, Prediction
+from clbench.methods.base import Detector
 from clbench.strategies.base import Strategy, fresh, kept_state, part
 
 
@@ -25,12 +25,12 @@ class Single(Strategy):
         self._learned.append(kept_state(detector))
         self.detector, self._loaded = detector, stage
 
-    def predict(self, images: Tensor, task: int) -> Prediction:
+    def detector_for(self, task: int) -> Detector:
         model = min(task, len(self._learned) - 1)  # an unseen task has no model yet: the newest judges it
         if self._loaded != model:
             self.detector.restore(self._learned[model])
             self._loaded = model
-        return self.detector(images)
+        return self.detector
 
     def unchanged(self, stage: int, learned: int) -> bool:
         return learned < stage

@@ -1,0 +1,35 @@
+"""The measured figures that the README quotes: make bench, or
+
+    python -m benchmarks [NAME ...] [--checkpoint FILE] [--root FOLDER]
+
+NAME: coreset, metrics, kernels, phases, footprints, backbones; all of them where none is given. Absolute times are this
+machine's; the ratios within a table are what carries over. A checkpoint (of timm's resnet18) and a root (an
+MVTec AD layout) replace random weights and synthetic images where a table takes features of images.
+"""
+
+import argparse
+import importlib
+
+from rich.console import Console
+
+NAMES = ("coreset", "metrics", "kernels", "phases", "footprints", "backbones")
+
+
+def main() -> None:
+    """Print the tables asked for, each when it is measured."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("names", nargs="*", choices=[[], *NAMES], metavar="NAME")
+    parser.add_argument("--checkpoint", help="weights of timm's resnet18, .safetensors or .pth")
+    parser.add_argument("--root", help="a folder of categories in the MVTec AD layout")
+    given = parser.parse_args()
+    console = Console(width=120)
+    for name in given.names or NAMES:
+        table = importlib.import_module(f"benchmarks.{name}").table(given.checkpoint, given.root)
+        console.print(table)
+        console.print()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+"""Whole runs from Python, timed by phase: what train.py does, in a temporary directory."""
+
+import tempfile
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra import compose, initialize_config_dir
+
+from clbench import experiment, footprint, instantiation
+from clbench.backbones import FeaturePyramid
+from clbench.config import check, register_resolvers
+from clbench.recording.provenance import identity
+from clbench.recording.run_directory import RunDirectory
+from clbench.terminal import Display
+
+CONF = Path(__file__).parent.parent / "conf"
+
+
+class Stopwatch(Display):
+    """A display that shows no lines, and knows how many seconds each phase took.
+
+    What passes between two reports belongs to the phase of the later one: phases report what is done.
+    """
+
+    def __init__(self, run: str):
+        super().__init__(run)
+        self.seconds: dict[str, float] = defaultdict(float)
+        self._last = time.perf_counter()
+
+    def spent(self, phase: str) -> None:
+        """Everything since the last report was spent on this."""
+        now = time.perf_counter()
+        self.seconds[phase] += now - self._last
+        self._last = now
+
+    def progress(self, phase: str, done: int, total: int) -> None:
+        super().progress(phase, done, total)
+        self.spent(phase)
+
+    def heading(self, text: str) -> None:
+        super().heading(text)
+        self.spent("metrics" if "evaluating" in self.seconds else "start")
+
+    def line(self, text: str) -> None:
+        self.spent("metrics")
+
+    def table(self, table: Any) -> None:
+        self.spent("measuring inference time")
+
+
+def run(*overrides: str) -> tuple[dict[str, Any], dict[str, float]]:
+    """A run's summary, and seconds by phase; `backbone` is the part of the others spent in the network."""
+    register_resolvers()
+    with initialize_config_dir(str(CONF.absolute()), version_base="1.3"):
+        settings = check(compose("config", list(overrides)))
+    device = instantiation.device(settings["gpu"])
+    footprint.reset_peak(device)
+    with tempfile.TemporaryDirectory() as folder, Stopwatch(",".join(overrides)) as display:
+        tasks = instantiation.tasks(settings, display.progress)
+        detector = instantiation.detector(settings).to(device)
+        inside = [0.0]
+        for module in detector.modules():
+            if isinstance(module, FeaturePyramid):
+                _time(module.network, inside)
+        strategy = instantiation.strategy(settings, detector)
+        about = identity(settings, [task.name for task in tasks])
+        display.spent("start")
+        summary = experiment.run(
+            strategy,
+            tasks,
+            RunDirectory(folder),
+            display,
+            device,
+            about,
+            evaluate=settings["evaluate"],
+            maps=False,
+        )
+    return summary, {**display.seconds, "backbone": inside[0]}
+
+
+def _time(network: torch.nn.Module, total: list[float]) -> None:
+    """Add the seconds of every forward pass of a network to total[0]."""
+    begin = [0.0]
+
+    def before(*_: Any) -> None:
+        begin[0] = time.perf_counter()
+
+    def after(*_: Any) -> None:
+        total[0] += time.perf_counter() - begin[0]
+
+    network.register_forward_pre_hook(before)
+    network.register_forward_hook(after)
