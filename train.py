@@ -68,3 +68,6 @@ if __name__ == "__main__":
         folder = str(Path(__file__).parent.absolute() / "conf")
         print(f"error: {explain(error, sys.argv[1:], folder)}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted: the same command continues after the last finished task", file=sys.stderr)
+        sys.exit(130)

@@ -7,6 +7,7 @@ from types import TracebackType
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from typing_extensions import Self
@@ -124,21 +125,24 @@ def run_table(
 
 
 def sweep_table(runs: Sequence[tuple[Path, Mapping[str, Any] | None]]) -> Table:
-    """A row a run, from their directories' summaries."""
+    """A row a run, from their directories' summaries, named by what it does not share with the others."""
+    names = [path.name.split(",") for path, _ in runs]
+    shared = set(names[0]).intersection(*names[1:])
     table = Table(title="mean over tasks after the last stage", title_justify="left")
     table.add_column("run", overflow="fold")
     for metric in SHOWN:
         table.add_column(TITLES[metric], justify="right")
     for title in ("F1 forgotten", "kept MB", "peak MB", "train s", "eval s", "ms/image"):
         table.add_column(title, justify="right")
-    for path, summary in runs:
+    for name, (_, summary) in zip(names, runs, strict=True):
+        run = ", ".join(part for part in name if part not in shared) or ", ".join(name)
         if summary is None or summary["status"] != "complete":
             reason = "not begun" if summary is None else summary.get("reason", summary["status"])
-            table.add_row(path.name, f"[red]{reason}", *[""] * (len(SHOWN) + 5))
+            table.add_row(f"{run}\n[red]{escape(reason)}")
             continue
         forgotten, memory, time = summary["average_forgetting_pct"], summary["memory"], summary["time"]
         table.add_row(
-            path.name,
+            run,
             *[number(summary["final"][metric]) for metric in SHOWN],
             "-" if forgotten is None else f"{forgotten:.1f} %",
             f"{memory['additional_mb']:.1f}",

@@ -1,10 +1,10 @@
 """Pretrain the packaged backbone on procedural images alone: no dataset, no other network's weights.
 
-    python scripts/pretrain_backbone.py --steps 3000 --output clbench/weights/small.safetensors
+    python scripts/pretrain_backbone.py --steps 6000 --output clbench/weights/small.safetensors
 
 The pretext is dense: each image is a collage of procedural textures with warped borders, under random
-colour and light, and every position is to tell the recipe it was drawn by. Levels 1 to 3 each predict, so
-that each is discriminative on its own.
+colour and light, with blemishes strewn over it. Every position is to tell the recipe it was drawn by, and
+whether it is blemished. Levels 1 to 3 each predict both, so that each is discriminative on its own.
 """
 
 import argparse
@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 MODEL = {"model_name": "resnet18", "features_only": True, "out_indices": (1, 2, 3)}
-CHANNELS = (32, 64, 128, 256)
-RECIPES = 160
-VARIANTS = 6  # pictures kept of each recipe
+CHANNELS = (48, 96, 192, 384)
+RECIPES = 400
+VARIANTS = 4  # pictures kept of each recipe
 SIDE = 160  # pixels of such a picture
 CROP = 96  # pixels of a collage
-PARTS = 5  # recipes in a collage
+PARTS = 3  # recipes in a collage
 BATCH = 24
 
 
@@ -73,7 +73,13 @@ def texture(recipe: int, variant: int) -> Tensor:
     field = (field - field.mean()) / (field.std() + 1e-6)
     fine = between(0, 0.6) * spectral(random, between(0, 1), 1.0, 0.0)
     mix = torch.sigmoid(between(0.7, 2) * field + fine)
-    dark, bright = torch.rand(3, 1, 1, generator=style), torch.rand(3, 1, 1, generator=style)
+    colourful = between(0, 0.8) ** 2
+    dark, bright = (
+        torch.lerp(
+            torch.full((3, 1, 1), between(0.05, 0.95)), torch.rand(3, 1, 1, generator=style), colourful
+        )
+        for _ in range(2)
+    )
     return (dark + (bright - dark) * mix).clamp(0, 1)
 
 
@@ -96,8 +102,8 @@ def cells(random: torch.Generator, count: int, x: Tensor, y: Tensor) -> tuple[Te
     return nearest[..., 0], nearest[..., 1]
 
 
-def collages(bank: Tensor, random: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Images [BATCH, 3, CROP, CROP] in [0, 1] and the recipe at every position, int64 [BATCH, CROP, CROP]."""
+def collages(bank: Tensor, random: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Images [BATCH, 3, CROP, CROP] in [0, 1]; the recipe at every position, int64 [BATCH, CROP, CROP]; blemishes."""
     recipes = torch.randint(RECIPES, (BATCH, PARTS), generator=random)
     variants = torch.randint(VARIANTS, (BATCH, PARTS), generator=random)
     zoom = CROP / SIDE * 2 ** (0.6 * torch.rand(BATCH * PARTS, 1, 1, generator=random) - 0.3)
@@ -114,35 +120,71 @@ def collages(bank: Tensor, random: torch.Generator) -> tuple[Tensor, Tensor]:
     parts = parts * (1 + 0.25 * torch.randn(shape, generator=random)) + 0.12 * torch.randn(
         shape, generator=random
     )
-    coarse = torch.randn(BATCH, PARTS, 4, 4, generator=random)
-    rough = 0.35 * torch.randn(BATCH, PARTS, 14, 14, generator=random)
+    coarse = torch.randn(BATCH, PARTS, 3, 3, generator=random)
+    rough = 0.12 * torch.randn(BATCH, PARTS, 14, 14, generator=random)
     fields = sum(F.interpolate(part, size=(CROP, CROP), mode="bicubic") for part in (coarse, rough))
     owner = fields.argmax(1)
     images = parts.gather(1, owner[:, None, None].expand(-1, -1, 3, -1, -1))[:, 0]
     light = F.interpolate(
         1 + 0.15 * torch.randn(BATCH, 1, 3, 3, generator=random), size=(CROP, CROP), mode="bicubic"
     )
+    images, blemished = blemish(images, random)
     noisy = images * light + 0.015 * torch.randn(images.shape, generator=random)
-    return noisy.clamp(0, 1), recipes.gather(1, owner.flatten(1)).view_as(owner)
+    return noisy.clamp(0, 1), recipes.gather(1, owner.flatten(1)).view_as(owner), blemished
 
 
-def at_size(labels: Tensor, size: int) -> Tensor:
-    """Labels [B, H, W] taken at the middles of a `size` x `size` grid."""
-    return F.interpolate(labels[:, None].float(), size=(size, size), mode="nearest-exact").long()[:, 0]
+def blemish(images: Tensor, random: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Spots and strokes over images [B, 3, H, W]; the images, and where they are blemished, [B, 1, H, W]."""
+
+    def draw(*shape: int) -> Tensor:
+        return torch.rand(len(images), *shape, generator=random)
+
+    def field(cells: int) -> Tensor:
+        noise = torch.randn(len(images), 1, cells, cells, generator=random)
+        return F.interpolate(noise, size=images.shape[-2:], mode="bicubic")
+
+    grain = (8, 14, 24)[int(torch.randint(3, (), generator=random))]
+    spots = field(grain)
+    strokes = -field(grain // 2).abs() - 4.0 * (
+        field(6) < 0.3
+    )  # along lines where a field is zero, in pieces
+    score = torch.where(draw(1, 1, 1) < 0.5, spots, strokes).flatten(1)
+    share = 0.002 + 0.05 * draw(1) ** 2
+    rank = (len(score[0]) * (1 - share)).long().clamp(max=len(score[0]) - 1)
+    alpha = (score > score.sort(1).values.gather(1, rank)).float().view(-1, 1, *images.shape[-2:])
+    soft = torch.where(draw(1, 1, 1) < 0.5, alpha, F.avg_pool2d(alpha, 3, 1, 1)) * (0.4 + 0.6 * draw(1, 1, 1))
+    paint = draw(3, 1, 1).expand_as(images)
+    shade = images * torch.where(draw(1, 1, 1) < 0.5, 0.3 + 0.4 * draw(1, 1, 1), 1.4 + 0.6 * draw(1, 1, 1))
+    foreign = images.roll(1, 0)
+    kind = draw(1, 1, 1)
+    fill = torch.where(kind < 0.33, paint, torch.where(kind < 0.66, shade, foreign))
+    return images + soft * (fill - images), alpha
+
+
+def dense_loss(logits: Tensor, recipes: Tensor, blemished: Tensor) -> Tensor:
+    """Logits [B, RECIPES + 1, h, w] against the recipe in each position's middle, and whether it is blemished."""
+    size = logits.shape[-2:]
+    # A position near a border sees both sides; the recipe in its middle is asked of it all the same.
+    recipe = F.interpolate(recipes[:, None].float(), size=size, mode="nearest-exact").long()[:, 0]
+    share = (3 * F.adaptive_avg_pool2d(blemished, size)).clamp(max=1)
+    return F.cross_entropy(logits[:, :-1], recipe) + 5 * F.binary_cross_entropy_with_logits(
+        logits[:, -1:], share
+    )
 
 
 def main() -> None:
     """Train and write the weights; the same seed and steps give the same network on one machine."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=6000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("clbench/weights/small.safetensors"))
     given = parser.parse_args()
     torch.manual_seed(given.seed)
     random = torch.Generator().manual_seed(given.seed)
+    print(f"drawing {RECIPES * VARIANTS} textures")
     bank = torch.stack([torch.stack([texture(r, v) for v in range(VARIANTS)]) for r in range(RECIPES)])
     network = timm.create_model(**MODEL, pretrained=False, channels=CHANNELS)
-    heads = nn.ModuleList(nn.Conv2d(size, RECIPES, 1) for size in CHANNELS[:3])
+    heads = nn.ModuleList(nn.Conv2d(size, RECIPES + 1, 1) for size in CHANNELS[:3])
     parameters = [*network.parameters(), *heads.parameters()]
     optimizer = torch.optim.AdamW(parameters, weight_decay=0.02)
     mean, deviation = (
@@ -154,13 +196,11 @@ def main() -> None:
     with Progress() as progress:
         row = progress.add_task("pretraining", total=given.steps)
         for step in range(1, given.steps + 1):
-            images, labels = collages(bank, random)
+            images, labels, blemished = collages(bank, random)
             normal = ((images - mean) / deviation).contiguous(memory_format=torch.channels_last)
-            # A position near a border sees both sides; the recipe in its middle is asked of it all the same.
-            losses = [
-                F.cross_entropy(logits := head(level), at_size(labels, logits.shape[-1]))
-                for level, head in zip(network(normal), heads, strict=True)
-            ]
+            with torch.autocast("cpu", torch.bfloat16):
+                predicted = [head(level) for level, head in zip(network(normal), heads, strict=True)]
+            losses = [dense_loss(logits.float(), labels, blemished) for logits in predicted]
             optimizer.zero_grad()
             sum(losses).backward()
             optimizer.step()
@@ -169,7 +209,11 @@ def main() -> None:
             progress.update(row, advance=1, description=f"loss {smooth / (1 - 0.98**step):.2f}")
     print("last losses by level:", *(f"{loss.item():.2f}" for loss in losses))
     given.output.parent.mkdir(parents=True, exist_ok=True)
-    save_file({name: tensor.contiguous() for name, tensor in network.state_dict().items()}, given.output)
+    halves = {
+        name: (tensor.half() if tensor.is_floating_point() else tensor).contiguous()
+        for name, tensor in network.state_dict().items()
+    }
+    save_file(halves, given.output)
 
 
 if __name__ == "__main__":

@@ -47,8 +47,8 @@ def test_a_sweep_of_methods_and_replay_sizes(train: Train, tmp_path: Path) -> No
         made_by = yaml.safe_load((directory / "config.yaml").read_text())["made_by"]
         assert {"torch", "git_revision", "device"} <= set(made_by)
     assert len({(path / "metrics.csv").read_text() for path in directories}) == 4
-    for directory in directories:
-        assert directory.name in result.stdout  # the table over the sweep
+    for run in ("method=patchcore, replay.size=12", "method=padim, replay.size=6"):
+        assert run in result.stdout  # the table over the sweep, by what differs
 
     again = train("-m", "method=patchcore,padim", "replay.size=6,12")
     assert again.returncode == 0
@@ -176,3 +176,43 @@ def test_help_lists_every_choice_and_imports_neither_torch_nor_wandb(train: Trai
     imported = {line.rpartition("|")[2].strip() for line in result.stderr.splitlines()}
     assert "hydra" in imported
     assert not imported & {"torch", "wandb", "timm"}
+
+
+def test_a_loaded_detector_predicts_what_the_run_measured(folder: Path, train: Train, tmp_path: Path) -> None:
+    import clbench
+    from clbench.data import stream
+    from clbench.data.mvtec import MVTec
+    from clbench.data.samples import Geometry
+    from clbench.errors import UserError
+    from clbench.metrics.curves import pixel_metrics
+
+    assert train("-m", "method=padim", "strategy=native,single").returncode == 0
+    native, single = run_directories(tmp_path)
+    dataset = MVTec(str(folder))
+    tasks = stream.load(
+        dataset, [["brick"], ["plate"]], Geometry(48), tmp_path / "cache", lambda *given: None
+    )
+    for task in tasks:
+        for directory in (native, single):
+            detector = clbench.load(directory, task=task.name if directory == single else None)
+            prediction = detector(task.test.images)
+            assert prediction.maps.shape == (4, 48, 48) and prediction.scores.shape == (4,)
+            measured = pixel_metrics(prediction.maps.numpy(), task.test.masks.numpy())
+            last = {row["metric"]: row["value"] for row in rows(directory) if row["task"] == task.name}
+            assert f"{measured['pixel_ap']:.6f}" == last["pixel_ap"]
+    with pytest.raises(UserError, match="a model for each of brick, cloth, plate"):
+        clbench.load(single)
+    with pytest.raises(UserError, match="holds no trained detector"):
+        clbench.load(tmp_path)
+
+
+def test_a_config_that_is_loaded_cannot_name_what_is_no_detector(train: Train, tmp_path: Path) -> None:
+    import clbench
+    from clbench.errors import UserError
+
+    assert train().returncode == 0
+    (directory,) = run_directories(tmp_path)
+    config = directory / "config.yaml"
+    config.write_text(config.read_text().replace("clbench.methods.patchcore.PatchCore", "pathlib.Path"))
+    with pytest.raises(UserError, match=r"method\._target_=pathlib\.Path is not a"):
+        clbench.load(directory)

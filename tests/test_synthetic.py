@@ -10,7 +10,7 @@ from conftest import ROOT
 
 from clbench.data.mvtec import MVTec
 from clbench.data.samples import Dataset, Split
-from clbench.data.synthetic import KINDS, PRODUCTS, VISIBLE, Drawn, Synthetic
+from clbench.data.synthetic import KINDS, LEAST_AREA, MOST_AREA, PLAIN, PRODUCTS, VISIBLE, Drawn, Synthetic
 from clbench.errors import UserError
 
 
@@ -39,10 +39,11 @@ def test_a_mask_is_exactly_where_the_picture_differs_from_its_flawless_twin(cate
             continue
         difference = np.abs(image.astype(int) - twin).max(2)
         assert difference[mask].min() >= VISIBLE > difference[~mask].max()
+        assert difference[mask].mean() >= PLAIN
         areas.append(mask.mean())
     assert len(areas) == 8
-    assert 0.002 <= min(areas)
-    assert max(areas) <= 0.12
+    assert LEAST_AREA <= min(areas)
+    assert max(areas) <= MOST_AREA
 
 
 def test_pictures_are_a_function_of_the_seed_and_differ_from_each_other() -> None:

@@ -158,7 +158,7 @@ def gear(random: np.random.Generator, size: int) -> tuple[Array, Array]:
     )
     body = edge(np.maximum.reduce([radius - teeth, 0.08 - radius, -holes]))
     ring = 0.08 * np.sign(np.sin(2 * np.pi * 6 * radius))
-    light = 0.5 + ring * 0.6 + 0.06 * fractal(random, size, 0.06) + 0.1 * (0.5 - y)
+    light = 0.5 + ring * 0.6 + 0.03 * fractal(random, size, 0.06) + 0.1 * (0.5 - y)
     below = shaded(
         _backdrop(random, size, colour(0.62, 0.55, 0.44)), 1 - 0.3 * edge(radius - teeth - 0.01, 0.04)
     )

@@ -21,6 +21,8 @@ from clbench.randomness import seed_for
 VERSION = 1  # raise it when the same arguments draw other pictures: the cache must not serve the old ones
 
 VISIBLE = 10  # grey levels: what a defect changes by less, it does not show
+PLAIN = 25  # grey levels: what a defect changes on average, so that a person sees it
+LEAST_AREA, MOST_AREA = 0.003, 0.12  # of the picture
 
 
 @dataclass(frozen=True)
@@ -50,8 +52,9 @@ class Drawn(Sample):
         for attempt in range(100):
             random = self._random("defect", attempt)
             image = _finished(DEFECTS[self.kind](random, picture, region), grain)
-            mask = np.abs(image.astype(np.int16) - twin).max(2) >= VISIBLE
-            if 0.002 <= mask.mean() <= 0.12:
+            difference = np.abs(image.astype(np.int16) - twin).max(2)
+            mask = difference >= VISIBLE
+            if LEAST_AREA <= mask.mean() <= MOST_AREA and difference[mask].mean() >= PLAIN:
                 return image, mask
         raise AssertionError(f"{self.name} shows no defect")  # held off by a test over many seeds
 
@@ -128,8 +131,8 @@ def stain(random: np.random.Generator, picture: Array, region: Array) -> Array:
 
 def discolouration(random: np.random.Generator, picture: Array, region: Array) -> Array:
     alpha = cv2.GaussianBlur(_blot(random, region, 0.06, 0.12), (0, 0), len(region) / 90) * region
-    gains = 1 + random.choice([-1, 1], 3) * random.uniform(0.12, 0.3, 3)
-    return blend(picture, picture * gains.astype(np.float32), alpha)
+    shift = (random.choice([-1, 1], 3) * random.uniform(0.12, 0.3, 3)).astype(np.float32)
+    return blend(picture, picture * (1 + shift) + 0.25 * shift, alpha)
 
 
 def hole(random: np.random.Generator, picture: Array, region: Array) -> Array:
@@ -170,7 +173,8 @@ def deformation(random: np.random.Generator, picture: Array, region: Array) -> A
         (rows + np.sin(angle) * pull).astype(np.float32),
     )
     bent = cv2.remap(picture, *moved, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT)
-    return bent * (1 + 0.012 * (np.sin(angle) * y + np.cos(angle) * x) * pull)[..., None]
+    slope = (np.cos(angle) * x + np.sin(angle) * y) / radius * pull / pull.max()
+    return bent * (1 + 1.1 * slope)[..., None]  # a bulge has a lit and a dark side
 
 
 def missing_part(random: np.random.Generator, picture: Array, region: Array) -> Array:
