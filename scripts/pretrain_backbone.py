@@ -4,7 +4,9 @@
 
 The pretext is dense: each image is a collage of procedural textures with warped borders, under random
 colour and light, with blemishes strewn over it. Every position is to tell the recipe it was drawn by, and
-whether it is blemished. Levels 1 to 3 each predict both, so that each is discriminative on its own.
+whether it is blemished. Levels 1 to 3 each predict both, so that each is discriminative on its own; and each
+is to say the same of two views that differ by light, tint, noise and a few pixels, since a detector takes
+whatever features differ by for an anomaly.
 """
 
 import argparse
@@ -22,9 +24,11 @@ CHANNELS = (48, 96, 192, 384)
 RECIPES = 400
 VARIANTS = 4  # pictures kept of each recipe
 SIDE = 160  # pixels of such a picture
-CROP = 96  # pixels of a collage
+CROP = 112  # pixels of what the network sees
+SHIFT = 3  # pixels, at most, between two views of a collage
+CANVAS = CROP + SHIFT  # pixels of a collage
 PARTS = 3  # recipes in a collage
-BATCH = 24
+BATCH = 10  # collages
 
 
 def texture(recipe: int, variant: int) -> Tensor:
@@ -103,18 +107,18 @@ def cells(random: torch.Generator, count: int, x: Tensor, y: Tensor) -> tuple[Te
 
 
 def collages(bank: Tensor, random: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Images [BATCH, 3, CROP, CROP] in [0, 1]; the recipe at every position, int64 [BATCH, CROP, CROP]; blemishes."""
+    """Images [BATCH, 3, CANVAS, CANVAS]; the recipe at every position, int64; where it is blemished, 0 or 1."""
     recipes = torch.randint(RECIPES, (BATCH, PARTS), generator=random)
     variants = torch.randint(VARIANTS, (BATCH, PARTS), generator=random)
-    zoom = CROP / SIDE * 2 ** (0.6 * torch.rand(BATCH * PARTS, 1, 1, generator=random) - 0.3)
+    zoom = CANVAS / SIDE * 2 ** (0.6 * torch.rand(BATCH * PARTS, 1, 1, generator=random) - 0.3)
     turn = 0.25 * torch.randn(BATCH * PARTS, generator=random)
     rotation = torch.stack([turn.cos(), -turn.sin(), turn.sin(), turn.cos()], 1).view(-1, 2, 2)
     shift = (1 - zoom) * (2 * torch.rand(BATCH * PARTS, 2, 1, generator=random) - 1)
     affine = torch.cat([rotation * zoom, shift], 2)
     pictures = bank[recipes, variants].view(-1, 3, SIDE, SIDE)
-    where = F.affine_grid(affine, [len(pictures), 3, CROP, CROP], align_corners=False)
+    where = F.affine_grid(affine, [len(pictures), 3, CANVAS, CANVAS], align_corners=False)
     parts = F.grid_sample(pictures, where, padding_mode="reflection", align_corners=False)
-    parts = parts.view(BATCH, PARTS, 3, CROP, CROP)
+    parts = parts.view(BATCH, PARTS, 3, CANVAS, CANVAS)
     # Colours vary more than a recipe's own do, so that colour alone does not tell the recipe.
     shape = (BATCH, PARTS, 3, 1, 1)
     parts = parts * (1 + 0.25 * torch.randn(shape, generator=random)) + 0.12 * torch.randn(
@@ -122,15 +126,22 @@ def collages(bank: Tensor, random: torch.Generator) -> tuple[Tensor, Tensor, Ten
     )
     coarse = torch.randn(BATCH, PARTS, 3, 3, generator=random)
     rough = 0.12 * torch.randn(BATCH, PARTS, 14, 14, generator=random)
-    fields = sum(F.interpolate(part, size=(CROP, CROP), mode="bicubic") for part in (coarse, rough))
+    fields = sum(F.interpolate(part, size=(CANVAS, CANVAS), mode="bicubic") for part in (coarse, rough))
     owner = fields.argmax(1)
     images = parts.gather(1, owner[:, None, None].expand(-1, -1, 3, -1, -1))[:, 0]
-    light = F.interpolate(
-        1 + 0.15 * torch.randn(BATCH, 1, 3, 3, generator=random), size=(CROP, CROP), mode="bicubic"
-    )
     images, blemished = blemish(images, random)
-    noisy = images * light + 0.015 * torch.randn(images.shape, generator=random)
-    return noisy.clamp(0, 1), recipes.gather(1, owner.flatten(1)).view_as(owner), blemished
+    return images, recipes.gather(1, owner.flatten(1)).view_as(owner), blemished
+
+
+def view(whole: tuple[Tensor, Tensor, Tensor], random: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """A crop of collages and what belongs to it, under light, tint and noise of its own."""
+    top, left = torch.randint(SHIFT + 1, (2,), generator=random).tolist()
+    images, recipes, blemished = (part[..., top : top + CROP, left : left + CROP] for part in whole)
+    light = 1 + 0.1 * torch.randn(BATCH, 1, 3, 3, generator=random)
+    tint = 1 + 0.03 * torch.randn(BATCH, 3, 1, 1, generator=random)
+    images = images * tint * F.interpolate(light, size=(CROP, CROP), mode="bicubic")
+    noise = 0.03 * torch.rand(BATCH, 1, 1, 1, generator=random) * torch.randn(images.shape, generator=random)
+    return (images + noise).clamp(0, 1), recipes, blemished
 
 
 def blemish(images: Tensor, random: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -172,6 +183,12 @@ def dense_loss(logits: Tensor, recipes: Tensor, blemished: Tensor) -> Tensor:
     )
 
 
+def disagreement(level: Tensor) -> Tensor:
+    """How far the features [2 B, C, h, w] of two views are apart, relative to how far features are apart at all."""
+    one, other = level.chunk(2)
+    return (one - other).square().mean() / (2 * level.var((0, 2, 3)).mean() + 1e-6)
+
+
 def main() -> None:
     """Train and write the weights; the same seed and steps give the same network on one machine."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -196,11 +213,17 @@ def main() -> None:
     with Progress() as progress:
         row = progress.add_task("pretraining", total=given.steps)
         for step in range(1, given.steps + 1):
-            images, labels, blemished = collages(bank, random)
+            whole = collages(bank, random)
+            views = zip(view(whole, random), view(whole, random), strict=True)
+            images, recipes, blemished = (torch.cat(both) for both in views)
             normal = ((images - mean) / deviation).contiguous(memory_format=torch.channels_last)
             with torch.autocast("cpu", torch.bfloat16):
-                predicted = [head(level) for level, head in zip(network(normal), heads, strict=True)]
-            losses = [dense_loss(logits.float(), labels, blemished) for logits in predicted]
+                levels = network(normal)
+                predicted = [head(level) for level, head in zip(levels, heads, strict=True)]
+            losses = [
+                dense_loss(logits.float(), recipes, blemished) + disagreement(level.float())
+                for logits, level in zip(predicted, levels, strict=True)
+            ]
             optimizer.zero_grad()
             sum(losses).backward()
             optimizer.step()

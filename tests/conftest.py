@@ -66,7 +66,7 @@ def train(folder: Path, tmp_path: Path) -> Train:
 
 def command(folder: Path, outputs: Path, *overrides: str) -> list[str]:
     """The command line of a small run; later overrides win."""
-    given = {text.partition("=")[0] for text in overrides}
+    given = tuple(text.partition("=")[0] for text in overrides if "=" in text)
     defaults = (
         "dataset=mvtec",
         f"dataset.root={folder}",
@@ -77,7 +77,7 @@ def command(folder: Path, outputs: Path, *overrides: str) -> list[str]:
         f"outputs={outputs}/outputs",
         f"cache={outputs}/cache",
     )
-    kept = [text for text in defaults if text.partition("=")[0] not in given]
+    kept = [text for text in defaults if not text.startswith(given)]
     flags = [text for text in overrides if text.startswith("-")]
     return [sys.executable, "train.py", *flags, *kept, *(text for text in overrides if text not in flags)]
 

@@ -92,7 +92,7 @@ def test_masks_that_do_not_fit(copy: Path, train: Train) -> None:
     cv2.imwrite(str(mask), np.full((40, 48), 255, np.uint8))
     assert_refused(train(f"dataset.root={copy}"), "000_mask.png", "48x40")
     cv2.imwrite(str(mask), np.zeros((48, 48), np.uint8))
-    assert_refused(train(f"dataset.root={copy}"), "000_mask.png", "positive")
+    assert_refused(train(f"dataset.root={copy}"), "000_mask.png", "marks no pixel")
     mask.unlink()
     assert_refused(train(f"dataset.root={copy}"), "000")
 

@@ -26,19 +26,33 @@ class RunDirectory:
 
     def summary(self) -> dict[str, Any] | None:
         """summary.json, or None where the run has not begun."""
-        try:
-            return json.loads((self.path / "summary.json").read_text())
-        except (FileNotFoundError, json.JSONDecodeError):
-            return None
+        text = self._read("summary.json")
+        return None if text is None else json.loads(text)
 
     def config(self) -> dict[str, Any] | None:
         """The resolved config that the run was begun with, or None."""
-        try:
-            stored = yaml.safe_load((self.path / "config.yaml").read_text())
-        except FileNotFoundError:
+        text = self._read("config.yaml")
+        if text is None:
             return None
+        stored = yaml.safe_load(text)
         stored.pop("made_by", None)
         return stored
+
+    def _read(self, name: str) -> str | None:
+        """A file's text, or None where there is none.
+
+        Raises:
+            UserError: it may not be read.
+        """
+        try:
+            return (self.path / name).read_text()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError as error:
+            raise UserError(
+                f"{self.path / name} cannot be read ({error.strerror}): "
+                "get the right to, or take another experiment=NAME"
+            ) from error
 
     def finished(self, config: Mapping[str, Any]) -> bool:
         """Whether this very run is complete.
@@ -57,6 +71,17 @@ class RunDirectory:
         summary = self.summary()
         return summary is not None and summary["status"] == "complete"
 
+    def create(self) -> None:
+        """Make the folder, where it is not there.
+
+        Raises:
+            UserError: it cannot be made.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise _cannot_write(self.path, error) from error
+
     def clear(self) -> None:
         """Remove the results of an earlier run."""
         for name in ("summary.json", "config.yaml", "metrics.csv"):
@@ -71,8 +96,8 @@ class RunDirectory:
         Raises:
             UserError: another process holds it.
         """
+        self.create()
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
             file = open(self.path / "run.lock", "a+")  # noqa: SIM115
         except OSError as error:
             raise _cannot_write(self.path, error) from error

@@ -26,6 +26,7 @@ class RunSweeper(BasicSweeper):
 
         try:
             runs = self._unfinished_and_finished(arguments)
+            RunDirectory(runs[0][1].path.parent).create()
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(2)
