@@ -38,14 +38,16 @@ def table(checkpoint: str | None = None, root: str | None = None) -> Table:
     shown.add_section()
 
     # 56 x 56 positions, 350 features, 16 images: PaDiM at the paper's size.
-    whitening = torch.randn(3136, 350, 350, generator=random)
+    factor = torch.randn(3136, 350, 350, generator=random).tril_()
+    factor.diagonal(dim1=1, dim2=2).copy_(100 * torch.ones(350))
     embedding, mean = torch.randn(3136, 350, 16, generator=random), torch.randn(3136, 350, generator=random)
 
     def distances() -> torch.Tensor:
-        return torch.bmm(whitening, embedding - mean[:, :, None]).square_().sum(1).sqrt_()
+        difference = embedding - mean[:, :, None]
+        return torch.linalg.solve_triangular(factor, difference, upper=False).square_().sum(1).sqrt_()
 
     flops = 2 * 3136 * 350 * 350 * 16
-    gemm = flops / seconds(lambda: torch.bmm(whitening, embedding))
+    gemm = flops / seconds(lambda: torch.bmm(factor, embedding))
     found = flops / seconds(distances)
     shown.add_row("batched GEMM, 3,136 x (350 x 350 x 16)", f"{gemm / 1e9:.0f}", "")
     shown.add_row("PaDiM's map, 3,136 positions, 16 images", f"{found / 1e9:.0f}", f"{found / gemm:.0%}")

@@ -41,12 +41,15 @@ def measure(prediction: Prediction, images: ImageSet) -> dict[str, float | None]
 
 
 @torch.no_grad()
-def inference_time(strategy: Strategy, task: Task, index: int, device: torch.device) -> float:
+def inference_time(
+    strategy: Strategy, task: Task, index: int, device: torch.device, progress: Progress
+) -> float:
     """Milliseconds an image, from uint8 pixels to map and score, nothing remembered: the best of 3 passes."""
     images = task.test.images[:_TIMED_IMAGES].to(device)
     passes = []
     with strategy.detector.uncached():
-        for _ in range(3):
+        for number in range(3):
+            progress("timing", number, 3)
             begin = time.perf_counter()
             for part in images.split(BATCH_SIZE):
                 strategy.predict(part, index).scores.cpu()

@@ -90,6 +90,8 @@ def run(
         checkpoint.save(directory.path / "checkpoint", stage, strategy.state(), data)
 
     directory.write_metrics(rows)
+    display.heading("the trained detector")
+    inference = evaluation.inference_time(strategy, tasks[-1], len(tasks) - 1, device, display.progress)
     matrices = {metric: _matrix(rows, metric, len(stages), len(tasks)) for metric in METRICS}
     summary = {
         **identity,
@@ -100,10 +102,7 @@ def run(
         "backward_transfer": {m: continual.backward_transfer(matrices[m], learned) for m in METRICS},
         "forward_transfer": {m: continual.forward_transfer(matrices[m], learned) for m in METRICS},
         "memory": {**footprint.measure(strategy, device), "peak_mb": peak},
-        "time": {
-            **seconds,
-            "inference_ms_per_image": evaluation.inference_time(strategy, tasks[-1], len(tasks) - 1, device),
-        },
+        "time": {**seconds, "inference_ms_per_image": inference},
     }
     directory.write_summary(summary)
     just_learned = {m: [R[learned[task]][task] for task in range(len(tasks))] for m, R in matrices.items()}

@@ -67,10 +67,10 @@ def fabric(random: np.random.Generator, size: int) -> tuple[Array, Array]:
 
 def wood(random: np.random.Generator, size: int) -> tuple[Array, Array]:
     x, _y = grid(size, random.normal(0, 0.03), (random.uniform(-0.3, 0.3), 0))
-    rings = x + 0.05 * noise(random, size, 0.25, 3) + 0.004 * noise(random, size, 0.05, 6)
+    rings = x + 0.035 * noise(random, size, 0.25, 3) + 0.004 * noise(random, size, 0.05, 6)
     grain = 0.5 + 0.5 * np.sin(2 * np.pi * 9 * rings + 2 * np.sin(2 * np.pi * 2.3 * rings))
     fibres = noise(random, size, 0.008, 12)
-    light = 0.9 + 0.05 * fibres + 0.04 * fractal(random, size, 0.5)
+    light = 0.9 + 0.05 * fibres + 0.03 * fractal(random, size, 0.5)
     planks = blend(
         np.broadcast_to(colour(0.78, 0.56, 0.34), (size, size, 3)), colour(0.52, 0.32, 0.17), grain**2
     )
@@ -80,7 +80,7 @@ def wood(random: np.random.Generator, size: int) -> tuple[Array, Array]:
 def metal(random: np.random.Generator, size: int) -> tuple[Array, Array]:
     x, _y = grid(size, random.normal(0, 0.05))
     streaks = noise(random, size, 0.9, 0.006) * 0.05 + noise(random, size, 0.3, 0.012) * 0.04
-    glint = 0.12 * np.cos(2 * np.pi * (0.6 * x + random.uniform(-0.15, 0.15)))
+    glint = 0.08 * np.cos(2 * np.pi * (0.6 * x + random.uniform(-0.15, 0.15)))
     light = 0.62 + glint + streaks + 0.015 * noise(random, size, 0.01)
     return shaded(colour(0.96, 0.98, 1.0), light), np.ones_like(x)
 

@@ -22,7 +22,7 @@ VERSION = 1  # raise it when the same arguments draw other pictures: the cache m
 
 VISIBLE = 10  # grey levels: what a defect changes by less, it does not show
 PLAIN = 25  # grey levels: what a defect changes on average, so that a person sees it
-LEAST_AREA, MOST_AREA = 0.003, 0.12  # of the picture
+LEAST_AREA, MOST_AREA = 0.004, 0.12  # of the picture
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Drawn(Sample):
     def _product(self) -> tuple[Array, Array, Array]:
         random = self._random("product")
         picture, region = PRODUCTS[self.category](random, self.size)
-        light = random.normal(1, 0.025) + 0.03 * noise(random, self.size, 0.8)
+        light = random.normal(1, 0.02) + 0.02 * noise(random, self.size, 0.8)
         tint = random.normal(1, 0.008, 3).astype(np.float32)
         grain = 0.008 * random.standard_normal(picture.shape).astype(np.float32)
         return (picture * light[..., None] * tint).astype(np.float32), region, grain
@@ -113,7 +113,7 @@ def _line(random: np.random.Generator, region: Array, length: float, width: floa
 
 def scratch(random: np.random.Generator, picture: Array, region: Array) -> Array:
     alpha = _line(random, region, random.uniform(0.15, 0.4), random.uniform(0.006, 0.011), 0.02) * region
-    shift = random.choice([-1, 1]) * random.uniform(0.2, 0.4)
+    shift = random.choice([-1, 1]) * random.uniform(0.25, 0.45)
     return blend(picture, np.clip(picture.mean(2, keepdims=True) + shift, 0.02, 1), 0.75 * alpha)
 
 
@@ -178,11 +178,13 @@ def deformation(random: np.random.Generator, picture: Array, region: Array) -> A
 
 
 def missing_part(random: np.random.Generator, picture: Array, region: Array) -> Array:
-    """What lies at the product's edge is gone: what is around it shows instead."""
+    """What lies at the product's edge has broken off: what is around it shows instead, behind a fresh fracture."""
     outline = cv2.morphologyEx((region > 0.5).astype(np.uint8), cv2.MORPH_GRADIENT, np.ones((5, 5)))
-    alpha = _blot(random, outline, 0.035, 0.07, 0.2)
+    alpha = _blot(random, outline, 0.05, 0.1, 0.2)
     backdrop = np.median(picture[region < 0.05].reshape(-1, 3), axis=0) if (region < 0.05).any() else 0.1
-    return blend(picture, np.asarray(backdrop, np.float32), alpha * region)
+    fracture = cv2.dilate(alpha, np.ones((3, 3)), iterations=max(1, len(region) // 100)) * region
+    broken = blend(picture, 0.5 * picture + random.uniform(0.35, 0.45), fracture)
+    return blend(broken, np.asarray(backdrop, np.float32), alpha * region)
 
 
 DEFECTS = {

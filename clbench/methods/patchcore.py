@@ -102,12 +102,13 @@ class PatchCore(Detector):
         """Algorithm 2: every task, old or new, keeps memory_size / tasks patches."""
         patches = self._patches[: self._filled]
         share = max(self.memory_size // (len(self.bank_sizes) + 1), 1)
+        count = min(share, len(patches))
         random = generator(self.seed, "coreset", self._task)
         start = int(torch.randint(len(patches), (1,), generator=random))
         plane = projection(patches.shape[1], len(patches), self.epsilon, random).to(self.bank)
         projected = torch.cat([part.to(plane.device) @ plane for part in patches.split(_CHUNK)])
         chosen = farthest_first(
-            projected, share, start, progress=lambda done: self.progress("coreset", done, share)
+            projected, count, start, progress=lambda done: self.progress("coreset", done, count)
         )
         # Farthest-first order is nested: the coreset of an old coreset is its beginning.
         kept = [old[:share] for old in self.bank.split(self.bank_sizes.tolist())]
