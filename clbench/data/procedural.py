@@ -70,7 +70,7 @@ def wood(random: np.random.Generator, size: int) -> tuple[Array, Array]:
     rings = x + 0.035 * noise(random, size, 0.25, 3) + 0.004 * noise(random, size, 0.05, 6)
     grain = 0.5 + 0.5 * np.sin(2 * np.pi * 9 * rings + 2 * np.sin(2 * np.pi * 2.3 * rings))
     fibres = noise(random, size, 0.008, 12)
-    light = 0.9 + 0.05 * fibres + 0.03 * fractal(random, size, 0.5)
+    light = 0.9 + 0.035 * fibres + 0.03 * fractal(random, size, 0.5)
     planks = blend(
         np.broadcast_to(colour(0.78, 0.56, 0.34), (size, size, 3)), colour(0.52, 0.32, 0.17), grain**2
     )

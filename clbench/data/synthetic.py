@@ -211,7 +211,7 @@ KINDS = {
     "leather": ("crack", "discolouration", "hole", "thread"),
     "metal": ("contamination", "deformation", "scratch", "stain"),
     "tiles": ("contamination", "crack", "hole", "stain"),
-    "washer": ("crack", "deformation", "missing_part", "scratch"),
+    "washer": ("crack", "deformation", "scratch", "stain"),
     "wood": ("contamination", "hole", "scratch", "stain"),
 }
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 # Points whose distances are brought up to date at a time: one block of distances stays near the cache.
-_CHUNK = 8192
+_CHUNK = 4096
 
 
 def farthest_first(
@@ -28,7 +28,7 @@ def farthest_first(
     Distances only shrink, so each such choice is the farthest of all points. Then one matrix product brings
     all points up to date with the centers that were chosen.
 
-    Memory beside the points: 4 bytes a point, and blocks of 8,192 x (centers chosen from one pool).
+    Memory beside the points: 4 bytes a point, and blocks of 4,096 x (centers chosen from one pool).
 
     Args:
         progress: called with the number chosen so far.
