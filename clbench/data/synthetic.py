@@ -238,8 +238,8 @@ class Synthetic(Dataset):
         seed: int = 0,
         size: PositiveInt = 256,
         train: PositiveInt = 40,
-        test_good: NonNegativeInt = 15,
-        test_defect: NonNegativeInt = 25,
+        test_good: NonNegativeInt = 12,
+        test_defect: NonNegativeInt = 20,
         categories: list[str] | None = None,
     ):
         self.categories = sorted(PRODUCTS) if categories is None else list(categories)
@@ -307,7 +307,7 @@ def main() -> None:
     """The command that writes the stream to disk."""
     parser = argparse.ArgumentParser(description="Write the synthetic stream in the MVTec AD layout.")
     parser.add_argument("directory", type=Path)
-    for name, default in (("seed", 0), ("size", 256), ("train", 40), ("test-good", 15), ("test-defect", 25)):
+    for name, default in (("seed", 0), ("size", 256), ("train", 40), ("test-good", 12), ("test-defect", 20)):
         parser.add_argument(f"--{name}", type=int, default=default)
     given = vars(parser.parse_args())
     directory = given.pop("directory")
