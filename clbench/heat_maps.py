@@ -20,14 +20,14 @@ def write(prediction: Prediction, images: ImageSet, directory: Path, stage: int)
     numbers: dict[str, int] = {}
     for index, kind in enumerate(images.kinds):
         number = numbers[kind] = numbers.get(kind, -1) + 1
-        picture = _panel(images.images[index].numpy(), images.masks[index].numpy(), maps[index], low, high)
+        picture = panel(images.images[index].numpy(), images.masks[index].numpy(), maps[index], low, high)
         _, encoded = cv2.imencode(".png", picture)
         data = encoded.tobytes()
         name = f"{kind}-{number:03d}-stage-{stage:02d}.png"
         write_whole(directory / name, lambda part, data=data: part.write_bytes(data))  # type: ignore[misc]
 
 
-def _panel(image: np.ndarray, mask: np.ndarray, heat: np.ndarray, low: float, high: float) -> np.ndarray:
+def panel(image: np.ndarray, mask: np.ndarray, heat: np.ndarray, low: float, high: float) -> np.ndarray:
     """Image uint8 [3, H, W], mask bool [H, W] and map [H, W] -> one BGR picture [H, 3 W, 3]."""
     picture = cv2.cvtColor(np.ascontiguousarray(image.transpose(1, 2, 0)), cv2.COLOR_RGB2BGR)
     scaled = np.clip((heat - low) / max(high - low, 1e-12), 0, 1)
