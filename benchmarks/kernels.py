@@ -28,8 +28,8 @@ def table(checkpoint: str | None = None, root: str | None = None) -> Table:
     # 16 images of 28 x 28 patches, ten banks of 3,000, 384 features: PatchCore, native, ResNet-18.
     queries, bank = torch.randn(16 * 784, 384, generator=random), torch.randn(30_000, 384, generator=random)
     flops = 2 * len(queries) * len(bank) * bank.shape[1]
-    block = queries[:4096]
-    gemm = 2 * block.shape[0] * 3000 * 384 / seconds(lambda: block @ bank[:3000].T)
+    block, products = queries[:4096], torch.empty(4096, 3000)
+    gemm = 2 * block.shape[0] * 3000 * 384 / seconds(lambda: torch.mm(block, bank[:3000].T, out=products))
     found = flops / seconds(lambda: nearest(queries, bank, [3000] * 10), repeats=2)
     shown.add_row("GEMM, 4,096 x 384 x 3,000", f"{gemm / 1e9:.0f}", "")
     shown.add_row(
@@ -47,7 +47,7 @@ def table(checkpoint: str | None = None, root: str | None = None) -> Table:
         return torch.linalg.solve_triangular(factor, difference, upper=False).square_().sum(1).sqrt_()
 
     flops = 2 * 3136 * 350 * 350 * 16
-    gemm = flops / seconds(lambda: torch.bmm(factor, embedding))
+    gemm = flops / seconds(lambda: torch.bmm(factor, embedding, out=torch.empty_like(embedding)))
     found = flops / seconds(distances)
     shown.add_row("batched GEMM, 3,136 x (350 x 350 x 16)", f"{gemm / 1e9:.0f}", "")
     shown.add_row("PaDiM's map, 3,136 positions, 16 images", f"{found / 1e9:.0f}", f"{found / gemm:.0%}")
