@@ -13,7 +13,7 @@ from clbench.methods.base import Detector, Prediction
 from clbench.methods.maps import to_image_size
 from clbench.randomness import generator
 
-# Bytes of covariances that are factored at a time: on a CPU they stay near the cache.
+# Bytes worked on at a time: on a CPU they stay near the cache.
 _CHUNK = {"cpu": 8 * 2**20}
 _CHUNK_ELSEWHERE = 512 * 2**20
 
@@ -101,7 +101,7 @@ class PaDiM(Detector):
         covariance = self._squares
         merge = len(self.counts) > 0 and self.update != "per_task"
         merged_mean = self._merged_mean(mean, count) if merge else mean
-        step = max(1, _CHUNK.get(mean.device.type, _CHUNK_ELSEWHERE) // (8 * mean.shape[1] ** 2))
+        step = _positions(mean.device, 8 * mean.shape[1] ** 2)
         for begin in range(0, len(mean), step):
             rows = slice(begin, begin + step)
             self.progress("Gaussians", min(begin + step, len(mean)), len(mean))
@@ -148,11 +148,7 @@ class PaDiM(Detector):
         embedding = self.embedding(images)
         distances = torch.stack(
             [
-                # A triangular solve reads half of what a product with the inverse factor would.
-                torch.linalg.solve_triangular(factor, embedding - mean[:, :, None], upper=False)
-                .square_()
-                .sum(1)
-                .sqrt_()
+                mahalanobis(embedding, mean, factor)
                 for mean, factor in zip(self.mean, self.factor, strict=True)
             ]
         )  # eq. (2): [K, P, B]
@@ -171,3 +167,23 @@ class PaDiM(Detector):
         # Nearest, as the method copies a deep feature to all positions that it covers.
         aligned = torch.cat([F.interpolate(level, self._grid, mode="nearest") for level in levels], 1)
         return aligned.flatten(2).permute(2, 1, 0).contiguous()
+
+
+def mahalanobis(embedding: Tensor, mean: Tensor, factor: Tensor) -> Tensor:
+    """Distances [P, B] of embeddings [P, D, B] from Gaussians with means [P, D] and Cholesky factors [P, D, D].
+
+    By triangular solves, which read half of what products with inverse factors would.
+    """
+    distances = embedding.new_empty(embedding.shape[0], embedding.shape[2])
+    step = _positions(embedding.device, 4 * embedding[0].numel())
+    for begin in range(0, len(embedding), step):
+        rows = slice(begin, begin + step)
+        difference = embedding[rows] - mean[rows, :, None]
+        solved = torch.linalg.solve_triangular(factor[rows], difference, upper=False)
+        torch.linalg.vector_norm(solved, dim=1, out=distances[rows])
+    return distances
+
+
+def _positions(device: torch.device, size: int) -> int:
+    """How many positions to work on at a time, of so many bytes each."""
+    return max(1, _CHUNK.get(device.type, _CHUNK_ELSEWHERE) // size)
