@@ -11,7 +11,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from clbench.config import check, explain, register_resolvers
+from clbench.config import check, explain, for_every_choice, register_resolvers
 
 register_resolvers()
 
@@ -62,6 +62,7 @@ def main(config: DictConfig) -> None:
 
 if __name__ == "__main__":
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra hands its errors on, to be said in one line
+    sys.argv[1:] = for_every_choice(sys.argv[1:])
     try:
         main()
     except (HydraException, OmegaConfBaseException) as error:

@@ -1,7 +1,7 @@
 """Frozen feature pyramids from timm: a network sees an image once per run."""
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,9 @@ from clbench.feature_store import FeatureStore
 from clbench.randomness import seed_for
 
 PACKAGED = "package:"  # a checkpoint that the package ships
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_DEVIATION = (0.229, 0.224, 0.225)
 
 
 class Backbone:
@@ -71,10 +74,24 @@ class Backbone:
         network = self.network(layers)
         store = FeatureStore(*self.store_limits)
         dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[self.precision]
-        pyramid = FeaturePyramid(network, self._whole_parameters(), store, self.batch_size, dtype)
+        pyramid = FeaturePyramid(
+            network,
+            channels=_info(network).channels(),
+            whole_parameters=self._whole_parameters(),
+            store=store,
+            batch_size=self.batch_size,
+            dtype=dtype,
+            normalisation=self._normalisation(network),
+        )
         if self.compile:
             pyramid.network.compile()
         return pyramid
+
+    def student(self, layers: list[int]) -> "Student":
+        """A network of the same architecture to be trained, its weights random by seed."""
+        torch.manual_seed(seed_for(self.seed, "student weights"))
+        network = self._create(layers, pretrained=False)
+        return Student(network, self._whole_parameters(), self._normalisation(network))
 
     def network(self, layers: list[int]) -> nn.Module:
         """The network itself, in evaluation mode: uint8 images are not for it; see `FeaturePyramid`."""
@@ -113,6 +130,13 @@ class Backbone:
                 "backbone.checkpoint=FILE; or take backbone=small, which needs no download"
             ) from error
 
+    def _normalisation(self, network: nn.Module) -> "Normalisation":
+        """Mean and deviation from timm's description, ImageNet's where it has none."""
+        described: Any = network.pretrained_cfg if hasattr(network, "pretrained_cfg") else network.default_cfg
+        return Normalisation(
+            described.get("mean") or IMAGENET_MEAN, described.get("std") or IMAGENET_DEVIATION
+        )
+
     def _levels(self) -> str:
         try:
             with torch.device("meta"):
@@ -134,11 +158,7 @@ class Backbone:
 
     def _load(self, network: nn.Module) -> None:
         assert self.checkpoint is not None
-        if self.checkpoint.startswith(PACKAGED):
-            path = Path(__file__).parent / "weights" / self.checkpoint.removeprefix(PACKAGED)
-        else:
-            path = Path(self.checkpoint).expanduser()
-        state = _read_weights(path)
+        state = read_weights(weights_path(self.checkpoint), "backbone.checkpoint")
         wanted = network.state_dict()
         # Checkpoints of whole networks bring levels that nobody asked for, and their classifier.
         missing = [key for key in wanted if key not in state]
@@ -156,30 +176,81 @@ class Backbone:
         network.load_state_dict({key: state[key] for key in wanted})
 
 
-def _read_weights(path: Path) -> dict[str, Tensor]:
+def read_weights(path: Path, setting: str) -> dict[str, Tensor]:
+    """The tensors of a .safetensors or .pth file, which is never unpickled.
+
+    Args:
+        setting: that names the file, for errors.
+
+    Raises:
+        UserError: no such file, not readable, or more than tensors.
+    """
     if not path.is_file():
-        raise UserError(f"backbone.checkpoint={path} does not exist: give a .safetensors or .pth file")
+        raise UserError(f"{setting}={path} does not exist: give a .safetensors or .pth file")
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, OSError, RuntimeError, ValueError, EOFError) as error:
-        raise UserError(f"backbone.checkpoint={path} cannot be read: {_first_line(error)}") from error
+        raise UserError(f"{setting}={path} cannot be read: {_first_line(error)}") from error
     except Exception as error:  # pickle.UnpicklingError and what it wraps: more than tensors
         raise UserError(
-            f"backbone.checkpoint={path} holds more than tensors and is not unpickled: "
+            f"{setting}={path} holds more than tensors and is not unpickled: "
             "save its state_dict() as .safetensors"
         ) from error
     for key in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise UserError(f"backbone.checkpoint={path} is not a dictionary of tensors: save a state_dict()")
+        raise UserError(f"{setting}={path} is not a dictionary of tensors: save a state_dict()")
     return state
+
+
+def weights_path(name: str) -> Path:
+    """The file that a setting names: a path, or one of the package's own."""
+    if name.startswith(PACKAGED):
+        return Path(__file__).parent / "weights" / name.removeprefix(PACKAGED)
+    return Path(name).expanduser()
 
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+class Normalisation(nn.Module):
+    """Images in [0, 1] -> what a network was trained to see."""
+
+    mean: Tensor
+    deviation: Tensor
+
+    def __init__(
+        self, mean: Sequence[float] = IMAGENET_MEAN, deviation: Sequence[float] = IMAGENET_DEVIATION
+    ):
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("deviation", torch.tensor(deviation).view(1, 3, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images, uint8 or float in [0, 1], [B, 3, H, W] -> normalised, float32."""
+        return (unit(images) - self.mean) / self.deviation
+
+
+class Student(nn.Module):
+    """A network to be trained, of which only the first levels are run.
+
+    Attributes:
+        whole_parameters: of the whole network, which the paper counts.
+    """
+
+    def __init__(self, network: nn.Module, whole_parameters: int, normalisation: Normalisation):
+        super().__init__()
+        self.network = network
+        self.whole_parameters = whole_parameters
+        self.normalisation = normalisation
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Images, uint8 or float in [0, 1], [B, 3, H, W] -> levels [B, C_l, H_l, W_l]."""
+        return self.network(self.normalisation(images))
 
 
 class FeaturePyramid(nn.Module):
@@ -188,40 +259,35 @@ class FeaturePyramid(nn.Module):
     The network always sees batches of the same size (the last one is filled up), so that an image's features
     do not depend on which images it comes with.
 
-    Attributes:
+    Args:
+        network: normalised images [B, 3, H, W] -> levels [B, C_l, H_l, W_l].
         channels: C_l of each level.
         whole_parameters: of the whole network, of which only the first levels are run.
+        dtype: of mixed precision inside the network; None for single precision.
     """
-
-    mean: Tensor
-    deviation: Tensor
 
     def __init__(
         self,
         network: nn.Module,
+        *,
+        channels: list[int],
         whole_parameters: int,
         store: FeatureStore,
         batch_size: int,
         dtype: torch.dtype | None = None,
+        normalisation: Normalisation | None = None,
     ):
         super().__init__()
         self.network = network.requires_grad_(False).eval()
-        self.channels: list[int] = _info(network).channels()
+        self.channels = channels
         self.whole_parameters = whole_parameters
         self.store = store
         self.batch_size = batch_size
         self.dtype = dtype
-        config: Any = network.pretrained_cfg if hasattr(network, "pretrained_cfg") else network.default_cfg
-        for name, key, usual in (
-            ("mean", "mean", (0.485, 0.456, 0.406)),
-            ("deviation", "std", (0.229, 0.224, 0.225)),
-        ):
-            values = torch.tensor(config.get(key) or usual).view(1, 3, 1, 1)
-            self.register_buffer(name, values, persistent=False)
+        self.normalisation = normalisation or Normalisation()
 
     def train(self, mode: bool = True) -> "FeaturePyramid":
         """Always in evaluation mode: frozen normalisation statistics stay as they are."""
-        self.store.learning = mode
         return super().train(False)
 
     def forward(self, images: Tensor) -> list[Tensor]:
@@ -233,7 +299,7 @@ class FeaturePyramid(nn.Module):
             part = missing[begin : begin + self.batch_size]
             for row, index in enumerate(part):
                 if row == 0:
-                    levels = self._compute(images[part])
+                    levels = self.compute(images[part])
                 found[index] = one = [level[row] for level in levels]
                 self.store.put(keys[index], one)
         return [
@@ -242,14 +308,18 @@ class FeaturePyramid(nn.Module):
         ]
 
     @torch.no_grad()
-    def _compute(self, images: Tensor) -> list[Tensor]:
+    def compute(self, images: Tensor) -> list[Tensor]:
+        """The levels of images that will not be seen again: nothing is looked up or kept."""
+        parts = [self._whole_batch(part) for part in images.split(self.batch_size)]
+        return [torch.cat(levels) if len(parts) > 1 else levels[0] for levels in zip(*parts, strict=True)]
+
+    def _whole_batch(self, images: Tensor) -> list[Tensor]:
         """The levels of at most a batch of images."""
         missing = self.batch_size - len(images)
         if missing:
             images = torch.cat([images, images[:1].expand(missing, -1, -1, -1)])
-        normalised = (unit(images) - self.mean) / self.deviation
-        device = images.device.type
-        with torch.autocast(device, dtype=self.dtype, enabled=self.dtype is not None):
+        normalised = self.normalisation(images)
+        with torch.autocast(images.device.type, dtype=self.dtype, enabled=self.dtype is not None):
             levels = self.network(normalised)
         return [level[: len(images) - missing].float() for level in levels]
 

@@ -42,6 +42,7 @@ class _Open(BaseModel):
 class Protocol(_Strict):
     strategy: str
     crop: PositiveInt | None
+    replay_size: PositiveInt | None
 
 
 class Method(_Open):
@@ -121,6 +122,8 @@ def check(config: DictConfig) -> dict[str, Any]:
     _check_arguments("dataset", values["dataset"])
     _check_arguments("backbone", {**values["backbone"], "_target_": "clbench.backbones.Backbone"})
     Geometry(values["dataset"]["resize"], values["dataset"]["crop"])
+    if values["strategy"]["name"] == "replay" and values["replay"]["size"] is None:
+        values["replay"]["size"] = values["method"]["protocol"]["replay_size"]
     _check_combinations(values)
     return values
 
@@ -144,6 +147,12 @@ def _check_combinations(config: dict[str, Any]) -> None:
         raise UserError(
             f"strategy={strategy} with replay.size={size} makes no sense: {reason}; "
             "take strategy=replay, or leave replay.size out"
+        )
+    target: Any = hydra.utils.get_class(config["method"]["_target_"])
+    if strategy == "native" and not target.native:
+        raise UserError(
+            f"strategy=native with method={method} makes no sense: it keeps nothing that it could update task by "
+            "task; take strategy=replay, finetune, joint or single"
         )
     if config["gpu"]["device"] == "cpu" and config["gpu"]["precision"] == "fp16":
         raise UserError("gpu.precision=fp16 is for GPUs: on gpu.device=cpu take bf16 or fp32")
@@ -190,6 +199,19 @@ def _unknown(key: str, known: list[str]) -> UserError:
     close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     hint = f"; nearest: {close[0]}" if close else f"; there are: {', '.join(sorted(known))}"
     return UserError(f"there is no setting {key}{hint}")
+
+
+def for_every_choice(arguments: list[str]) -> list[str]:
+    """The command line, with settings of a swept group made to suit all its choices.
+
+    Hydra composes a sweep's first config with the group's default, which need not have a setting that all
+    the swept choices have: with `method=cfa,stfpm`, `method.epochs=1` would be refused.
+    """
+    swept = {key for key, _, value in (text.partition("=") for text in arguments) if "," in value}
+    return [
+        f"++{text}" if text.partition("=")[1] and text.partition(".")[0] in swept else text
+        for text in arguments
+    ]
 
 
 def explain(error: Exception, arguments: list[str], folder: str) -> UserError:
@@ -273,7 +295,7 @@ def run_name(overrides: ListConfig | list[str]) -> str:
         readable = re.sub(r"[^\w.+\-]+", "-", value.rstrip("/").rsplit("/", 1)[-1]).strip("-")[:40]
         if readable != value:
             readable += f"~{hashlib.sha256(value.encode()).hexdigest()[:6]}"
-        parts.append(f"{key}={readable}")
+        parts.append(f"{key.lstrip('+')}={readable}")
     name = ",".join(parts) or "default"
     return name if len(name) <= 200 else f"{name[:190]}~{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
@@ -283,6 +305,11 @@ def strategy_for(paper: str, replay_size: int | None) -> str:
     return paper if replay_size is None else "replay"
 
 
+def scaled(benchmark: str, paper: Any, demo: Any) -> Any:
+    """A method's setting: the paper's, but in the demo, which is to take minutes on two cores."""
+    return demo if benchmark == "demo" else paper
+
+
 def strategy_class(name: str) -> str:
     """A strategy's class: clbench/strategies/<name>.py holds <Name>."""
     return f"clbench.strategies.{name}.{name.title().replace('_', '')}"
@@ -290,5 +317,5 @@ def strategy_class(name: str) -> str:
 
 def register_resolvers() -> None:
     """Make the functions above usable in conf/."""
-    for resolver in (run_name, strategy_for, strategy_class):
+    for resolver in (run_name, scaled, strategy_for, strategy_class):
         OmegaConf.register_new_resolver(resolver.__name__, resolver, replace=True)

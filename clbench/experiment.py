@@ -8,12 +8,14 @@ import torch
 
 from clbench import evaluation, footprint, heat_maps
 from clbench.data.stream import Task
+from clbench.errors import UserError
 from clbench.metrics import continual
 from clbench.metrics.curves import METRICS
 from clbench.recording import checkpoint
 from clbench.recording.run_directory import RunDirectory
 from clbench.strategies.base import Strategy
 from clbench.terminal import Display, number, run_table
+from clbench.training import Diverged
 
 Row = tuple[int, int, str, str, float | None]
 
@@ -59,7 +61,10 @@ def run(
         display.heading(title)
         begin = time.perf_counter()
         train = [tasks[task].train.images for task in stages[stage]]
-        strategy.learn(stage, (torch.cat(train) if len(train) > 1 else train[0]).to(device))
+        try:
+            strategy.learn(stage, (torch.cat(train) if len(train) > 1 else train[0]).to(device))
+        except Diverged as error:
+            raise UserError(f"{title}: {error}") from error
         strategy.detector.release(strategy.stored_images())
         seconds["train_s"] += time.perf_counter() - begin
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from clbench.backbones import FeaturePyramid
+from clbench.backbones import FeaturePyramid, Student
 from clbench.strategies.base import Strategy
 
 MB = 10**6
@@ -24,16 +24,19 @@ def measure(strategy: Strategy, device: torch.device) -> dict[str, float]:
     """
     detector = strategy.detector
     pyramids = [module for module in detector.modules() if isinstance(module, FeaturePyramid)]
-    frozen = {id(parameter) for pyramid in pyramids for parameter in pyramid.parameters()}
-    trained = sum(_bytes([p]) for p in detector.parameters() if id(p) not in frozen)
+    students = [module for module in detector.modules() if isinstance(module, Student)]
+    frozen = sum(_bytes(pyramid.parameters()) for pyramid in pyramids)
+    trained = _bytes(detector.parameters()) - frozen
+    # Where only the first levels of a network are run, the paper counts it whole.
+    unused = sum(4 * student.whole_parameters - _bytes(student.parameters()) for student in students)
     own = {name for name, _ in detector.named_buffers(recurse=False)}
     states = strategy.detectors()
     additional = sum(_bytes(tensor for name, tensor in state.items() if name in own) for state in states)
     stored = strategy.stored_images()
     models = max(len(states), 1)
     return {
-        "architecture_mb": (sum(4 * p.whole_parameters for p in pyramids) + models * trained) / MB,
-        "executed_mb": (sum(_bytes(p.parameters()) for p in pyramids) + models * trained) / MB,
+        "architecture_mb": (sum(4 * p.whole_parameters for p in pyramids) + models * (trained + unused)) / MB,
+        "executed_mb": (frozen + models * trained) / MB,
         "additional_mb": (additional + (_bytes([stored]) if stored is not None else 0)) / MB,
         "peak_mb": peak(device) / MB,
     }

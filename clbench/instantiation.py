@@ -1,5 +1,6 @@
 """From a checked config to the objects it names."""
 
+import inspect
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -59,8 +60,13 @@ def tasks(config: dict[str, Any], progress: Progress) -> list[Task]:
 def detector(config: dict[str, Any]) -> Detector:
     """The method's detector on its backbone, fresh."""
     gpu = config["gpu"]
-    backbone = Backbone(**config["backbone"], precision=gpu["precision"], compile=gpu["compile"])
-    return _build(config, "method", Detector, backbone=backbone, seed=config["seed"])
+    asked = inspect.signature(get_class(config["method"]["_target_"])).parameters
+    own = {name: config[name] for name in ("seed", "cache") if name in asked}
+    if "backbone" in asked:
+        own["backbone"] = Backbone(**config["backbone"], precision=gpu["precision"], compile=gpu["compile"])
+    built = _build(config, "method", Detector, **own)
+    built.precision = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[gpu["precision"]]
+    return built
 
 
 def strategy(config: dict[str, Any], detector: Detector) -> Strategy:

@@ -61,12 +61,13 @@ class Display:
         """What the following phases belong to: `task 3/10 cable`."""
         self._heading, self._phase = text, ""
 
-    def progress(self, phase: str, done: int, total: int) -> None:
-        """How far the current phase is."""
+    def progress(self, phase: str, done: int, total: int, note: str = "") -> None:
+        """How far the current phase is, and how it goes."""
         if phase != self._phase:
             self._phase = phase
-            self._bar.reset(self._row, total=total, description=f"{self._heading}: {phase}")
-        self._bar.update(self._row, completed=done, total=total)
+            self._bar.reset(self._row, total=total)
+        description = f"{self._heading}: {phase}" + (f" ({note})" if note else "")
+        self._bar.update(self._row, completed=done, total=total, description=description)
 
     def line(self, text: str) -> None:
         """A line that stays."""

@@ -30,10 +30,10 @@ def images(count: int, seed: int, size: int = 48) -> torch.Tensor:
 
 def learn(detector, *tasks: torch.Tensor):
     for index, task in enumerate(tasks):
-        detector.start_task(index, task)
+        detector.start_task(index, task, task[:0])
         for part in task.split(4):
             detector.training_step(part)
-        detector.finish_task()
+        detector.finish_task(task)
     return detector.eval()
 
 
@@ -117,9 +117,9 @@ def test_patchcore_shares_its_memory_evenly_and_truncates_old_banks(backbone: Ba
     first = detector.bank.clone()
     assert len(first) == 90
     for task, share in ((1, 45), (2, 30)):
-        detector.start_task(task, images(6, task))
+        detector.start_task(task, images(6, task), images(0, task))
         detector.training_step(images(6, task))
-        detector.finish_task()
+        detector.finish_task(images(0, task))
         assert detector.bank_sizes.tolist() == [share] * (task + 1)
         assert torch.equal(detector.bank[:share], first[:share])
 
@@ -188,11 +188,10 @@ def test_features_of_training_images_make_room_for_the_next_stage(backbone: Back
     for memory, disk in ((12 * size, 0), (0, 12 * size), (5 * size, 7 * size)):
         store = pyramid.store = FeatureStore(memory, disk)
         test = images(4, 0)
-        pyramid.train(False)
         before = pyramid(test)
         for stage in (1, 2, 3):
             train = images(8, stage)
-            pyramid.train(True)
+            store.learning = True
             first = pyramid(train)
             for one, two in zip(first, pyramid(train), strict=True):
                 assert torch.equal(one, two)
@@ -201,7 +200,7 @@ def test_features_of_training_images_make_room_for_the_next_stage(backbone: Back
             assert store.memory_used + store.disk_used == 6 * size
             assert all(store.get(key) for key in store.keys(torch.cat([test, train[:2]])))
             assert not any(store.get(key) for key in store.keys(train[2:]))
-        pyramid.train(False)
+        store.learning = False
         for one, two in zip(before, pyramid(test), strict=True):
             assert torch.equal(one, two)
 

@@ -1,13 +1,14 @@
 """Image and mask files on disk: decoded whole, or refused."""
 
 import io
+from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
 import numpy as np
 from PIL import Image
 
-from clbench.data.samples import GOOD
+from clbench.data.samples import GOOD, Sample
 from clbench.errors import UserError
 
 FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")
@@ -15,6 +16,29 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 
 _WHITE_IS_ZERO = 0  # TIFF tag 262, photometric interpretation
 _SEPARATE_PLANES = 2  # TIFF tag 284, planar configuration
+
+
+@dataclass(frozen=True)
+class FileSample(Sample):
+    """An image file and, where it shows a defect, its mask file."""
+
+    name: str
+    kind: str
+    identity: str
+    image: Path
+    mask: Path | None
+
+    def read(self) -> tuple[np.ndarray, np.ndarray | None]:
+        image = read_image(self.image)
+        if self.mask is None:
+            return image, None
+        mask = read_mask(self.mask)
+        if mask.shape != image.shape[:2]:
+            raise UserError(
+                f"mask {self.mask} is {mask.shape[1]}x{mask.shape[0]} but its image is "
+                f"{image.shape[1]}x{image.shape[0]}: replace it by the mask of {self.image}"
+            )
+        return image, mask
 
 
 def read_image(path: Path) -> np.ndarray:
@@ -97,3 +121,12 @@ def _broken(path: Path, reason: object) -> UserError:
 
 def _unsupported(path: Path, what: str) -> UserError:
     return UserError(f"image file {path} has {what}: convert it to 8- or 16-bit unsigned grey or RGB")
+
+
+def file_identity(path: Path) -> str:
+    """What changes when the file does: its path, size in bytes and change time in nanoseconds."""
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise UserError(f"cannot read image file {path}: {error.strerror}") from error
+    return f"{path} {status.st_size} {status.st_mtime_ns}"

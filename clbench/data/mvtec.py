@@ -1,37 +1,11 @@
 """The MVTec AD folder layout (Bergmann et al., 2019), with any category names."""
 
 import difflib
-from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
-from clbench.data.files import SUFFIXES, read_image, read_mask
+from clbench.data.files import SUFFIXES, FileSample, file_identity
 from clbench.data.samples import GOOD, Dataset, Sample, Split
 from clbench.errors import UserError
-
-
-@dataclass(frozen=True)
-class FileSample(Sample):
-    """An image file and, where it shows a defect, its mask file."""
-
-    name: str
-    kind: str
-    identity: str
-    image: Path
-    mask: Path | None
-
-    def read(self) -> tuple[np.ndarray, np.ndarray | None]:
-        image = read_image(self.image)
-        if self.mask is None:
-            return image, None
-        mask = read_mask(self.mask)
-        if mask.shape != image.shape[:2]:
-            raise UserError(
-                f"mask {self.mask} is {mask.shape[1]}x{mask.shape[0]} but its image is "
-                f"{image.shape[1]}x{image.shape[0]}: replace it by the mask of {self.image}"
-            )
-        return image, mask
 
 
 class MVTec(Dataset):
@@ -128,7 +102,7 @@ class MVTec(Dataset):
         return FileSample(
             name=str(image.relative_to(self.root)),
             kind=image.parent.name,
-            identity=_identity(image) + (f" mask {_identity(mask)}" if mask else ""),
+            identity=file_identity(image) + (f" mask {file_identity(mask)}" if mask else ""),
             image=image,
             mask=mask,
         )
@@ -151,15 +125,6 @@ def _images_by_stem(folder: Path) -> dict[str, Path]:
             raise UserError(f"{images[path.stem]} and {path.name} share a stem: remove or rename one of them")
         images[path.stem] = path
     return images
-
-
-def _identity(path: Path) -> str:
-    """What changes when the file does: its path, size in bytes and change time in nanoseconds."""
-    try:
-        status = path.stat()
-    except OSError as error:
-        raise UserError(f"cannot read image file {path}: {error.strerror}") from error
-    return f"{path} {status.st_size} {status.st_mtime_ns}"
 
 
 def _unknown(where: str, category: str, found: list[str]) -> UserError:

@@ -1,18 +1,23 @@
 """What every detector is: images in, anomaly maps and image scores out."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from clbench.backbones import FeaturePyramid
+from clbench.feature_store import FeatureStore
 
-Progress = Callable[[str, int, int], None]
+
+class Progress(Protocol):
+    """How far a phase is, and a word on how it goes."""
+
+    def __call__(self, phase: str, done: int, total: int, note: str = "") -> None: ...
 
 
-def silent(phase: str, done: int, total: int) -> None:
+def silent(phase: str, done: int, total: int, note: str = "") -> None:
     """Progress that nobody watches."""
 
 
@@ -30,13 +35,24 @@ class Detector(nn.Module):
     are its submodules. So `state_dict` is the whole detector, and the footprint counts itself.
 
     Attributes:
+        native: whether the method updates what it keeps task by task, which is what `strategy=native` needs.
+        rebuilt_by_replay: whether replay makes banks and statistics anew from current and stored images, or
+            leaves them to the method's own update.
         epochs: passes over a task's images; 1 for methods that only collect.
-        batch_size: images of a training step.
+        batch_size: images of a training step, and as many replayed ones.
+        held_out: share of a task's normal images that no step sees, for early stopping and thresholds.
+        patience: epochs without a better loss on the held-out images before training stops; None for never.
+        precision: of mixed-precision training; None for single precision.
         progress: called with (phase, done, total) during long phases.
     """
 
+    native = False
+    rebuilt_by_replay = True
     epochs = 1
     batch_size = 16
+    held_out = 0.0
+    patience: int | None = None
+    precision: torch.dtype | None = None
 
     def __init__(self) -> None:
         super().__init__()
@@ -44,39 +60,65 @@ class Detector(nn.Module):
 
     def forget(self) -> None:
         """Drop banks and statistics of earlier tasks, so that the next task replaces them."""
-        raise NotImplementedError
 
-    def start_task(self, task: int, images: Tensor) -> None:
-        """Prepare for a task from its images, uint8 [N, 3, H, W]."""
+    def start_task(self, task: int, images: Tensor, stored: Tensor) -> None:
+        """Prepare for a task from its images and from those of earlier tasks, both uint8 [N, 3, H, W]."""
 
     def training_step(self, images: Tensor) -> Tensor | None:
         """Images uint8 [B, 3, H, W] -> the loss, or None from methods that only collect."""
         raise NotImplementedError
 
-    def finish_task(self) -> None:
-        """Consolidate what the task's steps collected."""
+    def optimizer(self) -> torch.optim.Optimizer | None:
+        """A fresh one for a task; None for methods that only collect."""
+        return None
+
+    def learning_rate_factor(self, done: float) -> float:
+        """What the optimizer's learning rates are multiplied with when this share of the steps is done."""
+        return 1.0
+
+    def validation_loss(self, images: Tensor) -> Tensor:
+        """Held-out images uint8 [B, 3, H, W] -> the loss that early stopping watches."""
+        loss = self.training_step(images)
+        assert loss is not None
+        return loss
+
+    def finish_task(self, images: Tensor) -> None:
+        """Consolidate what the task's steps left; normal images [N, 3, H, W], held out where some are."""
 
     def forward(self, images: Tensor) -> Prediction:
         """Images, uint8 or float in [0, 1], [B, 3, H, W] -> maps [B, H, W] and scores [B], no task given."""
         raise NotImplementedError
 
+    def stores(self) -> list[FeatureStore]:
+        """The feature stores of its frozen networks."""
+        return [module.store for module in self.modules() if isinstance(module, FeaturePyramid)]
+
     @contextmanager
     def uncached(self) -> Iterator[None]:
         """Inside, frozen networks see every image anew: for measuring time."""
-        stores = [module.store for module in self.modules() if isinstance(module, FeaturePyramid)]
-        for store in stores:
+        for store in self.stores():
             store.paused = True
         try:
             yield
         finally:
-            for store in stores:
+            for store in self.stores():
                 store.paused = False
+
+    @contextmanager
+    def learning(self) -> Iterator[None]:
+        """Inside, the images that frozen networks see are training images: see `release`."""
+        for store in self.stores():
+            store.learning = True
+        try:
+            yield
+        finally:
+            for store in self.stores():
+                store.learning = False
 
     def release(self, keep: Tensor | None) -> None:
         """Let go of the features of training images, but for those that will be learned again."""
-        for module in self.modules():
-            if isinstance(module, FeaturePyramid):
-                module.store.release(keep)
+        for store in self.stores():
+            store.release(keep)
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Take over what `kept_state` of another detector gave; buffers may have other sizes here."""
@@ -89,3 +131,11 @@ class Detector(nn.Module):
             else:
                 with torch.no_grad():
                     owner.get_parameter(leaf).copy_(tensor)
+
+
+def kept_state(detector: Detector) -> dict[str, Tensor]:
+    """A detector's state but for frozen networks, which the config brings back."""
+    frozen = tuple(
+        f"{name}." for name, module in detector.named_modules() if isinstance(module, FeaturePyramid)
+    )
+    return {name: tensor for name, tensor in detector.state_dict().items() if not name.startswith(frozen)}

@@ -1,9 +1,11 @@
 """Nearest neighbours in memory banks: matrix products and minima, never a whole distance matrix."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 _BLOCK = 1 << 22  # distances held at a time: 16 MB
 _GROUP = 64  # distances that are reduced to their minimum before the nearest is looked for
@@ -43,6 +45,59 @@ def nearest(queries: Tensor, bank: Tensor, sizes: list[int]) -> tuple[Tensor, Te
             # By differences, since the product cancels where the distance is small.
             distances[index, first : first + step] = (part - entries[found]).square_().sum(1).sqrt_()
     return distances, rows
+
+
+def k_nearest(queries: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k nearest entries of a bank for each query, nearest first; queries get gradients, the bank does not.
+
+    Args:
+        queries: float32 [Q, D].
+        bank: float32 [M, D], M >= k.
+
+    Returns:
+        Squared Euclidean distances float32 [Q, k] and rows of `bank` int64 [Q, k].
+    """
+    distances, rows = _KNearest.apply(queries, bank, k)
+    return distances, rows
+
+
+class _KNearest(torch.autograd.Function):
+    """As only k distances of a query reach the loss, its gradient needs k entries and no second product."""
+
+    @staticmethod
+    def forward(ctx: Any, queries: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        queries = queries.float()  # distances cancel: half precision would leave nothing of the small ones
+        norms = bank.square().sum(1)
+        width = _GROUP * math.ceil(len(bank) / _GROUP)
+        step = max(1, min(_BLOCK // width, len(queries)))
+        block = queries.new_full((step, width), math.inf)
+        distances = queries.new_empty(len(queries), k)
+        rows = torch.empty(len(queries), k, dtype=torch.int64, device=queries.device)
+        for first in range(0, len(queries), step):
+            part = queries[first : first + step]
+            products = block[: len(part)]
+            torch.addmm(norms, part, bank.T, alpha=-2, out=products[:, : len(bank)])
+            smallest, rows[first : first + step] = _k_smallest(products, k)
+            distances[first : first + step] = smallest + part.square().sum(1, keepdim=True)
+        ctx.save_for_backward(queries, bank, rows)
+        ctx.mark_non_differentiable(rows)
+        return distances.clamp_min_(0), rows
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
+        # d |q - b|^2 / dq = 2 (q - b), summed over the k entries with the weights that come back
+        queries, bank, rows = ctx.saved_tensors
+        towards = F.embedding_bag(rows, bank, per_sample_weights=gradient.contiguous(), mode="sum")
+        return 2 * (queries * gradient.sum(1, keepdim=True) - towards), None, None
+
+
+def _k_smallest(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k smallest of each row [Q, W] and where: they lie in the k groups with the smallest minima."""
+    groups = values.view(len(values), -1, _GROUP)
+    nearest_groups = groups.amin(2).topk(min(k, groups.shape[1]), largest=False).indices
+    candidates = groups.gather(1, nearest_groups[:, :, None].expand(-1, -1, _GROUP)).flatten(1)
+    smallest, inside = candidates.topk(k, largest=False)
+    return smallest, nearest_groups.gather(1, inside // _GROUP) * _GROUP + inside % _GROUP
 
 
 def _smallest(values: Tensor) -> Tensor:

@@ -40,6 +40,8 @@ class PaDiM(Detector):
         counts: int64 [tasks], images of each task seen.
     """
 
+    native = True
+
     mean: Tensor
     factor: Tensor
     counts: Tensor
@@ -77,7 +79,7 @@ class PaDiM(Detector):
     def forget(self) -> None:
         self.mean, self.factor, self.counts = self.mean[:0], self.factor[:0], self.counts[:0]
 
-    def start_task(self, task: int, images: Tensor) -> None:
+    def start_task(self, task: int, images: Tensor, stored: Tensor) -> None:
         self._count = 0
 
     def training_step(self, images: Tensor) -> None:
@@ -93,7 +95,7 @@ class PaDiM(Detector):
         self._squares.baddbmm_(difference, difference.transpose(1, 2))
         self._count += embedding.shape[2]
 
-    def finish_task(self) -> None:
+    def finish_task(self, images: Tensor) -> None:
         """Merges the task's Gaussians into what is kept, and factors the result."""
         count = self._count
         shift = self._sum / count

@@ -7,7 +7,6 @@ import torch
 from annotated_types import Gt, Lt
 from pydantic import NonNegativeFloat, PositiveInt
 from torch import Tensor
-from torch.nn import functional as F
 
 from clbench.backbones import Backbone
 from clbench.errors import UserError
@@ -16,6 +15,7 @@ from clbench.methods.base import Detector, Prediction
 from clbench.methods.coreset import farthest_first, projection
 from clbench.methods.maps import to_image_size
 from clbench.methods.nearest import nearest
+from clbench.methods.patches import neighbourhood_patches
 from clbench.randomness import generator
 
 _CHUNK = 65_536  # patches projected at a time
@@ -37,6 +37,8 @@ class PatchCore(Detector):
         bank: the tasks' coresets one after the other, float32 [sum of bank_sizes, D].
         bank_sizes: int64 [tasks].
     """
+
+    native = True
 
     bank: Tensor
     bank_sizes: Tensor
@@ -65,9 +67,9 @@ class PatchCore(Detector):
     def forget(self) -> None:
         self.bank, self.bank_sizes = self.bank[:0], self.bank_sizes[:0]
 
-    def start_task(self, task: int, images: Tensor) -> None:
+    def start_task(self, task: int, images: Tensor, stored: Tensor) -> None:
         self._task = task
-        self._expected = len(images)
+        self._expected = len(images) + len(stored)
         self._patches = torch.empty(0)
         self._filled = 0
 
@@ -98,7 +100,7 @@ class PatchCore(Detector):
                 "raise the one, or set TMPDIR to a folder with more room"
             ) from error
 
-    def finish_task(self) -> None:
+    def finish_task(self, images: Tensor) -> None:
         """Algorithm 2: every task, old or new, keeps memory_size / tasks patches."""
         patches = self._patches[: self._filled]
         share = max(self.memory_size // (len(self.bank_sizes) + 1), 1)
@@ -152,11 +154,5 @@ class PatchCore(Detector):
         return scores
 
     def patches(self, images: Tensor) -> Tensor:
-        """Patch features [B, h, w, D]: each level averaged over 3x3 neighbours, on the first level's grid."""
-        levels = [F.avg_pool2d(level, 3, 1, 1) for level in self.pyramid(images)]
-        grid = levels[0].shape[-2:]
-        levels = [
-            level if level.shape[-2:] == grid else F.interpolate(level, grid, mode="bilinear")
-            for level in levels
-        ]
-        return torch.cat(levels, 1).permute(0, 2, 3, 1)
+        """Patch features [B, h, w, D] of images."""
+        return neighbourhood_patches(self.pyramid(images))

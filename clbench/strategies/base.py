@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from clbench.backbones import FeaturePyramid
-from clbench.methods.base import Detector, Prediction
+from clbench.methods.base import Detector, Prediction, kept_state
+from clbench.training import train
 
 
 class Strategy:
@@ -61,23 +62,9 @@ class Strategy:
         """Continue from what `state` gave."""
         self.detector.restore(part(state, "detector."))
 
-    def fit(self, detector: Detector, stage: int, images: Tensor) -> None:
-        """The one training loop: steps over the images, epoch by epoch."""
-        detector.train()
-        detector.start_task(stage, images)
-        for _ in range(detector.epochs):
-            for begin in range(0, len(images), detector.batch_size):
-                detector.training_step(images[begin : begin + detector.batch_size])
-                detector.progress("learning", min(begin + detector.batch_size, len(images)), len(images))
-        detector.finish_task()
-
-
-def kept_state(detector: Detector) -> dict[str, Tensor]:
-    """A detector's state but for frozen networks, which the config brings back."""
-    frozen = tuple(
-        f"{name}." for name, module in detector.named_modules() if isinstance(module, FeaturePyramid)
-    )
-    return {name: tensor for name, tensor in detector.state_dict().items() if not name.startswith(frozen)}
+    def fit(self, detector: Detector, stage: int, images: Tensor, stored: Sequence[Tensor] = ()) -> None:
+        """Teach a detector a stage's images, and with them the stored ones of each earlier task."""
+        train(detector, stage, images, stored, self.seed)
 
 
 def part(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

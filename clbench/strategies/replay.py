@@ -12,7 +12,8 @@ from clbench.strategies.base import Strategy
 
 
 class Replay(Strategy):
-    """Each stage sees its own images and the buffer's; banks and statistics are rebuilt from both.
+    """Each stage sees its own images and the buffer's; banks and statistics are rebuilt from both
+    (but CFA's centroids, which its paper averages under replay too).
 
     The buffer holds at most `replay_size` images in all, an equal share for each task seen; which ones is
     random by seed. A share that shrinks keeps a random part of what it had.
@@ -26,9 +27,9 @@ class Replay(Strategy):
         self.counts: list[int] = []  # images of each task in the buffer
 
     def learn(self, stage: int, images: Tensor) -> None:
-        self.detector.forget()
-        both = torch.cat([images, self.images.to(images.device)]) if self.counts else images
-        self.fit(self.detector, stage, both)
+        if self.detector.rebuilt_by_replay:
+            self.detector.forget()
+        self.fit(self.detector, stage, images, self.images.to(images.device).split(self.counts))
         self._store(stage, images)
 
     def _store(self, stage: int, images: Tensor) -> None:

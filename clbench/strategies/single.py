@@ -5,8 +5,8 @@ from typing import Any
 
 from torch import Tensor
 
-from clbench.methods.base import Detector
-from clbench.strategies.base import Strategy, fresh, kept_state, part
+from clbench.methods.base import Detector, kept_state
+from clbench.strategies.base import Strategy, fresh, part
 
 
 class Single(Strategy):
@@ -22,7 +22,7 @@ class Single(Strategy):
         detector = fresh(self._untrained)
         detector.progress = self.detector.progress
         self.fit(detector, stage, images)
-        self._learned.append(kept_state(detector))
+        self._learned.append({name: tensor.clone() for name, tensor in kept_state(detector).items()})
         self.detector, self._loaded = detector, stage
 
     def detector_for(self, task: int) -> Detector:

@@ -1,0 +1,80 @@
+"""Pictures beside the stream, for methods that train on more than normal images: a folder's, or procedural."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from clbench.data import cache
+from clbench.data.files import SUFFIXES, FileSample, file_identity
+from clbench.data.samples import GOOD, Geometry, Sample
+from clbench.data.textures import texture
+from clbench.errors import UserError
+from clbench.randomness import generator
+
+_SIDE = 256  # pixels of a procedural texture, before it is brought to the size asked for
+
+
+@dataclass(frozen=True)
+class Texture(Sample):
+    """A procedural texture, which is a function of its number."""
+
+    name: str
+    kind: str
+    identity: str
+    number: int
+
+    def read(self) -> tuple[np.ndarray, None]:
+        return texture(self.number, 0, _SIDE).mul(255).byte().permute(1, 2, 0).numpy(), None
+
+
+class Pictures:
+    """Pictures to be had at any size: from a folder and those inside it, or procedural textures.
+
+    Args:
+        folder: None for procedural ones.
+        count: how many, at most; which of a folder's is random by seed.
+        setting: that names the folder, for errors.
+        directory: of the decoded-image cache.
+
+    Raises:
+        UserError: the folder does not exist or holds no image.
+    """
+
+    def __init__(self, folder: str | None, count: int, setting: str, seed: int, directory: str):
+        self.directory = Path(directory).expanduser()
+        random = generator(seed, "pictures")
+        if folder is None:
+            numbers = torch.randint(2**31, (count,), generator=random).tolist()
+            self.samples: list[Sample] = [
+                Texture(f"texture {number}", GOOD, f"texture 1 {number} {_SIDE}", number)
+                for number in numbers
+            ]
+            return
+        root = Path(folder).expanduser()
+        if not root.is_dir():
+            raise UserError(
+                f"{setting}={folder} is no folder: give one with images, or null for procedural ones"
+            )
+        paths = sorted(path for path in root.rglob("*") if path.suffix.lower() in SUFFIXES)
+        if not paths:
+            raise UserError(
+                f"{setting}={folder} holds no image ({', '.join(SUFFIXES)}), nor do the folders in it: "
+                "give another, or null for procedural ones"
+            )
+        order = torch.randperm(len(paths), generator=random)[:count].sort().values
+        self.samples = [
+            FileSample(str(path), GOOD, file_identity(path), path, None)
+            for path in (paths[index] for index in order.tolist())
+        ]
+
+    def load(self, height: int, width: int) -> Tensor:
+        """The pictures, uint8 [N, 3, height, width], mapped from the cache.
+
+        Raises:
+            UserError: one cannot be read.
+        """
+        geometry = Geometry(resize=max(height, width))
+        return cache.load(self.samples, geometry, self.directory).images[..., :height, :width]

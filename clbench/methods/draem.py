@@ -1,0 +1,215 @@
+"""DRAEM: a network repairs simulated anomalies, and another finds what was repaired (Zavrtanik et al., 2021)."""
+
+import itertools
+from typing import Annotated
+
+import torch
+from annotated_types import Ge, Le
+from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from clbench.backbones import unit
+from clbench.data.pictures import Pictures
+from clbench.methods.base import Detector, Prediction
+from clbench.methods.simulated import rotated, simulate
+from clbench.randomness import seed_for
+
+_MEAN_FILTER = 21  # pixels, of the mask's smoothing before its maximum is taken
+_SSIM_WINDOW, _SSIM_SIGMA = 11, 1.5  # pixels
+_FOCUS = 2.0  # gamma of the focal loss
+
+
+class DRAEM(Detector):
+    """A reconstructive and a discriminative sub-network, trained on simulated anomalies (supplement, 1.6).
+
+    Args:
+        textures: folder of the pictures that anomalies are made of, the Describable Textures Dataset for the
+            real thing; None for procedural ones.
+        texture_count: how many of them, at most.
+        reconstructive_width, discriminative_width: channels of the sub-networks' first blocks.
+        rotated_share: of the normal images, turned by up to 90 degrees.
+        similarity: weight of the structural dissimilarity beside the squared error.
+        epochs, batch_size, learning_rate: of Adam; the rate falls to a fifth after 80 % and 90 % of the steps.
+        seed: of the first weights and the choice of textures.
+        cache: where decoded pictures are kept.
+    """
+
+    def __init__(
+        self,
+        *,
+        textures: str | None = None,
+        texture_count: PositiveInt = 6000,
+        reconstructive_width: PositiveInt = 128,
+        discriminative_width: PositiveInt = 64,
+        rotated_share: Annotated[float, Ge(0), Le(1)] = 0.3,
+        similarity: NonNegativeFloat = 1.0,
+        epochs: PositiveInt = 50,
+        batch_size: PositiveInt = 4,
+        learning_rate: PositiveFloat = 1e-4,
+        seed: int = 0,
+        cache: str,
+    ):
+        super().__init__()
+        self.pictures = Pictures(textures, texture_count, "method.textures", seed, cache)
+        self.rotated_share, self.similarity = rotated_share, similarity
+        self.epochs, self.batch_size, self.learning_rate = epochs, batch_size, learning_rate
+        torch.manual_seed(seed_for(seed, "draem weights"))
+        self.reconstructive = Reconstructive(reconstructive_width)
+        self.discriminative = Discriminative(discriminative_width)
+        self.apply(_initialise)
+
+    def start_task(self, task: int, images: Tensor, stored: Tensor) -> None:
+        self._textures = self.pictures.load(*images.shape[-2:]).to(images.device)
+
+    def optimizer(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self.parameters(), self.learning_rate, fused=True)
+
+    def learning_rate_factor(self, done: float) -> float:
+        return 1.0 if done < 0.8 else 0.2 if done < 0.9 else 0.04
+
+    def training_step(self, images: Tensor) -> Tensor:
+        """Images [B, 3, H, W] -> L_rec + L_seg, of the repaired images and of the masks."""
+        normal, anomalous, masks = self.material(images)
+        repaired, logits = self.parts(anomalous)
+        squared = F.mse_loss(repaired, normal)
+        return squared + self.similarity * dissimilarity(repaired, normal) + focal(logits, masks)
+
+    def material(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Normal images, the same with simulated anomalies, both in [0, 1], and the masks [B, 1, H, W]."""
+        batch, device = len(images), images.device
+        normal = unit(images)
+        if self.rotated_share:
+            degrees = 180 * torch.rand(batch, 1, 1, 1, device=device) - 90
+            turned = torch.rand(batch, 1, 1, 1, device=device) < self.rotated_share
+            normal = torch.where(turned, rotated(normal, degrees), normal)
+        drawn = torch.randint(len(self._textures), (batch,), device=device)
+        anomalous, masks = simulate(normal, unit(self._textures[drawn]))
+        return normal, anomalous, masks
+
+    def parts(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Images [B, 3, H, W] in [0, 1] -> repaired ones, and logits [B, 2, H, W] of normal and anomalous."""
+        height, width = images.shape[-2:]
+        # Five halvings: what does not divide is mirrored, and cut off again.
+        pad = 0, -width % 32, 0, -height % 32
+        padded = F.pad(images, pad, mode="reflect") if any(pad) else images
+        repaired = self.reconstructive(padded)
+        logits = self.discriminative(torch.cat([repaired, padded], 1))
+        return repaired[..., :height, :width].float(), logits[..., :height, :width].float()
+
+    def forward(self, images: Tensor) -> Prediction:
+        """The probability of an anomaly at each pixel; score: the maximum of its local mean."""
+        _, logits = self.parts(unit(images))
+        maps = torch.softmax(logits, 1)[:, 1]
+        smooth = F.avg_pool2d(maps[:, None], _MEAN_FILTER, 1, _MEAN_FILTER // 2)
+        return Prediction(maps, smooth.amax((1, 2, 3)))
+
+
+def focal(logits: Tensor, masks: Tensor) -> Tensor:
+    """Focal loss of logits [B, 2, H, W] against masks [B, 1, H, W] of 0 and 1 (Lin et al., 2017)."""
+    log_probability = F.log_softmax(logits, 1).gather(1, masks.long())
+    return -((1 - log_probability.exp()) ** _FOCUS * log_probability).mean()
+
+
+def dissimilarity(one: Tensor, other: Tensor) -> Tensor:
+    """1 - SSIM (Wang et al., 2004), the mean over images [B, 3, H, W] in [0, 1] within Gaussian windows."""
+    offsets = torch.arange(_SSIM_WINDOW, device=one.device) - _SSIM_WINDOW // 2
+    weights = torch.exp(-(offsets**2) / (2 * _SSIM_SIGMA**2))
+    weights = (weights / weights.sum()).to(one)
+    channels = 5 * one.shape[1]
+    # All five moments in one depthwise convolution a side.
+    moments = torch.cat([one, other, one * one, other * other, one * other], 1)
+    for shape in ((1, 1, _SSIM_WINDOW, 1), (1, 1, 1, _SSIM_WINDOW)):
+        moments = F.conv2d(moments, weights.view(shape).expand(channels, -1, -1, -1), groups=channels)
+    mean, mean_other, square, square_other, product = moments.chunk(5, 1)
+    low, high = 0.01**2, 0.03**2
+    covariance = product - mean * mean_other
+    variances = square - mean**2 + square_other - mean_other**2
+    likeness = (2 * mean * mean_other + low) * (2 * covariance + high)
+    return 1 - (likeness / ((mean**2 + mean_other**2 + low) * (variances + high))).mean()
+
+
+def block(*channels: int) -> nn.Sequential:
+    """3x3 convolutions from each number of channels to the next, normalised and rectified."""
+    layers: list[nn.Module] = []
+    for before, after in itertools.pairwise(channels):
+        layers += [nn.Conv2d(before, after, 3, padding=1), nn.BatchNorm2d(after), nn.ReLU(inplace=True)]
+    return nn.Sequential(*layers)
+
+
+def up(before: int, after: int) -> nn.Sequential:
+    """To twice the size, then a block."""
+    return nn.Sequential(
+        nn.Upsample(scale_factor=2, mode="bilinear", align_corners=True), block(before, after)
+    )
+
+
+class Reconstructive(nn.Module):
+    """An encoder and a decoder without shortcuts, so that what is no normal pattern cannot pass."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        b = width
+        down = [block(3, b, b)]
+        for before, after in ((b, 2 * b), (2 * b, 4 * b), (4 * b, 8 * b), (8 * b, 8 * b)):
+            down += [nn.MaxPool2d(2), block(before, after, after)]  # type: ignore[list-item]
+        self.encoder = nn.Sequential(*down)
+        self.decoder = nn.Sequential(
+            up(8 * b, 8 * b),
+            block(8 * b, 8 * b, 4 * b),
+            up(4 * b, 4 * b),
+            block(4 * b, 4 * b, 2 * b),
+            up(2 * b, 2 * b),
+            block(2 * b, 2 * b, b),
+            up(b, b),
+            block(b, b, b),
+            nn.Conv2d(b, 3, 3, padding=1),
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images [B, 3, H, W] -> repaired ones; H and W are multiples of 16."""
+        return self.decoder(self.encoder(images))
+
+
+class Discriminative(nn.Module):
+    """A U-Net over the repaired image and the original."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        b = width
+        sizes = [b, 2 * b, 4 * b, 8 * b, 8 * b, 8 * b]
+        self.down = nn.ModuleList(
+            block(before, after, after) for before, after in zip([6, *sizes], sizes, strict=False)
+        )
+        self.up = nn.ModuleList(
+            up(before, after)
+            for before, after in ((8 * b, 8 * b), (8 * b, 4 * b), (4 * b, 2 * b), (2 * b, b), (b, b))
+        )
+        self.joined = nn.ModuleList(
+            block(before, after, after)
+            for before, after in (
+                (8 * b + 8 * b, 8 * b),
+                (4 * b + 8 * b, 4 * b),
+                (2 * b + 4 * b, 2 * b),
+                (b + 2 * b, b),
+                (b + b, b),
+            )
+        )
+        self.logits = nn.Conv2d(b, 2, 3, padding=1)
+
+    def forward(self, both: Tensor) -> Tensor:
+        """Repaired and original [B, 6, H, W] -> logits [B, 2, H, W]; H and W are multiples of 32."""
+        levels: list[Tensor] = []
+        for index, level in enumerate(self.down):
+            levels.append(level(F.max_pool2d(levels[-1], 2) if index else both))
+        x = levels.pop()
+        for raised, joined in zip(self.up, self.joined, strict=True):
+            x = joined(torch.cat([raised(x), levels.pop()], 1))
+        return self.logits(x)
+
+
+def _initialise(module: nn.Module) -> None:
+    if isinstance(module, nn.Conv2d):
+        nn.init.normal_(module.weight, 0.0, 0.02)
+    elif isinstance(module, nn.BatchNorm2d):
+        nn.init.normal_(module.weight, 1.0, 0.02)

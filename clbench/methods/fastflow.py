@@ -1,0 +1,158 @@
+"""FastFlow: two-dimensional normalising flows over a pyramid's levels (Yu et al., 2021)."""
+
+import math
+from typing import Annotated
+
+import torch
+from annotated_types import Gt
+from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from clbench.backbones import Backbone
+from clbench.errors import UserError
+from clbench.methods.base import Detector, Prediction
+from clbench.randomness import generator, seed_for
+
+_CLAMP = 2.0  # bounds the logarithm of a coupling's scales
+_SCALE = 0.1  # of subnetworks' outputs and raw scales, so that a flow starts and stays close to the identity
+
+
+class FastFlow(Detector):
+    """Anomaly where a flow that was trained on normal features finds low likelihood (supplement, 1.7 and 1.8).
+
+    Args:
+        backbone: where features come from.
+        layers: levels, each with a flow of its own.
+        steps: couplings of a flow; 8 for convolutional backbones, 20 for transformers.
+        hidden_ratio: channels inside a subnetwork, relative to those it sees.
+        epochs, batch_size, learning_rate, weight_decay: of Adam.
+        seed: of the flows' permutations and first weights.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        *,
+        layers: list[int],
+        steps: PositiveInt = 8,
+        hidden_ratio: Annotated[float, Gt(0)] = 1.0,
+        epochs: PositiveInt = 15,
+        batch_size: PositiveInt = 32,
+        learning_rate: PositiveFloat = 1e-3,
+        weight_decay: NonNegativeFloat = 1e-5,
+        seed: int = 0,
+    ):
+        super().__init__()
+        self.pyramid = backbone.pyramid(layers)
+        if any(channels % 2 for channels in self.pyramid.channels):
+            raise UserError(
+                f"method.layers={layers} of backbone.name={backbone.name} have {self.pyramid.channels} channels: "
+                "a flow halves them, so choose levels with even numbers"
+            )
+        torch.manual_seed(seed_for(seed, "fastflow weights"))
+        self.flows = nn.ModuleList(
+            Flow(channels, steps, hidden_ratio, seed_for(seed, "fastflow permutations", level))
+            for level, channels in enumerate(self.pyramid.channels)
+        )
+        self.epochs, self.batch_size = epochs, batch_size
+        self.learning_rate, self.weight_decay = learning_rate, weight_decay
+
+    def optimizer(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam(
+            self.flows.parameters(), self.learning_rate, weight_decay=self.weight_decay, fused=True
+        )
+
+    def training_step(self, images: Tensor) -> Tensor:
+        """Images [B, 3, H, W] -> negative log-likelihood, but for constants, summed over levels."""
+        losses = [
+            (0.5 * z.square().sum((1, 2, 3)) - log_determinant).mean()
+            for z, log_determinant in self.transformed(images)
+        ]
+        return torch.stack(losses).sum()
+
+    def forward(self, images: Tensor) -> Prediction:
+        """Minus the likelihood of every position, upsampled and averaged over levels."""
+        size = images.shape[-2:]
+        likelihoods = [
+            torch.exp(-0.5 * z.square().mean(1, keepdim=True)) for z, _ in self.transformed(images)
+        ]
+        maps = torch.cat([F.interpolate(-level, size, mode="bilinear") for level in likelihoods], 1).mean(1)
+        return Prediction(maps, maps.amax((1, 2)))
+
+    def transformed(self, images: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Each level through its flow: z [B, C_l, h_l, w_l] and log-determinants [B]."""
+        return [
+            flow(F.layer_norm(level, level.shape[1:]))
+            for level, flow in zip(self.pyramid(images), self.flows, strict=True)
+        ]
+
+
+class Flow(nn.Module):
+    """Couplings one after the other, their subnetworks' kernels 3x3 and 1x1 in turn."""
+
+    def __init__(self, channels: int, steps: int, hidden_ratio: float, seed: int):
+        super().__init__()
+        self.couplings = nn.ModuleList(
+            Coupling(channels, 1 if step % 2 else 3, hidden_ratio, seed_for(seed, step))
+            for step in range(steps)
+        )
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x [B, C, h, w] -> z of the same shape, and the log-determinant of the Jacobian [B]."""
+        total = x.new_zeros(len(x))
+        for coupling in self.couplings:
+            x, log_determinant = coupling(x)
+            total = total + log_determinant
+        return x, total
+
+    def inverse(self, z: Tensor) -> Tensor:
+        """z [B, C, h, w] -> the x that it came from."""
+        for coupling in reversed(self.couplings):
+            z = coupling.inverse(z)  # type: ignore[operator]
+        return z
+
+
+class Coupling(nn.Module):
+    """An affine coupling: half of the channels, seen through a subnetwork, scale and shift the other half."""
+
+    order: Tensor
+
+    def __init__(self, channels: int, kernel: int, hidden_ratio: float, seed: int):
+        super().__init__()
+        half = channels // 2
+        hidden = max(1, int(half * hidden_ratio))
+        self.subnetwork = nn.Sequential(
+            nn.Conv2d(half, hidden, kernel, padding="same"),
+            nn.ReLU(),
+            nn.Conv2d(hidden, channels, kernel, padding="same"),
+        )
+        self.raw_scale = nn.Parameter(torch.full((1, channels, 1, 1), 2 * math.log(math.expm1(0.5 / _SCALE))))
+        self.shift = nn.Parameter(torch.zeros(1, channels, 1, 1))
+        order = torch.randperm(channels, generator=generator(seed, "permutation"))
+        self.register_buffer("order", order, persistent=False)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x [B, C, h, w] -> y of the same shape, and the log-determinant of the Jacobian [B]."""
+        seen, other = x.chunk(2, 1)
+        log_scale, shift = self._coefficients(seen)
+        scale = self.scale
+        y = torch.cat([seen, other * log_scale.exp() + shift], 1) * scale + self.shift
+        positions = x.shape[2] * x.shape[3]
+        return y[:, self.order], log_scale.sum((1, 2, 3)) + positions * scale.log().sum()
+
+    def inverse(self, y: Tensor) -> Tensor:
+        """y [B, C, h, w] -> the x that it came from."""
+        seen, other = ((y[:, self.order.argsort()] - self.shift) / self.scale).chunk(2, 1)
+        log_scale, shift = self._coefficients(seen)
+        return torch.cat([seen, (other - shift) * (-log_scale).exp()], 1)
+
+    @property
+    def scale(self) -> Tensor:
+        """Of each channel, positive and 1 at first."""
+        return _SCALE * F.softplus(self.raw_scale, beta=0.5)
+
+    def _coefficients(self, seen: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-scales, bounded, and shifts for the other half."""
+        raw, shift = (_SCALE * self.subnetwork(seen).to(seen.dtype)).chunk(2, 1)
+        return _CLAMP * raw.tanh(), shift

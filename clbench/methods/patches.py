@@ -1,0 +1,17 @@
+"""Patch features from the levels of a pyramid (Roth et al., 2022, section 3.1)."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def neighbourhood_patches(levels: Sequence[Tensor]) -> Tensor:
+    """Levels [B, C_l, h_l, w_l], averaged over 3x3 neighbours, on the first one's grid: [B, h, w, sum of C_l]."""
+    levels = [F.avg_pool2d(level, 3, 1, 1) for level in levels]
+    grid = levels[0].shape[-2:]
+    levels = [
+        level if level.shape[-2:] == grid else F.interpolate(level, grid, mode="bilinear") for level in levels
+    ]
+    return torch.cat(levels, 1).permute(0, 2, 3, 1)
