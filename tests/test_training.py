@@ -1,0 +1,139 @@
+"""The training loop: what steps see, when it stops, and what it leaves."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from clbench.methods.base import Detector
+from clbench.training import Diverged, train
+
+
+class Recorder(Detector):
+    """One weight that follows a list of validation losses; remembers every image that it was given."""
+
+    def __init__(self, losses: list[float] | None = None, **settings: object):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(()))
+        self.losses = losses
+        self.seen: list[Tensor] = []
+        self.validated: list[Tensor] = []
+        self.epochs_done = 0
+        for name, value in settings.items():
+            setattr(self, name, value)
+
+    def optimizer(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD([self.weight], 1.0)
+
+    def start_task(self, task: int, images: Tensor, stored: Tensor) -> None:
+        self.prepared = torch.cat([images, stored])
+
+    def training_step(self, images: Tensor) -> Tensor:
+        self.seen.append(images)
+        return -self.weight + 0 * torch.rand(())  # the weight counts the steps
+
+    def validation_loss(self, images: Tensor) -> Tensor:
+        self.validated.append(images)
+        assert self.losses is not None
+        self.epochs_done += 1
+        return torch.tensor(self.losses[self.epochs_done - 1])
+
+    def finish_task(self, images: Tensor) -> None:
+        self.finished = images
+
+
+def numbered(first: int, count: int) -> Tensor:
+    """Images that can be told apart by their first pixel."""
+    images = torch.zeros(count, 3, 4, 4, dtype=torch.uint8)
+    images[:, 0, 0, 0] = torch.arange(first, first + count)
+    return images
+
+
+def numbers(images: Tensor) -> list[int]:
+    return images[:, 0, 0, 0].tolist()
+
+
+def test_every_epoch_sees_every_image_once_in_an_order_of_its_own() -> None:
+    detector = Recorder(epochs=3, batch_size=4)
+    train(detector, 0, numbered(0, 10), [], seed=0)
+    assert [len(batch) for batch in detector.seen] == [4, 4, 2] * 3
+    epochs = [numbers(torch.cat(detector.seen[begin : begin + 3])) for begin in (0, 3, 6)]
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+
+
+def test_as_many_images_are_replayed_evenly_over_past_tasks() -> None:
+    detector = Recorder(epochs=50, batch_size=4)
+    stored = [numbered(100, 30), numbered(150, 3), numbered(200, 1)]
+    train(detector, 3, numbered(0, 10), stored, seed=0)
+    drawn = []
+    for batch in detector.seen:
+        current, replayed = batch.chunk(2)
+        assert len(current) == len(replayed) and max(numbers(current)) < 10
+        tasks = [sum(number >= bound for bound in (150, 200)) for number in numbers(replayed)]
+        if len(tasks) == 4:  # three past tasks, each once or twice
+            assert sorted(tasks.count(task) for task in range(3)) == [1, 1, 2]
+        drawn += tasks
+    assert all(abs(drawn.count(task) / len(drawn) - 1 / 3) < 0.06 for task in range(3))
+
+
+def test_held_out_images_of_current_and_past_tasks_reach_no_step() -> None:
+    detector = Recorder([1.0] * 5, epochs=5, batch_size=4, held_out=0.2, patience=9)
+    train(detector, 1, numbered(0, 10), [numbered(100, 10)], seed=0)
+    held_out = set(numbers(detector.finished))
+    assert len(held_out) == 4 and len({number for number in held_out if number < 100}) == 2
+    assert not held_out & set(numbers(torch.cat(detector.seen)))
+    assert not held_out & set(numbers(detector.prepared))
+    assert set(numbers(torch.cat(detector.validated))) == held_out
+
+
+def test_a_single_image_is_learned_from_and_not_held_out() -> None:
+    detector = Recorder(epochs=2, held_out=0.5, patience=3)
+    train(detector, 0, numbered(0, 1), [], seed=0)
+    assert len(detector.seen) == 2 and numbers(detector.finished) == [0]
+
+
+def test_training_stops_when_patience_ends_and_the_best_weights_come_back() -> None:
+    losses = [5.0, 4.0, 4.5, 3.0, 3.5, 3.2, 3.0, 1.0]
+    detector = Recorder(losses, epochs=8, batch_size=9, held_out=0.1, patience=3)
+    train(detector, 0, numbered(0, 10), [], seed=0)
+    assert detector.epochs_done == 7  # the third in a row that did not better epoch 4's
+    assert float(detector.weight.detach()) == 4  # one step an epoch
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_loss_that_is_no_number_stops_training_and_names_epoch_and_step(bad: float) -> None:
+    class Diverging(Recorder):
+        def training_step(self, images: Tensor) -> Tensor:
+            loss = super().training_step(images)
+            return loss * bad if len(self.seen) == 8 else loss
+
+    with pytest.raises(Diverged, match=rf"became -?{bad} in epoch 3, step 2: lower method\.learning_rate"):
+        train(Diverging(epochs=5, batch_size=4), 0, numbered(0, 10), [], seed=0)
+
+
+def test_draws_inside_a_step_depend_on_the_seed_and_the_step_alone() -> None:
+    class Drawing(Recorder):
+        def training_step(self, images: Tensor) -> Tensor:
+            self.seen.append(torch.rand(3))
+            return self.weight.square()
+
+    def draws(state: int, seed: int) -> list[list[float]]:
+        torch.manual_seed(state)
+        detector = Drawing(epochs=2, batch_size=5)
+        train(detector, 0, numbered(0, 10), [], seed=seed)
+        return [draw.tolist() for draw in detector.seen]
+
+    assert draws(1, 0) == draws(2, 0) != draws(1, 1)
+    assert len(set(map(tuple, draws(1, 0)))) == 4
+
+
+def test_the_learning_rate_follows_the_share_of_steps_done() -> None:
+    class Falling(Recorder):
+        def learning_rate_factor(self, done: float) -> float:
+            return 1.0 if done < 0.5 else 0.1
+
+    detector = Falling(epochs=2, batch_size=5)
+    train(detector, 0, numbered(0, 10), [], seed=0)
+    assert float(detector.weight.detach()) == pytest.approx(2.2)
