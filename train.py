@@ -45,6 +45,7 @@ def main(config: DictConfig) -> None:
         tasks = instantiation.tasks(settings, display.progress)
         detector = instantiation.detector(settings).to(device)
         strategy = instantiation.strategy(settings, detector)
+        strategy.check(tasks)
         about = identity(settings, [task.name for task in tasks])
         directory.write_config(settings, made_by(device))
         report(about)

@@ -10,6 +10,7 @@ import torch
 from pydantic import NonNegativeInt, PositiveInt
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
 
 from clbench.errors import UserError
@@ -76,6 +77,7 @@ class Backbone:
         dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[self.precision]
         pyramid = FeaturePyramid(
             network,
+            name=f"backbone.name={self.name}",
             channels=_info(network).channels(),
             whole_parameters=self._whole_parameters(),
             store=store,
@@ -159,7 +161,9 @@ class Backbone:
     def _load(self, network: nn.Module) -> None:
         assert self.checkpoint is not None
         state = read_weights(weights_path(self.checkpoint), "backbone.checkpoint")
-        wanted = network.state_dict()
+        # timm wraps a transformer to give levels; its weights are saved without the wrapper.
+        inner = network.model if isinstance(network, FeatureGetterNet) else network
+        wanted = inner.state_dict()
         # Checkpoints of whole networks bring levels that nobody asked for, and their classifier.
         missing = [key for key in wanted if key not in state]
         wrong = [key for key in wanted if key in state and state[key].shape != wanted[key].shape]
@@ -173,7 +177,7 @@ class Backbone:
                 f"({len(missing)} tensors missing, {len(wrong)} of another size: {examples}): "
                 "give the weights of that timm model, or name the model they are of"
             )
-        network.load_state_dict({key: state[key] for key in wanted})
+        inner.load_state_dict({key: state[key] for key in wanted})
 
 
 def read_weights(path: Path, setting: str) -> dict[str, Tensor]:
@@ -261,6 +265,7 @@ class FeaturePyramid(nn.Module):
 
     Args:
         network: normalised images [B, 3, H, W] -> levels [B, C_l, H_l, W_l].
+        name: for errors.
         channels: C_l of each level.
         whole_parameters: of the whole network, of which only the first levels are run.
         dtype: of mixed precision inside the network; None for single precision.
@@ -270,6 +275,7 @@ class FeaturePyramid(nn.Module):
         self,
         network: nn.Module,
         *,
+        name: str,
         channels: list[int],
         whole_parameters: int,
         store: FeatureStore,
@@ -279,6 +285,7 @@ class FeaturePyramid(nn.Module):
     ):
         super().__init__()
         self.network = network.requires_grad_(False).eval()
+        self.name = name
         self.channels = channels
         self.whole_parameters = whole_parameters
         self.store = store
@@ -306,6 +313,22 @@ class FeaturePyramid(nn.Module):
             torch.stack([levels[index] for levels in found if levels]).to(images.device)
             for index in range(len(self.channels))
         ]
+
+    @torch.no_grad()
+    def check(self, images: Tensor) -> None:
+        """Try an image of the run's size, so that what does not fit is known before anything is learned.
+
+        Raises:
+            UserError: the network takes no images of this size.
+        """
+        try:
+            self.network(self.normalisation(images[:1]))
+        except (RuntimeError, AssertionError, ValueError) as error:
+            height, width = images.shape[-2:]
+            raise UserError(
+                f"{self.name} takes no images of {width}x{height} ({_first_line(error)}): set dataset.resize and "
+                "dataset.crop, or for a transformer backbone.arguments.img_size"
+            ) from error
 
     @torch.no_grad()
     def compute(self, images: Tensor) -> list[Tensor]:

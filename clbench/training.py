@@ -38,7 +38,7 @@ def train(detector: Detector, stage: int, images: Tensor, stored: Sequence[Tenso
         for index, part in enumerate((images, *(part for part in stored if len(part))))
     )
     past = [part for part, _ in parts]
-    held_out = torch.cat([validation, *(part for _, part in parts)])
+    unseen = torch.cat([validation, *(part for _, part in parts)])
     with detector.learning():
         detector.train()
         with torch.no_grad():
@@ -47,10 +47,10 @@ def train(detector: Detector, stage: int, images: Tensor, stored: Sequence[Tenso
         if optimizer is None:
             _collect(detector, torch.cat([current, *past]) if past else current)
         else:
-            _descend(detector, optimizer, stage, current, past, held_out, seed)
+            _descend(detector, optimizer, stage, current, past, unseen, seed)
         detector.eval()
         with torch.no_grad():
-            detector.finish_task(held_out if len(held_out) else current)
+            detector.finish_task(unseen if len(unseen) else current)
 
 
 @torch.no_grad()
@@ -67,7 +67,7 @@ def _descend(
     stage: int,
     current: Tensor,
     past: Sequence[Tensor],
-    held_out: Tensor,
+    unseen: Tensor,
     seed: int,
 ) -> None:
     """Minimise the detector's loss, for `epochs` or until `patience` epochs have not bettered the best."""
@@ -99,12 +99,12 @@ def _descend(
                 note = f"epoch {epoch + 1}/{detector.epochs}, loss {losses[: step + 1].mean():.4g}"
                 detector.progress("learning", epoch * steps + step + 1, detector.epochs * steps, note)
                 looked = time.perf_counter()
-        if detector.patience is None or not len(held_out):
+        if detector.patience is None or not len(unseen):
             continue
-        loss_held_out = _validate(detector, held_out, stage, seed)
-        if loss_held_out < best_loss:
+        validation_loss = _validate(detector, unseen, stage, seed)
+        if validation_loss < best_loss:
             best = {name: tensor.clone() for name, tensor in kept_state(detector).items()}
-            best_loss, since = loss_held_out, 0
+            best_loss, since = validation_loss, 0
         else:
             since += 1
             if since >= detector.patience:
@@ -133,23 +133,28 @@ def _batches(
 
 
 @torch.no_grad()
-def _validate(detector: Detector, held_out: Tensor, stage: int, seed: int) -> float:
+def _validate(detector: Detector, unseen: Tensor, stage: int, seed: int) -> float:
     """The mean loss over the held-out images, under the same draws after every epoch."""
     detector.eval()
     torch.manual_seed(seed_for(seed, "validation", stage))
     total = sum(
-        len(part) * detector.validation_loss(part).double() for part in held_out.split(detector.batch_size)
+        len(part) * detector.validation_loss(part).double() for part in unseen.split(detector.batch_size)
     )
-    return float(total) / len(held_out)
+    return float(total) / len(unseen)
 
 
 def _split(images: Tensor, share: float, random: torch.Generator) -> tuple[Tensor, Tensor]:
     """Images to learn from and images held out: at least one of each, where there are two and a share."""
-    count = min(math.ceil(share * len(images)), len(images) - 1)
-    if count < 1:
+    count = held_out(len(images), share)
+    if not count:
         return images, images[:0]
     order = torch.randperm(len(images), generator=random).to(images.device)
     return images[order[count:].sort().values], images[order[:count].sort().values]
+
+
+def held_out(count: int, share: float) -> int:
+    """How many of so many images are held out."""
+    return min(math.ceil(share * count), count - 1)
 
 
 def _check(losses: Tensor, epoch: int) -> None:

@@ -89,6 +89,16 @@ class Detector(nn.Module):
         """Images, uint8 or float in [0, 1], [B, 3, H, W] -> maps [B, H, W] and scores [B], no task given."""
         raise NotImplementedError
 
+    def check(self, images: Tensor) -> None:
+        """Try an image, uint8 [1, 3, H, W], before anything is learned.
+
+        Raises:
+            UserError: a network takes no images of this size.
+        """
+        for module in self.modules():
+            if isinstance(module, FeaturePyramid):
+                module.check(images)
+
     def stores(self) -> list[FeatureStore]:
         """The feature stores of its frozen networks."""
         return [module.store for module in self.modules() if isinstance(module, FeaturePyramid)]

@@ -52,7 +52,7 @@ class EfficientAD(Detector):
     def __init__(
         self,
         *,
-        teacher: str,
+        teacher: str | None,
         width: Annotated[PositiveInt, MultipleOf(8)] = 256,
         penalty_images: str | None = None,
         penalty_count: PositiveInt = 1000,
@@ -68,6 +68,11 @@ class EfficientAD(Detector):
         cache: str,
     ):
         super().__init__()
+        if teacher is None:
+            raise UserError(
+                "method.teacher has no value: give a file of distilled weights (python -m "
+                "clbench.methods.distillation --help makes one, published ones are read too), or random"
+            )
         self.pictures = Pictures(penalty_images, penalty_count, "method.penalty_images", seed, cache)
         self.epochs, self.batch_size = epochs, batch_size
         self.learning_rate, self.weight_decay = learning_rate, weight_decay
@@ -79,6 +84,7 @@ class EfficientAD(Detector):
             load_teacher(network, teacher, width)
         self.teacher = FeaturePyramid(
             Single(network),
+            name="method=efficientad",
             channels=[channels],
             whole_parameters=sum(parameter.numel() for parameter in network.parameters()),
             store=FeatureStore(feature_memory_mb * 10**6, feature_disk_mb * 10**6),

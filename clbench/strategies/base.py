@@ -6,8 +6,10 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from clbench.backbones import FeaturePyramid
+from clbench.data.stream import Task
+from clbench.errors import UserError
 from clbench.methods.base import Detector, Prediction, kept_state
-from clbench.training import train
+from clbench.training import held_out, train
 
 
 class Strategy:
@@ -29,6 +31,26 @@ class Strategy:
     def stages(self, tasks: int) -> list[list[int]]:
         """The tasks that each stage learns: one a stage."""
         return [[task] for task in range(tasks)]
+
+    def check(self, tasks: Sequence[Task]) -> None:
+        """Whether the detector can learn and judge these tasks, before it begins to.
+
+        Raises:
+            UserError: a network takes no images of their size, or a batch is larger than a task.
+        """
+        detector = self.detector
+        detector.check(tasks[0].train.images[:1].to(next(detector.parameters()).device))
+        if detector.optimizer() is None:
+            return
+        for stage in self.stages(len(tasks)):
+            count = sum(len(tasks[task].train) for task in stage)
+            left = count - held_out(count, detector.held_out)
+            if detector.batch_size > left:
+                name = "+".join(tasks[task].name for task in stage)
+                raise UserError(
+                    f"method.batch_size={detector.batch_size} is larger than the {left} images of task '{name}' "
+                    f"that are learned from ({count - left} are held out): give at most {left}"
+                )
 
     def learn(self, stage: int, images: Tensor) -> None:
         """Learn a stage from its images, uint8 [N, 3, H, W]."""
