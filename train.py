@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import hydra
+import yaml
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
@@ -69,6 +70,9 @@ if __name__ == "__main__":
     except (HydraException, OmegaConfBaseException) as error:
         folder = str(Path(__file__).parent.absolute() / "conf")
         print(f"error: {explain(error, sys.argv[1:], folder)}", file=sys.stderr)
+        sys.exit(2)
+    except yaml.YAMLError as error:  # in conf/, most likely in a conf/local.yaml of the user's own
+        print(f"error: a config cannot be read: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted: the same command continues after the last finished task", file=sys.stderr)

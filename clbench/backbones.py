@@ -3,11 +3,11 @@
 import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import timm
 import torch
-from pydantic import NonNegativeInt, PositiveInt
+from pydantic import AfterValidator, NonNegativeInt, PositiveInt
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.models._features import FeatureGetterNet
@@ -21,6 +21,15 @@ PACKAGED = "package:"  # a checkpoint that the package ships
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_DEVIATION = (0.229, 0.224, 0.225)
+
+
+def _ascending(layers: list[int]) -> list[int]:
+    if not layers or layers != sorted(set(layers)) or layers[0] < 0:
+        raise ValueError("name at least one level, each once and in ascending order, e.g. [1,2,3]")
+    return layers
+
+
+Layers = Annotated[list[int], AfterValidator(_ascending)]  # levels of a pyramid
 
 
 class Backbone:

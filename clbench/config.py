@@ -12,7 +12,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, TypeAdapter, ValidationError
 
 from clbench.data.samples import Geometry
 from clbench.errors import UserError
@@ -27,6 +27,12 @@ _NOT_ARGUMENTS = {
     "strategy": ("name",),
     "backbone": (),
 }
+
+
+def _folder_name(name: str) -> str:
+    if not re.fullmatch(r"[\w.\-]+", name) or not name.strip("."):
+        raise ValueError("it names a folder: give letters, digits, and . _ - between them")
+    return name
 
 
 class _Strict(BaseModel):
@@ -89,7 +95,7 @@ class Schema(_Strict):
     gpu: Gpu
     wandb: Wandb
     benchmark: str
-    experiment: Annotated[str, Field(pattern=r"^[\w.\-]+$")]
+    experiment: Annotated[str, AfterValidator(_folder_name)]
     outputs: str
     cache: str
     seed: Annotated[int, Field(ge=0)]
@@ -157,7 +163,7 @@ def _check_combinations(config: dict[str, Any]) -> None:
     if config["gpu"]["device"] == "cpu" and config["gpu"]["precision"] == "fp16":
         raise UserError("gpu.precision=fp16 is for GPUs: on gpu.device=cpu take bf16 or fp32")
     order = config["task_order"]
-    if order["kind"] == "listed" and not order["tasks"]:
+    if order["tasks"] == [] or (order["kind"] == "listed" and not order["tasks"]):
         raise UserError("task_order.tasks is empty: list at least one category")
 
 
@@ -192,7 +198,8 @@ def _invalid(error: ValidationError, values: dict[str, Any]) -> UserError:
 
 
 def _reason(error: Any) -> str:
-    return str(error["msg"])[0].lower() + str(error["msg"])[1:]
+    message = str(error["msg"]).removeprefix("Value error, ")
+    return message[0].lower() + message[1:]
 
 
 def _unknown(key: str, known: list[str]) -> UserError:

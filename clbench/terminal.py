@@ -105,7 +105,7 @@ def run_table(
         ]
         before, after = just_learned["pixel_f1"][index], final["pixel_f1"][index]
         lost = "" if not before or after is None else f"{100 * (before - after) / before:.1f} %"
-        table.add_row(task, *cells, lost)
+        table.add_row(escape(task), *cells, lost)
     table.add_section()
     forgotten = summary["average_forgetting_pct"]
     table.add_row(
@@ -137,6 +137,7 @@ def sweep_table(runs: Sequence[tuple[Path, Mapping[str, Any] | None]]) -> Table:
         table.add_column(title, justify="right")
     for name, (_, summary) in zip(names, runs, strict=True):
         run = ", ".join(part for part in name if part not in shared) or ", ".join(name)
+        run = escape(run)
         if summary is None or summary["status"] != "complete":
             reason = "not begun" if summary is None else summary.get("reason", summary["status"])
             table.add_row(f"{run}\n[red]{escape(reason)}")

@@ -46,7 +46,29 @@ MISTAKES = [
     (["backbone.name=resnet19"], "backbone.name=resnet19", "nearest: resnet18"),
     (["backbone.checkpoint=/nowhere/w.safetensors"], "/nowhere/w.safetensors", "does not exist"),
     (["method.layers=[2,9]"], "method.layers=[2, 9]", "5 levels"),
-    (["experiment=a/b"], "experiment=a/b", "pattern"),
+    (["method.layers=[]"], "method.layers=[]", "at least one level"),
+    (["method.layers=[2,2]"], "method.layers=[2, 2]", "each once"),
+    (["method.layers=[3,2]"], "method.layers=[3, 2]", "ascending"),
+    (["method.sigma=1e6"], "method.sigma=1000000.0", "less than or equal to 100"),
+    (["task_order.tasks=[]"], "task_order.tasks", "at least one category"),
+    (["experiment=a/b"], "experiment=a/b", "letters, digits"),
+    (["experiment=.."], "experiment=..", "letters, digits"),
+    (["method=stfpm", "strategy=native"], "strategy=native with method=stfpm", "strategy=replay"),
+    (["method=stfpm", "replay.size=6"], "method.batch_size=8", "give at most 5"),
+    (["method=draem", "replay.size=6", "method.textures=/nowhere"], "method.textures=/nowhere", "null"),
+    (["method=draem", "replay.size=6", "method.textures=conf"], "method.textures=conf", "holds no image"),
+    (["method=efficientad", "replay.size=6", "method.penalty_images=/nowhere"], "penalty_images", "null"),
+    (["method=efficientad", "replay.size=6", "method.teacher=/nowhere"], "method.teacher=/nowhere", "give a"),
+    (["method=efficientad", "replay.size=6", "method.teacher=null"], "method.teacher", "distillation"),
+    (["method=efficientad", "replay.size=6", "method.width=128"], "method.width=128", "has 64 channels"),
+    (["method=efficientad", "replay.size=6", "dataset.resize=24"], "24x24", "dataset.resize"),
+    (
+        ["method=fastflow", "replay.size=6", "backbone=timm", "backbone.name=deit_tiny_patch16_224"]
+        + ["backbone.pretrained=false", "backbone.arguments={}", "method.layers=[7]"],
+        "backbone.name=deit_tiny_patch16_224 takes no images of 48x48",
+        "backbone.arguments.img_size",
+    ),
+    (["method=fastflow", "replay.size=6", "backbone.arguments.channels=[8,15,32,64]"], "15", "even numbers"),
 ]
 
 
@@ -71,6 +93,12 @@ def assert_refused(result, *words: str) -> None:
 @pytest.fixture
 def copy(folder: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(folder, tmp_path / "copy"))
+
+
+def test_a_category_without_good_training_images(copy: Path, train: Train) -> None:
+    (copy / "cloth/train/good").rename(copy / "cloth/train/god")
+    assert_refused(train(f"dataset.root={copy}"), "cloth", "dataset.categories=[brick,plate]")
+    assert train(f"dataset.root={copy}", "dataset.categories=[brick,plate]").returncode == 0
 
 
 def test_empty_training_folder(copy: Path, train: Train) -> None:

@@ -140,6 +140,37 @@ def test_a_damaged_checkpoint_is_passed_over(train: Train, tmp_path: Path) -> No
     assert (directory / "metrics.csv").read_bytes() == expected
 
 
+@pytest.mark.parametrize("content", ["", "{}", '{"status": "comp'])
+def test_a_damaged_summary_is_made_again(content: str, train: Train, tmp_path: Path) -> None:
+    assert train().returncode == 0
+    (directory,) = run_directories(tmp_path)
+    expected = summary(directory)
+    (directory / "summary.json").write_text(content)
+    result = train()
+    assert result.returncode == 0, result.stderr
+    assert summary(directory)["final"] == expected["final"]
+
+
+def test_lost_metrics_are_written_again(train: Train, tmp_path: Path) -> None:
+    assert train().returncode == 0
+    (directory,) = run_directories(tmp_path)
+    expected = (directory / "metrics.csv").read_bytes()
+    (directory / "metrics.csv").unlink()
+    result = train()
+    assert result.returncode == 0 and "continuing after stage 3 of 3" in result.stdout
+    assert (directory / "metrics.csv").read_bytes() == expected
+
+
+@pytest.mark.parametrize("content", [b"", b"{a: [", b"\xff\xfe\x00"])
+def test_a_damaged_config_is_named(content: bytes, train: Train, tmp_path: Path) -> None:
+    assert train().returncode == 0
+    (directory,) = run_directories(tmp_path)
+    (directory / "config.yaml").write_bytes(content)
+    result = train()
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert f"{directory}/config.yaml is damaged: remove {directory}" in result.stderr
+
+
 def test_the_second_process_in_a_run_directory_stops(folder: Path, train: Train, tmp_path: Path) -> None:
     import fcntl
 

@@ -28,6 +28,8 @@ class MVTec(Dataset):
         try:
             found = self._find_categories()
             self.categories = found if categories is None else list(categories)
+            if categories is None:
+                self._check_left_out(found)
             self._check_categories(found)
             self._train = {category: self._list_train(category) for category in self.categories}
             self._test = {category: self._list_test(category) for category in self.categories}
@@ -59,6 +61,14 @@ class MVTec(Dataset):
             names = ", ".join(folder.name for folder in folders[:10]) or "no folders"
             hint = f"found: {names}; set dataset.root=... to the folder of categories"
         raise UserError(f"dataset.root={self.root} has no category, a folder with train/{GOOD}; {hint}")
+
+    def _check_left_out(self, found: list[str]) -> None:
+        for folder in _folders(self.root):
+            if folder.name not in found and any((folder / part).is_dir() for part in ("train", "test")):
+                raise UserError(
+                    f"{folder} looks like a category, but has no train/{GOOD}: rename what is there, "
+                    f"or leave it out with dataset.categories=[{','.join(found)}]"
+                )
 
     def _check_categories(self, found: list[str]) -> None:
         if not self.categories:

@@ -8,9 +8,11 @@ import difflib
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import cv2
 import numpy as np
+from annotated_types import Ge
 from pydantic import NonNegativeInt, PositiveInt
 
 from clbench.data.procedural import PRODUCTS, Array, blend, edge, fractal, grid, noise
@@ -22,6 +24,7 @@ VERSION = 1  # raise it when the same arguments draw other pictures: the cache m
 
 VISIBLE = 10  # grey levels: what a defect changes by less, it does not show
 PLAIN = 25  # grey levels: what a defect changes on average, so that a person sees it
+_LEAST_SIZE = 32  # pixels of a picture
 LEAST_AREA, MOST_AREA = 0.004, 0.12  # of the picture
 
 
@@ -236,7 +239,7 @@ class Synthetic(Dataset):
         self,
         *,
         seed: int = 0,
-        size: PositiveInt = 256,
+        size: Annotated[int, Ge(_LEAST_SIZE)] = 256,
         train: PositiveInt = 40,
         test_good: NonNegativeInt = 12,
         test_defect: NonNegativeInt = 20,

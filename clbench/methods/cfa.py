@@ -4,9 +4,9 @@ import torch
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from clbench.backbones import Backbone
+from clbench.backbones import Backbone, Layers
 from clbench.methods.base import Detector, Prediction
-from clbench.methods.maps import to_image_size
+from clbench.methods.maps import Sigma, to_image_size
 from clbench.methods.nearest import k_nearest
 from clbench.methods.patches import neighbourhood_patches
 from clbench.randomness import seed_for
@@ -41,12 +41,12 @@ class CFA(Detector):
         self,
         backbone: Backbone,
         *,
-        layers: list[int],
+        layers: Layers,
         attracted: PositiveInt = 3,
         repelled: PositiveInt = 3,
         alpha: NonNegativeFloat = 0.1,
         nu: PositiveFloat = 1e-3,
-        sigma: NonNegativeFloat = 4.0,
+        sigma: Sigma = 4.0,
         epochs: PositiveInt = 30,
         batch_size: PositiveInt = 4,
         learning_rate: PositiveFloat = 1e-3,

@@ -9,7 +9,7 @@ from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from clbench.backbones import Backbone
+from clbench.backbones import Backbone, Layers
 from clbench.errors import UserError
 from clbench.methods.base import Detector, Prediction
 from clbench.randomness import generator, seed_for
@@ -34,7 +34,7 @@ class FastFlow(Detector):
         self,
         backbone: Backbone,
         *,
-        layers: list[int],
+        layers: Layers,
         steps: PositiveInt = 8,
         hidden_ratio: Annotated[float, Gt(0)] = 1.0,
         epochs: PositiveInt = 15,

@@ -3,10 +3,14 @@
 import math
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Annotated
 
 import torch
+from annotated_types import Ge, Le
 from torch import Tensor
 from torch.nn import functional as F
+
+Sigma = Annotated[float, Ge(0), Le(100)]  # pixels of a map's smoothing
 
 
 def to_image_size(grid: Tensor, size: Sequence[int], sigma: float) -> Tensor:

@@ -4,13 +4,13 @@ import itertools
 from typing import Literal
 
 import torch
-from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor
 from torch.nn import functional as F
 
-from clbench.backbones import Backbone
+from clbench.backbones import Backbone, Layers
 from clbench.methods.base import Detector, Prediction
-from clbench.methods.maps import to_image_size
+from clbench.methods.maps import Sigma, to_image_size
 from clbench.randomness import generator
 
 # Bytes worked on at a time: on a CPU they stay near the cache.
@@ -50,11 +50,11 @@ class PaDiM(Detector):
         self,
         backbone: Backbone,
         *,
-        layers: list[int],
+        layers: Layers,
         features: PositiveInt = 350,
         epsilon: PositiveFloat = 0.01,
         update: Literal["average", "pooled", "per_task"] = "average",
-        sigma: NonNegativeFloat = 4.0,
+        sigma: Sigma = 4.0,
         seed: int = 0,
     ):
         super().__init__()
@@ -167,7 +167,8 @@ class PaDiM(Detector):
         ]
         self._grid = levels[0].shape[-2:]
         # Nearest, as the method copies a deep feature to all positions that it covers.
-        aligned = torch.cat([F.interpolate(level, self._grid, mode="nearest") for level in levels], 1)
+        chosen = [level for level in levels if level.shape[1]]  # a level may have none of them
+        aligned = torch.cat([F.interpolate(level, self._grid, mode="nearest") for level in chosen], 1)
         return aligned.flatten(2).permute(2, 1, 0).contiguous()
 
 

@@ -5,15 +5,15 @@ from typing import Annotated
 
 import torch
 from annotated_types import Gt, Lt
-from pydantic import NonNegativeFloat, PositiveInt
+from pydantic import PositiveInt
 from torch import Tensor
 
-from clbench.backbones import Backbone
+from clbench.backbones import Backbone, Layers
 from clbench.errors import UserError
 from clbench.feature_store import on_disk
 from clbench.methods.base import Detector, Prediction
 from clbench.methods.coreset import farthest_first, projection
-from clbench.methods.maps import to_image_size
+from clbench.methods.maps import Sigma, to_image_size
 from clbench.methods.nearest import nearest
 from clbench.methods.patches import neighbourhood_patches
 from clbench.randomness import generator
@@ -47,11 +47,11 @@ class PatchCore(Detector):
         self,
         backbone: Backbone,
         *,
-        layers: list[int],
+        layers: Layers,
         memory_size: PositiveInt = 30_000,
         epsilon: Annotated[float, Gt(0), Lt(1)] = 0.9,
         neighbours: PositiveInt = 3,
-        sigma: NonNegativeFloat = 4.0,
+        sigma: Sigma = 4.0,
         seed: int = 0,
     ):
         super().__init__()

@@ -8,7 +8,7 @@ from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor
 from torch.nn import functional as F
 
-from clbench.backbones import Backbone
+from clbench.backbones import Backbone, Layers
 from clbench.methods.base import Detector, Prediction
 
 
@@ -26,7 +26,7 @@ class STFPM(Detector):
         self,
         backbone: Backbone,
         *,
-        layers: list[int],
+        layers: Layers,
         epochs: PositiveInt = 100,
         batch_size: PositiveInt = 8,
         learning_rate: PositiveFloat = 0.4,

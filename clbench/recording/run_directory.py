@@ -25,16 +25,34 @@ class RunDirectory:
         self.path = Path(path)
 
     def summary(self) -> dict[str, Any] | None:
-        """summary.json, or None where the run has not begun."""
+        """summary.json, or None where the run has not begun, or where the file is damaged: it is made again."""
         text = self._read("summary.json")
-        return None if text is None else json.loads(text)
+        if text is None:
+            return None
+        with suppress(json.JSONDecodeError):
+            found = json.loads(text)
+            if isinstance(found, dict) and "status" in found:
+                return found
+        return None
 
     def config(self) -> dict[str, Any] | None:
-        """The resolved config that the run was begun with, or None."""
+        """The resolved config that the run was begun with, or None.
+
+        Raises:
+            UserError: it is damaged, so that nobody can tell which run this is.
+        """
         text = self._read("config.yaml")
         if text is None:
             return None
-        stored = yaml.safe_load(text)
+        try:
+            stored = yaml.safe_load(text)
+        except yaml.YAMLError:
+            stored = None
+        if not isinstance(stored, dict):
+            raise UserError(
+                f"{self.path / 'config.yaml'} is damaged: remove {self.path} to run this anew, "
+                "or take another experiment=NAME"
+            )
         stored.pop("made_by", None)
         return stored
 
@@ -45,7 +63,7 @@ class RunDirectory:
             UserError: it may not be read.
         """
         try:
-            return (self.path / name).read_text()
+            return (self.path / name).read_text(errors="replace")
         except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as error:
@@ -55,7 +73,7 @@ class RunDirectory:
             ) from error
 
     def finished(self, config: Mapping[str, Any]) -> bool:
-        """Whether this very run is complete.
+        """Whether this very run is complete, its results still there.
 
         Raises:
             UserError: the directory holds a run of another config, and `overwrite` is not set.
@@ -69,7 +87,8 @@ class RunDirectory:
                 "take another experiment=NAME, or overwrite=true"
             )
         summary = self.summary()
-        return summary is not None and summary["status"] == "complete"
+        complete = summary is not None and summary["status"] == "complete"
+        return complete and self._read("metrics.csv") is not None
 
     def create(self) -> None:
         """Make the folder, where it is not there.
