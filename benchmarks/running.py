@@ -36,8 +36,8 @@ class Stopwatch(Display):
         self.seconds[phase] += now - self._last
         self._last = now
 
-    def progress(self, phase: str, done: int, total: int) -> None:
-        super().progress(phase, done, total)
+    def progress(self, phase: str, done: int, total: int, note: str = "") -> None:
+        super().progress(phase, done, total, note)
         self.spent(phase)
 
     def heading(self, text: str) -> None:

@@ -72,6 +72,40 @@ def test_every_strategy_with_both_methods_in_local_processes(train: Train, tmp_p
     assert single["memory"]["additional_mb"] == pytest.approx(3 * native["memory"]["additional_mb"], rel=1e-3)
 
 
+TRAINED = ["cfa", "stfpm", "efficientad", "draem", "fastflow"]
+
+
+def test_every_strategy_with_the_trained_methods(train: Train, tmp_path: Path) -> None:
+    methods = f"method={','.join(TRAINED)}"
+    small = ("method.epochs=1", "method.batch_size=2")
+    result = train("-m", methods, "strategy=finetune,joint,single", *small)
+    assert result.returncode == 0, result.stderr
+    assert train("-m", methods, "replay.size=6", *small).returncode == 0
+    assert train("method=cfa", "strategy=native", *small).returncode == 0
+    for method in TRAINED[1:]:
+        refused = train(f"method={method}", "strategy=native", *small)
+        assert refused.returncode == 2 and f"strategy=native with method={method}" in refused.stderr
+    found = {(about["method"], about["strategy"]): about for about in map(summary, run_directories(tmp_path))}
+    assert len(found) == 4 * len(TRAINED) + 1
+    buffer = 6 * 48 * 48 * 3 / 1e6
+    for (method, strategy), about in found.items():
+        assert about["status"] == "complete"
+        assert (about["average_forgetting_pct"] is None) == (strategy == "joint")
+        kept = about["memory"]["additional_mb"] - found[method, "finetune"]["memory"]["additional_mb"]
+        if strategy == "replay":
+            assert kept == pytest.approx(buffer, abs=1e-6)
+        networks = about["memory"]["architecture_mb"] - found[method, "joint"]["memory"]["architecture_mb"]
+        assert (networks > 0) == (strategy == "single")  # a model a task
+    for method in TRAINED:
+        assert found[method, "single"]["average_forgetting_pct"] == 0
+
+
+def test_the_paper_s_replay_is_what_auto_means_for_trained_methods(train: Train, tmp_path: Path) -> None:
+    refused = train("method=stfpm", "method.batch_size=2")
+    assert "replay.size=40 is larger than all 18 training images" in refused.stderr
+    assert "replay.size=300" in train("method=stfpm", "benchmark=paper", "task_order=alphabetical").stderr
+
+
 def test_a_list_of_lists_makes_tasks_of_several_categories(train: Train, tmp_path: Path) -> None:
     result = train("task_order.tasks=[plate,[brick,cloth]]", "evaluate=all", "maps=true")
     assert result.returncode == 0, result.stderr
@@ -98,6 +132,11 @@ def test_random_order_is_a_function_of_the_seed(train: Train, tmp_path: Path) ->
         ("method=padim", "method.update=per_task"),
         ("method=patchcore", "replay.size=7"),
         ("method=padim", "strategy=single"),
+        ("method=cfa", "replay.size=7", "method.epochs=2", "method.batch_size=2"),
+        ("method=stfpm", "strategy=single", "method.epochs=2", "method.batch_size=2"),
+        ("method=efficientad", "strategy=finetune", "method.epochs=1"),
+        ("method=draem", "replay.size=7", "method.epochs=1", "method.batch_size=2"),
+        ("method=fastflow", "replay.size=7", "method.epochs=2", "method.batch_size=2"),
     ],
 )
 def test_killed_after_any_stage_and_continued_ends_in_the_same_metrics(

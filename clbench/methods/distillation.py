@@ -50,7 +50,8 @@ def distil(
     channels = 3 * width // 2
     device = pictures.device
     torch.manual_seed(seed_for(seed, "distillation weights"))
-    network = patch_description_network(width, channels, padding=True).to(device)
+    network = patch_description_network(width, channels, padding=True)
+    network = network.to(device, memory_format=torch.channels_last)
     normalisation = Normalisation().to(device)
     optimizer = torch.optim.Adam(network.parameters(), learning_rate, weight_decay=1e-5, fused=True)
     sample = torch.randint(
@@ -84,7 +85,7 @@ def distil(
 def _targets(pyramid: FeaturePyramid, images: Tensor, channels: int) -> Tensor:
     """What the backbone says of images [B, 3, H, W]: [B, C, h, w] at stride 4."""
     larger = F.interpolate(images, scale_factor=2, mode="bilinear")
-    patches = neighbourhood_patches(pyramid.compute(larger))
+    patches = neighbourhood_patches(pyramid(larger))
     batch, height, width, _ = patches.shape
     pooled = F.adaptive_avg_pool1d(patches.flatten(1, 2), channels)
     return pooled.view(batch, height, width, channels).permute(0, 3, 1, 2)

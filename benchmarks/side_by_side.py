@@ -1,0 +1,202 @@
+"""The trained methods side by side with anomalib, in an environment of its own.
+
+    python3 -m venv ENV && ENV/bin/pip install anomalib
+    python -m benchmarks.side_by_side --python ENV/bin/python --root MVTEC --checkpoint resnet18.safetensors \
+        --methods stfpm,cfa --categories bottle,pill --epochs 10
+
+Both learn one category at a time from the same pixels, with the same backbone weights and pictures, for the same
+epochs, in single precision and without early stopping; maps of both go through the same metrics. With --steps, an
+epoch ends after so many steps and nothing is said of quality: for times alone.
+"""
+
+import argparse
+import json
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from hydra import compose, initialize_config_dir
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.running import CONF
+from clbench import evaluation, instantiation
+from clbench.config import check, register_resolvers
+from clbench.data.pictures import Pictures
+from clbench.data.stream import Task
+from clbench.methods.base import Prediction
+from clbench.terminal import SHOWN, TITLES
+
+WORKER = Path(__file__).parent / "anomalib_worker.py"
+SIZES = {"cfa": 224}
+BATCHES = {"stfpm": 8, "cfa": 4, "fastflow": 32, "draem": 4, "efficientad": 1}
+PICTURES = 200
+
+
+def main() -> None:
+    """Print a table of the methods and categories asked for."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--python", required=True, help="of the environment that has anomalib")
+    parser.add_argument("--root", required=True, help="a folder of categories in the MVTec AD layout")
+    parser.add_argument("--checkpoint", required=True, help="weights of timm's resnet18, .safetensors")
+    parser.add_argument("--teacher", help="a distilled teacher of width 256, for efficientad")
+    parser.add_argument("--methods", default=",".join(BATCHES))
+    parser.add_argument("--categories", default="bottle")
+    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--steps", type=int, help="of an epoch, at most")
+    given = parser.parse_args()
+    register_resolvers()
+    table = Table(
+        title=f"ours / anomalib: {given.epochs} epochs" + (f" of {given.steps} steps" if given.steps else ""),
+        title_justify="left",
+    )
+    metrics = [] if given.steps else SHOWN
+    titles = (*(TITLES[metric] for metric in metrics), "s an epoch", "steps a second", "ms an image")
+    for title in ("method", "category", *titles):
+        table.add_column(title)
+    for method in given.methods.split(","):
+        for category in given.categories.split(","):
+            with tempfile.TemporaryDirectory() as folder:
+                table.add_row(method, category, *_row(given, method, category, Path(folder), metrics))
+            Console(width=150).print(table)
+
+
+def _row(
+    given: argparse.Namespace, method: str, category: str, folder: Path, metrics: list[str]
+) -> list[str]:
+    settings = _settings(given, method, category)
+    task = instantiation.tasks(settings, lambda *_: None)[0]
+    _write(task, folder / "images" / category)
+    _write_pictures(task.train.images.shape[-1], folder / "pictures" / "all")
+    ours = _ours(settings, task, given.steps)
+    theirs = _theirs(given, method, category, task, folder)
+    cells = [f"{ours[name]:.3f} / {theirs[name]:.3f}" for name in metrics]
+    for name, digits in (("epoch", 1), ("rate", 2), ("image", 1)):
+        ratio = ours[name] / theirs[name] if name == "rate" else theirs[name] / ours[name]
+        cells.append(f"{ours[name]:.{digits}f} / {theirs[name]:.{digits}f} ({ratio:.1f} times)")
+    return cells
+
+
+def _settings(given: argparse.Namespace, method: str, category: str) -> dict[str, Any]:
+    overrides = [
+        f"method={method}",
+        "benchmark=paper",
+        "backbone=resnet18",
+        f"backbone.checkpoint={given.checkpoint}",
+        f"dataset.root={given.root}",
+        "task_order=alphabetical",
+        f"dataset.categories=[{category}]",
+        f"dataset.crop={SIZES.get(method, 'null')}",
+        "strategy=joint",  # of one task
+        f"method.epochs={given.epochs}",
+    ]
+    if method in ("stfpm", "efficientad"):
+        overrides += ["method.patience=null"]
+    if method == "stfpm":
+        overrides += ["method.held_out=0"]
+    if method == "efficientad":
+        overrides += [f"method.teacher={given.teacher or 'random'}", f"method.penalty_count={PICTURES}"]
+    if method == "draem":
+        overrides += [f"method.texture_count={PICTURES}"]
+    with initialize_config_dir(str(CONF.absolute()), version_base="1.3"):
+        return check(compose("config", overrides))
+
+
+def _ours(settings: dict[str, Any], task: Task, steps: int | None) -> dict[str, Any]:
+    """Metrics, seconds an epoch, steps a second, and milliseconds an image."""
+    detector = instantiation.detector(settings)
+    strategy = instantiation.strategy(settings, detector)
+    images = task.train.images[: steps * detector.batch_size if steps else None]
+    begun: list[float] = []
+    step = detector.training_step
+
+    def timed(batch: torch.Tensor) -> torch.Tensor | None:
+        begun.append(time.perf_counter())
+        return step(batch)
+
+    detector.training_step = timed  # type: ignore[method-assign]
+    strategy.learn(0, images)
+    # From the first step on, as the other side's epochs are counted.
+    spent = time.perf_counter() - begun[0]
+    prediction = evaluation.predict(strategy, task.test, 0, torch.device("cpu"), lambda *_: None)
+    return {
+        **evaluation.measure(prediction, task.test),
+        "epoch": spent / detector.epochs,
+        "rate": len(begun) / spent,
+        "image": evaluation.inference_time(strategy, task, 0, torch.device("cpu"), lambda *_: None),
+    }
+
+
+def _theirs(
+    given: argparse.Namespace, method: str, category: str, task: Task, folder: Path
+) -> dict[str, Any]:
+    settings = {
+        "method": method,
+        "root": str(folder / "images"),
+        "category": category,
+        "size": task.train.images.shape[-1],
+        "batch_size": BATCHES[method],
+        "workers": 0,
+        "epochs": given.epochs,
+        "steps": given.steps,
+        "pictures": str(folder / "pictures"),
+        "checkpoint": str(Path(given.checkpoint).absolute()),
+        "teacher": str(Path(given.teacher).absolute()) if given.teacher else None,
+        "folder": str(folder / "anomalib"),
+        "output": str(folder / "result.npz"),
+    }
+    result = subprocess.run(
+        [given.python, str(WORKER), json.dumps(settings)], capture_output=True, text=True, check=False
+    )
+    if result.returncode:
+        raise SystemExit(result.stderr)
+    found = np.load(folder / "result.npz")
+    order = {Path(path).stem: row for row, path in enumerate(found["paths"])}
+    rows = [order[f"{number:04d}"] for number in range(len(task.test))]
+    prediction = Prediction(torch.from_numpy(found["maps"][rows]), torch.from_numpy(found["scores"][rows]))
+    return {
+        **evaluation.measure(prediction, task.test),
+        "epoch": float(found["epochs"].mean()),
+        "rate": len(found["steps"]) / float(found["epochs"].sum()),
+        "image": 1000 * float(found["image_seconds"]),
+    }
+
+
+def _write(task: Task, folder: Path) -> None:
+    """A task's images at run size, in the MVTec AD layout, each test image named by its number."""
+    for name in ("train/good", "test/good", "test/defect", "ground_truth/defect"):
+        (folder / name).mkdir(parents=True)
+    for number, image in enumerate(task.train.images):
+        _save(folder / f"train/good/{number:04d}.png", image)
+    for number, (image, mask, bad) in enumerate(
+        zip(task.test.images, task.test.masks, task.test.labels.tolist(), strict=True)
+    ):
+        _save(folder / f"test/{'defect' if bad else 'good'}/{number:04d}.png", image)
+        if bad:
+            cv2.imwrite(
+                str(folder / f"ground_truth/defect/{number:04d}_mask.png"),
+                255 * mask.numpy().astype(np.uint8),
+            )
+
+
+def _write_pictures(size: int, folder: Path) -> None:
+    """Procedural textures for anomalies and penalties, the same as ours."""
+    folder.mkdir(parents=True)
+    with tempfile.TemporaryDirectory() as cache:
+        for number, picture in enumerate(Pictures(None, PICTURES, "", 0, cache).load(size, size)):
+            _save(folder / f"{number:04d}.png", picture)
+
+
+def _save(path: Path, image: torch.Tensor) -> None:
+    cv2.imwrite(str(path), cv2.cvtColor(image.permute(1, 2, 0).numpy(), cv2.COLOR_RGB2BGR))
+
+
+if __name__ == "__main__":
+    main()
