@@ -50,8 +50,8 @@ def distil(
     channels = 3 * width // 2
     device = pictures.device
     torch.manual_seed(seed_for(seed, "distillation weights"))
-    network = patch_description_network(width, channels, padding=True)
-    network = network.to(device, memory_format=torch.channels_last)
+    network = patch_description_network(width, channels, padding=True).to(device)
+    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # absent from torch's stubs
     normalisation = Normalisation().to(device)
     optimizer = torch.optim.Adam(network.parameters(), learning_rate, weight_decay=1e-5, fused=True)
     sample = torch.randint(
