@@ -47,6 +47,7 @@ class _Open(BaseModel):
 
 class Protocol(_Strict):
     strategy: str
+    resize: PositiveInt
     crop: PositiveInt | None
     replay_size: PositiveInt | None
 
@@ -137,6 +138,11 @@ def check(config: DictConfig) -> dict[str, Any]:
 def arguments(config: Mapping[str, Any], node: str) -> dict[str, Any]:
     """A node's `_target_` and what its constructor takes."""
     return {key: value for key, value in config[node].items() if key not in _NOT_ARGUMENTS[node]}
+
+
+def takes(config: Mapping[str, Any], node: str, name: str) -> bool:
+    """Whether the constructor of a node's class has an argument of this name."""
+    return name in inspect.signature(hydra.utils.get_class(config[node]["_target_"])).parameters
 
 
 def _check_combinations(config: dict[str, Any]) -> None:

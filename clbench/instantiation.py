@@ -1,6 +1,5 @@
 """From a checked config to the objects it names."""
 
-import inspect
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -8,7 +7,7 @@ import torch
 from hydra.utils import get_class, instantiate
 
 from clbench.backbones import Backbone
-from clbench.config import arguments
+from clbench.config import arguments, takes
 from clbench.data import stream
 from clbench.data.samples import Dataset, Geometry
 from clbench.data.stream import Task
@@ -60,9 +59,8 @@ def tasks(config: dict[str, Any], progress: Progress) -> list[Task]:
 def detector(config: dict[str, Any]) -> Detector:
     """The method's detector on its backbone, fresh."""
     gpu = config["gpu"]
-    asked = inspect.signature(get_class(config["method"]["_target_"])).parameters
-    own = {name: config[name] for name in ("seed", "cache") if name in asked}
-    if "backbone" in asked:
+    own = {name: config[name] for name in ("seed", "cache") if takes(config, "method", name)}
+    if takes(config, "method", "backbone"):
         own["backbone"] = Backbone(**config["backbone"], precision=gpu["precision"], compile=gpu["compile"])
     built = _build(config, "method", Detector, **own)
     if built.optimizer() is not None:  # what is trained is convolutional: faster with channels last

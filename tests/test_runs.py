@@ -8,9 +8,12 @@ import subprocess
 import time
 from pathlib import Path
 
+import hydra
 import pytest
 import yaml
 from conftest import ROOT, Train, command, run_directories
+
+from clbench.config import register_resolvers
 
 METRICS = ["image_auroc", "image_ap", "image_f1", "pixel_auroc", "pixel_ap", "pixel_f1", "aupro"]
 
@@ -103,7 +106,34 @@ def test_every_strategy_with_the_trained_methods(train: Train, tmp_path: Path) -
 def test_the_paper_s_replay_is_what_auto_means_for_trained_methods(train: Train, tmp_path: Path) -> None:
     refused = train("method=stfpm", "method.batch_size=2")
     assert "replay.size=40 is larger than all 18 training images" in refused.stderr
-    assert "replay.size=300" in train("method=stfpm", "benchmark=paper", "task_order=alphabetical").stderr
+    paper = train("method=stfpm", "benchmark=paper", "backbone=small", "task_order=alphabetical")
+    assert "replay.size=300" in paper.stderr
+
+
+@pytest.mark.parametrize(
+    ("method", "backbone", "resize", "crop"),
+    [
+        ("patchcore", "wide_resnet50_2", 256, 224),
+        ("padim", "wide_resnet50_2", 256, 224),
+        ("cfa", "wide_resnet50_2", 256, 224),
+        ("stfpm", "resnet18", 256, None),
+        ("fastflow", "wide_resnet50_2", 256, None),
+        ("fastflow_deit", "deit_base_distilled_patch16_384", 384, None),
+        ("fastflow_cait", "cait_m48_448", 448, None),
+    ],
+)
+def test_the_paper_s_backbone_and_image_size_are_the_method_s(
+    method: str, backbone: str, resize: int, crop: int | None
+) -> None:
+    register_resolvers()
+    with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        paper = hydra.compose("config", [f"method={method}", "benchmark=paper"])
+        given = hydra.compose("config", [f"method={method}", "benchmark=paper", "backbone=mobilenetv2_100"])
+        demo = hydra.compose("config", [f"method={method}"])
+    assert paper.backbone.name == backbone
+    assert (paper.dataset.resize, paper.dataset.crop) == (resize, crop)
+    assert given.backbone.name == "mobilenetv2_100"
+    assert demo.backbone.checkpoint == "package:small.safetensors"
 
 
 def test_a_list_of_lists_makes_tasks_of_several_categories(train: Train, tmp_path: Path) -> None:
