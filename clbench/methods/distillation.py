@@ -10,10 +10,10 @@ image at twice its size: averaged over 3x3 neighbours, brought to as many channe
 import argparse
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -21,12 +21,15 @@ from torch.nn import functional as F
 from clbench.backbones import Backbone, FeaturePyramid, Normalisation, unit
 from clbench.data.pictures import Pictures
 from clbench.errors import UserError
+from clbench.methods.base import Progress, silent
 from clbench.methods.efficientad import patch_description_network
 from clbench.methods.patches import neighbourhood_patches
 from clbench.randomness import generator, seed_for
+from clbench.terminal import Display
 
 _GREY = 0.1  # share of images shown in grey
 _STATISTICS = 200  # images that the targets' mean and deviation are taken from
+_LOOK_S = 0.5  # seconds between two looks at the loss, each of which waits for the device
 
 
 def distil(
@@ -39,7 +42,7 @@ def distil(
     learning_rate: float = 1e-4,
     precision: torch.dtype | None = None,
     seed: int = 0,
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> tuple[nn.Module, float]:
     """A patch description network that imitates a pyramid, and the share of variance it explains at the end.
 
@@ -60,8 +63,7 @@ def distil(
     some = torch.cat([_targets(pyramid, unit(part), channels) for part in pictures[sample].split(batch_size)])
     mean, deviation = some.mean((0, 2, 3), keepdim=True), some.std((0, 2, 3), keepdim=True)
     del some
-    row = progress.add_task("distilling", total=steps) if progress else None
-    error = 1.0
+    error, looked = torch.ones((), device=device), time.perf_counter()
     for step in range(steps):
         random = generator(seed, "distillation", step)
         images = unit(pictures[torch.randint(len(pictures), (batch_size,), generator=random)])
@@ -76,10 +78,11 @@ def distil(
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
-        error += (float(loss.detach()) - error) * max(0.02, 1 / (step + 1))
-        if progress and row is not None:
-            progress.update(row, advance=1, description=f"distilling, loss {error:.3f}")
-    return network, 1 - error
+        error = error.lerp(loss.detach(), max(0.02, 1 / (step + 1)))
+        if step == steps - 1 or time.perf_counter() - looked > _LOOK_S:
+            progress("distilling", step + 1, steps, f"loss {float(error):.3f}")
+            looked = time.perf_counter()
+    return network, 1 - float(error)
 
 
 def _targets(pyramid: FeaturePyramid, images: Tensor, channels: int) -> Tensor:
@@ -89,6 +92,19 @@ def _targets(pyramid: FeaturePyramid, images: Tensor, channels: int) -> Tensor:
     batch, height, width, _ = patches.shape
     pooled = F.adaptive_avg_pool1d(patches.flatten(1, 2), channels)
     return pooled.view(batch, height, width, channels).permute(0, 3, 1, 2)
+
+
+def _lines() -> Progress:
+    """A line for every twentieth of the work, where nobody watches a bar."""
+    said = 0
+
+    def say(phase: str, done: int, total: int, note: str = "") -> None:
+        nonlocal said
+        if 20 * done // total > said:
+            said = 20 * done // total
+            print(f"{phase}: {done} of {total} steps, {note}", flush=True)
+
+    return say
 
 
 def main() -> None:
@@ -128,15 +144,9 @@ def main() -> None:
         pyramid = backbone.pyramid(given.layers).to(given.device)
         with tempfile.TemporaryDirectory(prefix="clbench-") as cache:
             pictures = Pictures(given.images, given.count, "--images", given.seed, cache)
-            print(f"reading {len(pictures.samples)} images")
+            print(f"reading {len(pictures.samples)} images", flush=True)
             loaded = pictures.load(given.size, given.size).to(given.device)
-            columns = (
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeRemainingColumn(),
-            )
-            with Progress(*columns) as progress:
+            with Display("distillation") as display:
                 network, explained = distil(
                     pyramid,
                     loaded,
@@ -146,7 +156,7 @@ def main() -> None:
                     learning_rate=given.learning_rate,
                     precision=torch.bfloat16 if given.precision == "bf16" else None,
                     seed=given.seed,
-                    progress=progress,
+                    progress=display.progress if sys.stdout.isatty() else _lines(),
                 )
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
