@@ -60,7 +60,7 @@ MISTAKES = [
     (["method=efficientad", "replay.size=6", "method.penalty_images=/nowhere"], "penalty_images", "null"),
     (["method=efficientad", "replay.size=6", "method.teacher=/nowhere"], "method.teacher=/nowhere", "give a"),
     (["method=efficientad", "replay.size=6", "method.teacher=null"], "method.teacher", "distillation"),
-    (["method=efficientad", "replay.size=6", "method.width=128"], "method.width=128", "has 64 channels"),
+    (["method=efficientad", "replay.size=6", "method.width=128"], "method.width=128", "has 32 channels"),
     (["method=efficientad", "replay.size=6", "dataset.resize=24"], "24x24", "dataset.resize"),
     (
         ["method=fastflow", "replay.size=6", "backbone=timm", "backbone.name=deit_tiny_patch16_224"]
