@@ -1,6 +1,7 @@
 """CFA, STFPM, FastFlow, DRAEM and EfficientAD against direct transcriptions of their equations."""
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,10 @@ from test_methods import images
 from torch import Tensor
 from torch.nn import functional as F
 
+from clbench import footprint
 from clbench.backbones import Backbone
 from clbench.methods import draem, efficientad
+from clbench.methods.base import Detector
 from clbench.methods.cfa import CFA
 from clbench.methods.draem import DRAEM, Discriminative, Reconstructive
 from clbench.methods.efficientad import Autoencoder, EfficientAD, patch_description_network
@@ -20,6 +23,7 @@ from clbench.methods.maps import to_image_size
 from clbench.methods.nearest import k_nearest
 from clbench.methods.simulated import augment, perlin, simulate
 from clbench.methods.stfpm import STFPM
+from clbench.strategies.replay import Replay
 
 
 @pytest.fixture(scope="module")
@@ -429,3 +433,42 @@ def test_parameter_counts_of_the_supplement() -> None:
     assert parameters(patch_description_network(256, 384)) == pytest.approx(8.0, abs=0.05)
     assert parameters(patch_description_network(256, 768)) == pytest.approx(11.6, abs=0.05)
     assert parameters(Autoencoder(256, 384)) == pytest.approx(1.1, abs=0.05)
+
+
+class Unlearning(Replay):
+    """Replay's buffer, without the hours of learning at the paper's size."""
+
+    def fit(self, *_: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "architecture", "additional"),
+    [
+        ("cfa", 224, 288.4, 22.5 + 45.2),
+        ("stfpm", 256, 93.6, 59.0),
+        ("efficientad", 256, 82.8, 59.0),
+        ("draem", 256, 389.6, 59.0),
+        ("fastflow", 256, 440.8, 59.0),
+    ],
+)
+def test_footprints_of_the_supplement_with_300_images_replayed(
+    name: str, size: int, architecture: float, additional: float
+) -> None:
+    """Sections 1.3 to 1.8, counted from live tensors after ten tasks of 40 images."""
+    build: dict[str, Callable[[], Detector]] = {
+        "cfa": lambda: CFA(Backbone("wide_resnet50_2", pretrained=False), layers=[1, 2, 3]),
+        "stfpm": lambda: STFPM(Backbone("resnet18", pretrained=False), layers=[1, 2, 3]),
+        "efficientad": lambda: EfficientAD(teacher="random", cache="unused"),
+        "draem": lambda: DRAEM(cache="unused"),
+        "fastflow": lambda: FastFlow(Backbone("wide_resnet50_2", pretrained=False), layers=[1, 2, 3]),
+    }
+    detector = build[name]()
+    if isinstance(detector, CFA):  # its bank is as large as one image's features: 56 x 56 x 1,792
+        detector.start_task(0, torch.zeros(1, 3, size, size, dtype=torch.uint8), torch.empty(0))
+    strategy = Unlearning(detector, replay_size=300)
+    for stage in range(10):
+        strategy.learn(stage, torch.zeros(40, 3, size, size, dtype=torch.uint8))
+    counted = footprint.measure(strategy, torch.device("cpu"))
+    assert counted["architecture_mb"] == pytest.approx(architecture, rel=0.002)
+    assert counted["additional_mb"] == pytest.approx(additional, abs=0.1)
