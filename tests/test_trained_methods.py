@@ -228,9 +228,9 @@ def test_perlin_noise_is_its_definition_at_turned_coordinates() -> None:
     torch.manual_seed(7)
     field = perlin(5, 24, 20, torch.device("cpu")).numpy()
     torch.manual_seed(7)  # the same draws
-    cells = 2 ** torch.randint(6, (5, 2, 1, 1)).numpy()[:, :, 0, 0]
-    angles = math.pi * (torch.rand(5, 1, 1).numpy()[:, 0, 0] - 0.5)
-    turns = 2 * math.pi * torch.rand(5, 50 * 50).numpy().reshape(5, 50, 50)
+    cells = 2 ** torch.randint(6, (5, 1, 2)).numpy()[:, 0]
+    angles = math.pi * (torch.rand(5).numpy() - 0.5)
+    turns = 2 * math.pi * torch.rand(5, 50, 50).numpy()
     assert len(set(map(tuple, cells.tolist()))) > 1
     for image in range(5):
         for row in range(0, 24, 5):
@@ -264,6 +264,18 @@ def test_simulated_anomalies_are_in_half_of_the_images_and_only_where_the_mask_i
     assert 0.03 < float(masks[touched].mean()) < 0.3
     assert not torch.equal(anomalous[~outside], normal[~outside])
     assert float(anomalous.min()) >= 0 and float(anomalous.max()) <= 1
+
+
+def test_a_batch_of_which_no_image_gets_an_anomaly_stays_as_it_is() -> None:
+    normal = torch.rand(1, 3, 16, 16)
+    drawn = []
+    for seed in range(6):
+        torch.manual_seed(seed)
+        anomalous, masks = simulate(normal, torch.rand(2, 3, 16, 16))
+        assert masks.shape == (1, 1, 16, 16)
+        drawn.append(torch.equal(anomalous, normal))
+        assert drawn[-1] or masks.any()
+    assert set(drawn) == {True, False}
 
 
 def test_each_texture_is_changed_in_its_own_way_and_stays_an_image() -> None:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from clbench.backbones import unit
 from clbench.data.pictures import Pictures
 from clbench.methods.base import Detector, Prediction
-from clbench.methods.simulated import rotated, simulate
+from clbench.methods.simulated import change_some, rotated, simulate, uniform
 from clbench.randomness import seed_for
 
 _MEAN_FILTER = 21  # pixels, of the mask's smoothing before its maximum is taken
@@ -77,14 +77,10 @@ class DRAEM(Detector):
 
     def material(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Normal images, the same with simulated anomalies, both in [0, 1], and the masks [B, 1, H, W]."""
-        batch, device = len(images), images.device
         normal = unit(images)
-        if self.rotated_share:
-            degrees = 180 * torch.rand(batch, 1, 1, 1, device=device) - 90
-            turned = torch.rand(batch, 1, 1, 1, device=device) < self.rotated_share
-            normal = torch.where(turned, rotated(normal, degrees), normal)
-        drawn = torch.randint(len(self._textures), (batch,), device=device)
-        anomalous, masks = simulate(normal, unit(self._textures[drawn]))
+        turned = torch.rand(len(images)) < self.rotated_share
+        change_some(normal, turned, lambda t: rotated(t, uniform(t, -90, 90)))
+        anomalous, masks = simulate(normal, self._textures)
         return normal, anomalous, masks
 
     def parts(self, images: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,15 +1,20 @@
 """Simulated anomalies: textures laid over normal images where Perlin noise says so (Zavrtanik et al., 2021).
 
-Whole batches at once on the images' device; all draws come from torch's own generators.
+Whole batches at once on the images' device; all draws come from torch's own generators. Which images are changed is
+drawn on the CPU, so that the device works on those alone and is not waited for.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from clbench.backbones import unit
+
 _FINEST = 6  # Perlin cells along a side: 2^0 to 2^5
+_LATTICE = math.ceil(1.5 * 2 ** (_FINEST - 1)) + 2  # corners along a side that turned coordinates reach
 _THRESHOLD = 0.5
 _OPACITY = 0.8  # of the normal image through an anomaly, at most
 _AUGMENTATIONS = 3  # of a texture at a time
@@ -19,75 +24,72 @@ def simulate(images: Tensor, textures: Tensor) -> tuple[Tensor, Tensor]:
     """Half of the images [B, 3, H, W], float in [0, 1], with an anomaly each, and the others as they are.
 
     Args:
-        textures: as many, of the same size and range; augmented before they are laid over.
+        textures: [T, 3, H, W], uint8 or float in [0, 1], to draw from; augmented before they are laid over.
 
     Returns:
         Images [B, 3, H, W] and masks [B, 1, H, W] of 0 and 1.
     """
-    batch, _, height, width = images.shape
-    masks = (perlin(batch, height, width, images.device) > _THRESHOLD)[:, None].float()
-    masks = masks * (torch.rand(batch, 1, 1, 1, device=images.device) > 0.5)
-    through = _OPACITY * torch.rand(batch, 1, 1, 1, device=images.device)
-    anomalous = through * images + (1 - through) * augment(textures)
-    return torch.lerp(images, anomalous, masks), masks
+    device = images.device
+
+    def with_anomaly(normal: Tensor) -> Tensor:
+        """Normal images and their empty masks, [C, 4, H, W], with an anomaly each."""
+        count, _, height, width = normal.shape
+        mask = (perlin(count, height, width, device) > _THRESHOLD)[:, None].float()
+        drawn = torch.randint(len(textures), (count,)).to(device, non_blocking=True)
+        opacity = (1 - uniform(normal, 0, _OPACITY)) * mask
+        return torch.cat([torch.lerp(normal[:, :3], augment(unit(textures[drawn])), opacity), mask], 1)
+
+    both = torch.cat([images, torch.zeros_like(images[:, :1])], 1)
+    change_some(both, torch.rand(len(images)) < 0.5, with_anomaly)
+    return both[:, :3], both[:, 3:]
+
+
+def change_some(images: Tensor, chosen: Tensor, change: Callable[[Tensor], Tensor]) -> None:
+    """Change in place those of the images [B, ...] that are chosen, bool [B] on the CPU, all together."""
+    if chosen.any():
+        rows = chosen.nonzero().flatten().to(images.device, non_blocking=True)
+        images.index_copy_(0, rows, change(images[rows]))
 
 
 def perlin(batch: int, height: int, width: int, device: torch.device) -> Tensor:
     """Perlin noise [B, H, W], each with its own numbers of cells along x and y, turned by up to 90 degrees.
 
-    The noise is read off at turned coordinates, so that a turn leaves no empty corners.
+    The noise is read off at turned coordinates, so that a turn leaves no empty corners. At (x, y) it is a mean of
+    g_x (x - i) + g_y (y - j) over the cell's corners (i, j), with faded weights; so it is x and y times such means
+    of g_x and g_y, less that of g_x i + g_y j: three channels of one bilinear look-up.
     """
-    cells = 2.0 ** torch.randint(_FINEST, (batch, 2, 1, 1), device=device)
-    angle = math.pi * (torch.rand(batch, 1, 1, device=device) - 0.5)
-    y = (torch.arange(height, device=device) / height - 0.5)[:, None].expand(height, width)
+    cells = 2.0 ** torch.randint(_FINEST, (batch, 1, 2), device=device)
+    angle = math.pi * (torch.rand(batch, device=device) - 0.5)
+    turn = 2 * math.pi * torch.rand(batch, _LATTICE, _LATTICE, device=device)
     x = (torch.arange(width, device=device) / width - 0.5).expand(height, width)
-    # The unit square, however it is turned, lies within 1.5 of its middle's distance to a side.
-    x, y = (
-        cells[:, axis] * (turned + 0.75)
-        for axis, turned in enumerate((angle.cos() * x + angle.sin() * y, angle.cos() * y - angle.sin() * x))
-    )
-    lattice = math.ceil(1.5 * 2 ** (_FINEST - 1)) + 2
-    direction = 2 * math.pi * torch.rand(batch, lattice * lattice, device=device)
-    left, top = x.floor(), y.floor()
-    x, y = x - left, y - top
-    corner = (top * lattice + left).long().flatten(1)
+    y = (torch.arange(height, device=device) / height - 0.5)[:, None].expand(height, width)
+    straight = torch.stack([x, y, torch.ones_like(x)], 2).flatten(0, 1)
+    # The unit square, however it is turned, lies within 0.75 of its middle along x and y.
+    cos, sin, middle = angle.cos(), angle.sin(), torch.full_like(angle, 0.75)
+    turned = torch.stack([cos, -sin, sin, cos, middle, middle], 1).view(batch, 3, 2) * cells
+    where = (straight @ turned).view(batch, height, width, 2)
 
-    def slope(down: int, right: int) -> Tensor:
-        """The corner's gradient times the way from it."""
-        turn = direction.gather(1, corner + down * lattice + right).view_as(x)
-        return turn.cos() * (x - right) + turn.sin() * (y - down)
-
-    across, along = _fade(x), _fade(y)
-    upper = torch.lerp(slope(0, 0), slope(0, 1), across)
-    lower = torch.lerp(slope(1, 0), slope(1, 1), across)
-    return math.sqrt(2) * torch.lerp(upper, lower, along)
+    slope_x, slope_y, corner = turn.cos(), turn.sin(), torch.arange(_LATTICE, device=device)
+    corners = torch.stack([slope_x, slope_y, slope_x * corner + slope_y * corner[:, None]], 1)
+    faded = _faded(where).mul_(2 / (_LATTICE - 1)).sub_(1)
+    along_x, along_y, rest = F.grid_sample(corners, faded, align_corners=True).unbind(1)
+    noise = torch.addcmul(-rest, along_x, where[..., 0]).addcmul_(along_y, where[..., 1])
+    return noise.mul_(math.sqrt(2))
 
 
-def _fade(t: Tensor) -> Tensor:
-    """6 t^5 - 15 t^4 + 10 t^3: flat at 0 and 1."""
-    return t * t * t * (t * (6 * t - 15) + 10)
+def _faded(t: Tensor) -> Tensor:
+    """t, moved within its cell by 6 f^5 - 15 f^4 + 10 f^3, which is flat at the corners f = 0 and 1."""
+    f = t.frac()
+    move = (f * 6).sub_(15).mul_(f).add_(10).mul_(f).mul_(f).sub_(1).mul_(f)  # less f, where t is from
+    return move.add_(t)
 
 
 def augment(textures: Tensor) -> Tensor:
     """Textures [B, 3, H, W] in [0, 1], each changed in three of eight ways."""
-    batch, device = len(textures), textures.device
-
-    def draw(low: float, high: float, channels: int = 1) -> Tensor:
-        return low + (high - low) * torch.rand(batch, channels, 1, 1, device=device)
-
-    changes = [
-        lambda t: rotated(t, draw(-45, 45)),
-        lambda t: t.clamp_min(0) ** draw(0.5, 2.0),  # gamma
-        lambda t: (t * draw(0.8, 1.2) + draw(-30 / 255, 30 / 255)).clamp(0, 1),  # brightness
-        lambda t: (t + draw(-50 / 255, 50 / 255, 3)).clamp(0, 1),  # tint
-        lambda t: torch.where(t > draw(32 / 255, 128 / 255), 1 - t, t),  # solarise
-        lambda t: (t * 15).round() / 15,  # posterise to four bits
-        lambda t: 1 - t,
-        _stretched,
-    ]
-    chosen = torch.rand(batch, len(changes), device=device).argsort(1).argsort(1) < _AUGMENTATIONS
-    for index, change in enumerate(changes):
-        textures = torch.where(chosen[:, index, None, None, None], change(textures), textures)
+    textures = textures.clone()
+    chosen = torch.rand(len(textures), len(_CHANGES)).argsort(1)[:, :_AUGMENTATIONS]
+    for number, change in enumerate(_CHANGES):
+        change_some(textures, (chosen == number).any(1), change)
     return textures
 
 
@@ -103,7 +105,24 @@ def rotated(images: Tensor, degrees: Tensor) -> Tensor:
     return F.grid_sample(images, where, padding_mode="reflection", align_corners=False)
 
 
+def uniform(images: Tensor, low: float, high: float, channels: int = 1) -> Tensor:
+    """A number between low and high for each image: [B, channels, 1, 1]."""
+    return low + (high - low) * torch.rand(len(images), channels, 1, 1, device=images.device)
+
+
 def _stretched(images: Tensor) -> Tensor:
     """Each channel's values brought to the whole range."""
     low, high = images.amin((2, 3), keepdim=True), images.amax((2, 3), keepdim=True)
     return (images - low) / (high - low).clamp_min(1e-6)
+
+
+_CHANGES: tuple[Callable[[Tensor], Tensor], ...] = (
+    lambda t: rotated(t, uniform(t, -45, 45)),
+    lambda t: t.clamp_min(0) ** uniform(t, 0.5, 2.0),  # gamma
+    lambda t: (t * uniform(t, 0.8, 1.2) + uniform(t, -30 / 255, 30 / 255)).clamp(0, 1),  # brightness
+    lambda t: (t + uniform(t, -50 / 255, 50 / 255, 3)).clamp(0, 1),  # tint
+    lambda t: torch.where(t > uniform(t, 32 / 255, 128 / 255), 1 - t, t),  # solarise
+    lambda t: (t * 15).round() / 15,  # posterise to four bits
+    lambda t: 1 - t,
+    _stretched,
+)
