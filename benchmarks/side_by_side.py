@@ -6,7 +6,8 @@
 
 Both learn one category at a time from the same pixels, with the same backbone weights and pictures, for the same
 epochs, in single precision and without early stopping; maps of both go through the same metrics. With --steps, an
-epoch ends after so many steps and nothing is said of quality: for times alone.
+epoch ends after so many steps and nothing is said of quality: for times alone. The method `simulation` is DRAEM's data
+side: batches of 8 images of 256 pixels to anomalous ones and their masks.
 """
 
 import argparse
@@ -30,12 +31,14 @@ from clbench.config import check, register_resolvers
 from clbench.data.pictures import Pictures
 from clbench.data.stream import Task
 from clbench.methods.base import Prediction
+from clbench.methods.simulated import simulate
 from clbench.terminal import SHOWN, TITLES
 
 WORKER = Path(__file__).parent / "anomalib_worker.py"
 SIZES = {"cfa": 224}
 BATCHES = {"stfpm": 8, "cfa": 4, "fastflow": 32, "draem": 4, "efficientad": 1}
 PICTURES = 200
+SIMULATED = 20  # batches, for their mean time
 
 
 def main() -> None:
@@ -62,6 +65,10 @@ def main() -> None:
     for title in ("method", "category", *titles):
         table.add_column(title)
     for method in given.methods.split(","):
+        if method == "simulation":
+            table.add_row("simulation", "", *[""] * (len(metrics) + 2), _simulation(given.python))
+            Console(width=150).print(table)
+            continue
         for category in given.categories.split(","):
             with tempfile.TemporaryDirectory() as folder:
                 table.add_row(method, category, *_row(given, method, category, Path(folder), metrics))
@@ -82,6 +89,23 @@ def _row(
         ratio = ours[name] / theirs[name] if name == "rate" else theirs[name] / ours[name]
         cells.append(f"{ours[name]:.{digits}f} / {theirs[name]:.{digits}f} ({ratio:.1f} times)")
     return cells
+
+
+def _simulation(python: str) -> str:
+    """Milliseconds an image of simulating anomalies, as a cell."""
+    with tempfile.TemporaryDirectory() as folder:
+        _write_pictures(256, Path(folder) / "pictures")
+        textures = Pictures(None, PICTURES, "", 0, folder).load(256, 256)
+        images = torch.rand(8, 3, 256, 256)
+        seconds = []
+        for _ in range(SIMULATED + 1):
+            begin = time.perf_counter()
+            simulate(images, textures)
+            seconds.append(time.perf_counter() - begin)
+        ours = 1000 * sum(seconds[1:]) / SIMULATED / len(images)
+        settings = {"method": "simulation", "pictures": f"{folder}/pictures", "batches": SIMULATED}
+        theirs = float(_work(python, settings))
+    return f"{ours:.1f} / {theirs:.1f} ({theirs / ours:.1f} times)"
 
 
 def _settings(given: argparse.Namespace, method: str, category: str) -> dict[str, Any]:
@@ -152,11 +176,7 @@ def _theirs(
         "folder": str(folder / "anomalib"),
         "output": str(folder / "result.npz"),
     }
-    result = subprocess.run(
-        [given.python, str(WORKER), json.dumps(settings)], capture_output=True, text=True, check=False
-    )
-    if result.returncode:
-        raise SystemExit(result.stderr)
+    _work(given.python, settings)
     found = np.load(folder / "result.npz")
     order = {Path(path).stem: row for row, path in enumerate(found["paths"])}
     rows = [order[f"{number:04d}"] for number in range(len(task.test))]
@@ -167,6 +187,16 @@ def _theirs(
         "rate": len(found["steps"]) / float(found["epochs"].sum()),
         "image": 1000 * float(found["image_seconds"]),
     }
+
+
+def _work(python: str, settings: dict[str, Any]) -> str:
+    """What the worker prints in the end."""
+    result = subprocess.run(
+        [python, str(WORKER), json.dumps(settings)], capture_output=True, text=True, check=False
+    )
+    if result.returncode:
+        raise SystemExit(result.stderr)
+    return result.stdout.strip().rpartition("\n")[2]
 
 
 def _write(task: Task, folder: Path) -> None:
