@@ -224,6 +224,15 @@ def test_focal_loss_is_its_equation() -> None:
     assert float(draem.focal(logits, masks)) == pytest.approx(float((-((1 - p_t) ** 2) * p_t.log()).mean()))
 
 
+def test_mixed_precision_leaves_the_dissimilarity_of_even_images_alone() -> None:
+    torch.manual_seed(0)
+    one, other = (0.7 + 0.01 * torch.rand(2, 3, 32, 32) for _ in range(2))
+    expected = float(draem.dissimilarity(one, other))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert float(draem.dissimilarity(one, other)) == expected
+    assert 0 < expected < 1
+
+
 def test_perlin_noise_is_its_definition_at_turned_coordinates() -> None:
     torch.manual_seed(7)
     field = perlin(5, 24, 20, torch.device("cpu")).numpy()

@@ -108,7 +108,15 @@ def focal(logits: Tensor, masks: Tensor) -> Tensor:
 
 
 def dissimilarity(one: Tensor, other: Tensor) -> Tensor:
-    """1 - SSIM (Wang et al., 2004), the mean over images [B, 3, H, W] in [0, 1] within Gaussian windows."""
+    """1 - SSIM (Wang et al., 2004), the mean over images [B, 3, H, W] in [0, 1] within Gaussian windows.
+
+    Always in single precision: variances, small differences of squares, are lost in half of it.
+    """
+    with torch.autocast(one.device.type, enabled=False):
+        return _dissimilarity(one.float(), other.float())
+
+
+def _dissimilarity(one: Tensor, other: Tensor) -> Tensor:
     offsets = torch.arange(_SSIM_WINDOW, device=one.device) - _SSIM_WINDOW // 2
     weights = torch.exp(-(offsets**2) / (2 * _SSIM_SIGMA**2))
     weights = (weights / weights.sum()).to(one)
