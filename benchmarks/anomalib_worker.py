@@ -18,6 +18,7 @@ from anomalib.data.utils.generators.perlin import PerlinAnomalyGenerator
 from anomalib.engine import Engine
 from anomalib.models import Cfa, Draem, EfficientAd, Fastflow, Stfpm
 from anomalib.pre_processing import PreProcessor
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
 from safetensors.torch import load_file
 from torchvision.transforms.v2 import Compose, Normalize, Resize
@@ -62,8 +63,12 @@ def build(settings: dict) -> torch.nn.Module:
         return Fastflow(backbone="resnet18", pre_processor=normalised, **common)
     plain = PreProcessor(transform=Resize(size, antialias=True))
     if method == "draem":
-        return Draem(dtd_dir=settings["pictures"], pre_processor=plain, **common)
+        model = Draem(dtd_dir=settings["pictures"], pre_processor=plain, **common)
+        narrow(model.model, settings["narrow"])
+        return model
     model = EfficientAd(imagenet_dir=settings["pictures"], model_size="medium", pre_processor=plain, **common)
+    narrow(model.model, settings["narrow"])
+    model.model.teacher_out_channels //= settings["narrow"]
 
     def load_teacher() -> None:
         given = list(load_file(settings["teacher"]).items())
@@ -75,12 +80,37 @@ def build(settings: dict) -> torch.nn.Module:
     return model
 
 
-class Epochs(Callback):
-    """Seconds of every epoch and of every step."""
+def narrow(network: torch.nn.Module, factor: int) -> None:
+    """Divide the channels of every layer by a factor, but for images, masks and their logits."""
+    if factor == 1:
+        return
 
-    def __init__(self) -> None:
+    def fewer(channels: int) -> int:
+        return channels if channels <= 6 else channels // factor
+
+    for name, module in network.named_children():
+        if isinstance(module, torch.nn.Conv2d):
+            channels = fewer(module.in_channels), fewer(module.out_channels)
+            window = module.kernel_size, module.stride, module.padding
+            setattr(network, name, torch.nn.Conv2d(*channels, *window))
+        elif isinstance(module, torch.nn.BatchNorm2d):
+            setattr(network, name, torch.nn.BatchNorm2d(fewer(module.num_features)))
+        else:
+            narrow(module, factor)
+
+
+class Epochs(Callback):
+    """Seconds of every epoch and of every step, at a learning rate of one's own where there is one."""
+
+    def __init__(self, learning_rate: float | None) -> None:
         self.epochs: list[float] = []
         self.steps: list[float] = []
+        self.learning_rate = learning_rate
+
+    def on_train_start(self, trainer: Trainer, *_: object) -> None:
+        if self.learning_rate:
+            for group in trainer.optimizers[0].param_groups:
+                group["lr"] = self.learning_rate
 
     def on_train_epoch_start(self, *_: object) -> None:
         self.begun = time.perf_counter()
@@ -122,7 +152,7 @@ def main() -> None:
         num_workers=settings["workers"],
     )
     model = build(settings)
-    epochs = Epochs()
+    epochs = Epochs(settings["learning_rate"])
     limit = settings.get("steps")
     engine = Engine(
         max_epochs=settings["epochs"],

@@ -5,7 +5,8 @@
         --methods stfpm,cfa --categories bottle,pill --epochs 10
 
 Both learn one category at a time from the same pixels, with the same backbone weights and pictures, for the same
-epochs, in single precision and without early stopping; maps of both go through the same metrics. With --steps, an
+epochs, in single precision and without early stopping; maps of both go through the same metrics. --narrow divides the widths of
+DRAEM's and EfficientAD's networks, on both sides, for what a CPU cannot do at full size. With --steps, an
 epoch ends after so many steps and nothing is said of quality: for times alone. The method `simulation` is DRAEM's data
 side: batches of 8 images of 256 pixels to anomalous ones and their masks.
 """
@@ -49,11 +50,15 @@ def main() -> None:
     parser.add_argument("--python", required=True, help="of the environment that has anomalib")
     parser.add_argument("--root", required=True, help="a folder of categories in the MVTec AD layout")
     parser.add_argument("--checkpoint", required=True, help="weights of timm's resnet18, .safetensors")
-    parser.add_argument("--teacher", help="a distilled teacher of width 256, for efficientad")
+    parser.add_argument("--teacher", help="a distilled teacher for efficientad, of width 256 / NARROW")
     parser.add_argument("--methods", default=",".join(BATCHES))
     parser.add_argument("--categories", default="bottle")
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--steps", type=int, help="of an epoch, at most")
+    parser.add_argument(
+        "--narrow", type=int, default=1, help="what draem's and efficientad's widths are divided by"
+    )
+    parser.add_argument("--learning-rate", type=float, help="of both sides, in place of the methods' own")
     given = parser.parse_args()
     register_resolvers()
     table = Table(
@@ -127,8 +132,15 @@ def _settings(given: argparse.Namespace, method: str, category: str) -> dict[str
         overrides += ["method.held_out=0"]
     if method == "efficientad":
         overrides += [f"method.teacher={given.teacher or 'random'}", f"method.penalty_count={PICTURES}"]
+        overrides += [f"method.width={256 // given.narrow}"]
     if method == "draem":
-        overrides += [f"method.texture_count={PICTURES}"]
+        overrides += [
+            f"method.texture_count={PICTURES}",
+            f"method.reconstructive_width={128 // given.narrow}",
+            f"method.discriminative_width={64 // given.narrow}",
+        ]
+    if given.learning_rate:
+        overrides += [f"method.learning_rate={given.learning_rate}"]
     with initialize_config_dir(str(CONF.absolute()), version_base="1.3"):
         return check(compose("config", overrides))
 
@@ -170,6 +182,8 @@ def _theirs(
         "workers": 0,
         "epochs": given.epochs,
         "steps": given.steps,
+        "narrow": given.narrow,
+        "learning_rate": given.learning_rate,
         "pictures": str(folder / "pictures"),
         "checkpoint": str(Path(given.checkpoint).absolute()),
         "teacher": str(Path(given.teacher).absolute()) if given.teacher else None,
