@@ -24,6 +24,7 @@ def main(config: DictConfig) -> None:
     from hydra.core.hydra_config import HydraConfig
 
     from clbench import experiment, footprint, instantiation
+    from clbench.interruption import Interruption, Stopped
     from clbench.recording.provenance import identity, made_by
     from clbench.recording.run_directory import RunDirectory
     from clbench.terminal import Display
@@ -31,35 +32,38 @@ def main(config: DictConfig) -> None:
     job = HydraConfig.get()
     directory = RunDirectory(hydra.utils.to_absolute_path(job.runtime.output_dir))
     alone = job.launcher._target_.endswith("BasicLauncher")
-    with (
-        directory.lock(),
-        Display(directory.path.name, alone=alone) as display,
-        directory.reporting() as report,
-    ):
-        if directory.finished(settings):
-            return
-        if settings["overwrite"]:
-            directory.clear()
-        display.heading(directory.path.name)
-        device = instantiation.device(settings["gpu"])
-        footprint.reset_peak(device)
-        tasks = instantiation.tasks(settings, display.progress)
-        detector = instantiation.detector(settings).to(device)
-        strategy = instantiation.strategy(settings, detector)
-        strategy.check(tasks)
-        about = identity(settings, [task.name for task in tasks])
-        directory.write_config(settings, made_by(device))
-        report(about)
-        experiment.run(
-            strategy,
-            tasks,
-            directory,
-            display,
-            device,
-            about,
-            evaluate=settings["evaluate"],
-            maps=settings["maps"],
-        )
+    display = Display(directory.path.name, alone=alone)
+    try:
+        with directory.lock(), Interruption() as interruption, display, directory.reporting() as report:
+            if directory.finished(settings):
+                return
+            if settings["overwrite"]:
+                directory.clear()
+            display.heading(directory.path.name)
+            device = instantiation.device(settings["gpu"])
+            footprint.reset_peak(device)
+            tasks = instantiation.tasks(settings, interruption.watching(display.progress))
+            detector = instantiation.detector(settings).to(device)
+            strategy = instantiation.strategy(settings, detector)
+            strategy.check(tasks)
+            about = identity(settings, [task.name for task in tasks])
+            directory.write_config(settings, made_by(device))
+            report(about)
+            experiment.run(
+                strategy,
+                tasks,
+                directory,
+                display,
+                device,
+                about,
+                interruption,
+                evaluate=settings["evaluate"],
+                maps=settings["maps"],
+                checkpoint_s=settings["checkpoint_s"],
+            )
+    except Stopped as stopped:
+        display.line(f"{stopped}: the same command continues here")
+        stopped.hand_on()
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from hydra import compose, initialize_config_dir
 from clbench import experiment, footprint, instantiation
 from clbench.backbones import FeaturePyramid
 from clbench.config import check, register_resolvers
+from clbench.interruption import Interruption
 from clbench.recording.provenance import identity
 from clbench.recording.run_directory import RunDirectory
 from clbench.terminal import Display
@@ -75,8 +76,10 @@ def run(*overrides: str) -> tuple[dict[str, Any], dict[str, float]]:
             display,
             device,
             about,
+            Interruption(),
             evaluate=settings["evaluate"],
             maps=False,
+            checkpoint_s=settings["checkpoint_s"],
         )
     return summary, {**display.seconds, "backbone": inside[0]}
 

@@ -18,7 +18,16 @@ from clbench.data.samples import Geometry
 from clbench.errors import UserError
 
 # Settings that change where results go or how a run is watched, but not what they are.
-_NOT_IN_RESULTS = ("experiment", "outputs", "cache", "maps", "overwrite", "wandb", "hydra")
+_NOT_IN_RESULTS = (
+    "experiment",
+    "outputs",
+    "cache",
+    "maps",
+    "overwrite",
+    "checkpoint_s",
+    "wandb",
+    "hydra",
+)
 
 # Keys beside `_target_` that are not for the constructor.
 _NOT_ARGUMENTS = {
@@ -103,6 +112,7 @@ class Schema(_Strict):
     evaluate: Literal["seen", "all"]
     maps: bool
     overwrite: bool
+    checkpoint_s: Annotated[float, Field(ge=0, strict=False)]
 
 
 def check(config: DictConfig) -> dict[str, Any]:

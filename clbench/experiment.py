@@ -1,7 +1,8 @@
 """The protocol: for each stage, learn; then for each task, evaluate; record; checkpoint."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -9,9 +10,10 @@ import torch
 from clbench import evaluation, footprint, heat_maps
 from clbench.data.stream import Task
 from clbench.errors import UserError
+from clbench.interruption import Interruption
 from clbench.metrics import continual
 from clbench.metrics.curves import METRICS
-from clbench.recording import checkpoint
+from clbench.recording.checkpoint import Checkpoints
 from clbench.recording.run_directory import RunDirectory
 from clbench.strategies.base import Strategy
 from clbench.terminal import Display, number, run_table
@@ -27,77 +29,92 @@ def run(
     display: Display,
     device: torch.device,
     identity: Mapping[str, Any],
+    interruption: Interruption,
     *,
     evaluate: str,
     maps: bool,
+    checkpoint_s: float,
 ) -> dict[str, Any]:
-    """Learn the stream and evaluate it after every stage, from the last checkpoint on if there is one.
+    """Learn the stream and evaluate it after every stage, from where the run was left if it was begun.
 
     Args:
         identity: what summary.json says of the run before its results.
+        interruption: looked for wherever the run can be left.
         evaluate: `seen` tasks after each stage, or `all`.
         maps: write heat maps after the stage that learns a task, and after the last.
+        checkpoint_s: seconds between two checkpoints of a training under way.
 
     Returns:
         The summary.
+
+    Raises:
+        Stopped: a signal asked for it; the same run continues from here.
     """
     stages = strategy.stages(len(tasks))
     learned = [stage for task in range(len(tasks)) for stage in range(len(stages)) if task in stages[stage]]
     rows: list[Row] = []
-    seconds = {"train_s": 0.0, "eval_s": 0.0}
-    peak = 0.0
-    strategy.detector.progress = display.progress
-    first = 0
-    if saved := checkpoint.load(directory.path / "checkpoint", str(device)):
-        done, tensors, data = saved
+    spent = Spent(device)
+
+    progress = interruption.watching(display.progress)
+    checkpoints = Checkpoints(
+        directory.path / "checkpoint",
+        str(device),
+        every_s=checkpoint_s,
+        urgent=interruption.urgent,
+        saved=interruption.saved,
+        beside=lambda: {"spent": spent.so_far()},
+    )
+    strategy.bookmark, strategy.detector.progress = checkpoints, progress
+    first, last_learned = 0, -1
+    if saved := checkpoints.load_stage():
+        last_learned, tensors, data = saved
         strategy.restore(tensors)
-        rows, seconds, peak = [tuple(row) for row in data["rows"]], data["seconds"], data["peak_mb"]
-        first = done + 1
-        display.line(f"continuing after stage {done + 1} of {len(stages)}")
+        rows = [tuple(row) for row in data["rows"]]
+        spent.restore(data["spent"])
+        first = last_learned
+    if begun := checkpoints.peek(last_learned + 1):
+        spent.restore(begun["spent"])
+    if saved or begun:
+        where = f"in stage {last_learned + 2}" if begun else f"after stage {last_learned + 1}"
+        display.line(f"continuing {where} of {len(stages)}")
 
     for stage in range(first, len(stages)):
         names = "+".join(tasks[task].name for task in stages[stage])
         title = f"task {stage + 1}/{len(stages)} {names}" if len(stages) > 1 else "all tasks"
         display.heading(title)
-        begin = time.perf_counter()
-        train = [tasks[task].train.images for task in stages[stage]]
-        try:
-            strategy.learn(stage, (torch.cat(train) if len(train) > 1 else train[0]).to(device))
-        except Diverged as error:
-            raise UserError(f"{title}: {error}") from error
-        strategy.detector.release(strategy.stored_images())
-        seconds["train_s"] += time.perf_counter() - begin
+        if stage > last_learned:
+            with spent.on("train_s"):
+                train = [tasks[task].train.images for task in stages[stage]]
+                try:
+                    strategy.learn(stage, (torch.cat(train) if len(train) > 1 else train[0]).to(device))
+                except Diverged as error:
+                    raise UserError(f"{title}: {error}") from error
+                strategy.detector.release(strategy.stored_images())
+            checkpoints.save_stage(stage, strategy.state(), {"rows": rows})
 
-        begin = time.perf_counter()
-        results = {}
         for index, task in enumerate(tasks):
-            if learned[index] > stage and evaluate == "seen":
+            done = any(row[:2] == (stage, index) for row in rows)
+            if done or (learned[index] > stage and evaluate == "seen"):
                 continue
-            if stage > 0 and strategy.unchanged(stage, learned[index]) and not maps:
-                results[index] = {m: v for s, i, _, m, v in rows if s == stage - 1 and i == index}
-                continue
-            display.heading(f"{title}, {task.name}")
-            prediction = evaluation.predict(strategy, task.test, index, device, display.progress)
-            results[index] = evaluation.measure(prediction, task.test)
-            if maps and stage in (learned[index], len(stages) - 1):
-                heat_maps.write(prediction, task.test, directory.path / "maps" / task.name, stage)
-        seconds["eval_s"] += time.perf_counter() - begin
-
-        rows += [
-            (stage, index, tasks[index].name, metric, result[metric])
-            for index, result in results.items()
-            for metric in METRICS
-        ]
-        display.line(f"{title}: {_means(results, learned, stage)}")
+            with spent.on("eval_s"):
+                if stage > 0 and strategy.unchanged(stage, learned[index]) and not maps:
+                    result = {m: v for s, i, _, m, v in rows if (s, i) == (stage - 1, index)}
+                else:
+                    display.heading(f"{title}, {task.name}")
+                    prediction = evaluation.predict(strategy, task.test, index, device, progress)
+                    result = evaluation.measure(prediction, task.test)
+                    if maps and stage in (learned[index], len(stages) - 1):
+                        heat_maps.write(prediction, task.test, directory.path / "maps" / task.name, stage)
+            rows += [(stage, index, task.name, metric, result[metric]) for metric in METRICS]
+            checkpoints.update_stage(stage, {"rows": rows})
+        display.line(f"{title}: {_means(rows, learned, stage)}")
         directory.write_metrics(rows)
-        peak = max(peak, footprint.peak(device) / footprint.MB)
-        data = {"rows": rows, "seconds": seconds, "peak_mb": peak}
-        checkpoint.save(directory.path / "checkpoint", stage, strategy.state(), data)
 
-    directory.write_metrics(rows)
     display.heading("the trained detector")
-    inference = evaluation.inference_time(strategy, tasks[-1], len(tasks) - 1, device, display.progress)
+    inference = evaluation.inference_time(strategy, tasks[-1], len(tasks) - 1, device, progress)
     matrices = {metric: _matrix(rows, metric, len(stages), len(tasks)) for metric in METRICS}
+    time_and_peak = spent.so_far()
+    peak_mb = time_and_peak.pop("peak_mb")
     summary = {
         **identity,
         "status": "complete",
@@ -106,8 +123,8 @@ def run(
         "forgetting": {metric: continual.forgetting(matrices[metric], learned) for metric in METRICS},
         "backward_transfer": {m: continual.backward_transfer(matrices[m], learned) for m in METRICS},
         "forward_transfer": {m: continual.forward_transfer(matrices[m], learned) for m in METRICS},
-        "memory": {**footprint.measure(strategy, device), "peak_mb": peak},
-        "time": {**seconds, "inference_ms_per_image": inference},
+        "memory": {**footprint.measure(strategy), "peak_mb": peak_mb},
+        "time": {**time_and_peak, "inference_ms_per_image": inference},
     }
     directory.write_summary(summary)
     just_learned = {m: [R[learned[task]][task] for task in range(len(tasks))] for m, R in matrices.items()}
@@ -115,13 +132,52 @@ def run(
     return summary
 
 
-def _means(results: Mapping[int, Mapping[str, float | None]], learned: list[int], stage: int) -> str:
+class Spent:
+    """Seconds of training and evaluation and the peak of memory, over all processes that worked on a run."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.seconds = {"train_s": 0.0, "eval_s": 0.0}
+        self.peak_mb = 0.0
+        self._under_way: tuple[str, float] | None = None
+
+    @contextmanager
+    def on(self, what: str) -> Iterator[None]:
+        """Inside, time is spent on this."""
+        begin = time.perf_counter()
+        self._under_way = what, begin
+        try:
+            yield
+        finally:
+            self._under_way = None
+        self.seconds[what] += time.perf_counter() - begin
+
+    def so_far(self) -> dict[str, float]:
+        """What was spent up to now: `train_s`, `eval_s` and `peak_mb`."""
+        self.peak_mb = max(self.peak_mb, footprint.peak(self.device) / footprint.MB)
+        seconds = dict(self.seconds)
+        if self._under_way:
+            what, begin = self._under_way
+            seconds[what] += time.perf_counter() - begin
+        return {**seconds, "peak_mb": self.peak_mb}
+
+    def restore(self, spent: Mapping[str, float]) -> None:
+        """Go on from what `so_far` gave."""
+        self.seconds = {what: spent[what] for what in self.seconds}
+        self.peak_mb = spent["peak_mb"]
+
+
+def _means(rows: list[Row], learned: list[int], stage: int) -> str:
     """A stage's means over the tasks seen, for people."""
-    seen = [result for index, result in results.items() if learned[index] <= stage]
-    means = {metric: continual.final_mean([[result[metric] for result in seen]]) for metric in METRICS}
+    values = {
+        metric: [v for s, task, _, m, v in rows if (s, m) == (stage, metric) and learned[task] <= stage]
+        for metric in METRICS
+    }
+    means = {metric: continual.final_mean([values[metric]]) for metric in METRICS}
     return (
         f"image AUROC {number(means['image_auroc'])}, pixel AUROC {number(means['pixel_auroc'])}, "
-        f"pixel F1 {number(means['pixel_f1'])}, AU-PRO {number(means['aupro'])} over {len(seen)} seen"
+        f"pixel F1 {number(means['pixel_f1'])}, AU-PRO {number(means['aupro'])} over "
+        f"{len(values['pixel_f1'])} seen"
     )
 
 

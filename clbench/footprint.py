@@ -13,14 +13,13 @@ from clbench.strategies.base import Strategy
 MB = 10**6
 
 
-def measure(strategy: Strategy, device: torch.device) -> dict[str, float]:
+def measure(strategy: Strategy) -> dict[str, float]:
     """The footprint of what a strategy keeps, in MB.
 
     Returns:
         architecture_mb: weights of all networks, whole, as the paper counts them;
         executed_mb: the part of them that runs;
-        additional_mb: banks, statistics and stored images;
-        peak_mb: the most this process held since `reset_peak`, on the GPU where one is used.
+        additional_mb: banks, statistics and stored images.
     """
     detector = strategy.detector
     pyramids = [module for module in detector.modules() if isinstance(module, FeaturePyramid)]
@@ -38,7 +37,6 @@ def measure(strategy: Strategy, device: torch.device) -> dict[str, float]:
         "architecture_mb": (sum(4 * p.whole_parameters for p in pyramids) + models * (trained + unused)) / MB,
         "executed_mb": (frozen + models * trained) / MB,
         "additional_mb": (additional + (_bytes([stored]) if stored is not None else 0)) / MB,
-        "peak_mb": peak(device) / MB,
     }
 
 
@@ -58,7 +56,7 @@ def reset_peak(device: torch.device) -> None:
 
 
 def peak(device: torch.device) -> int:
-    """Peak bytes: allocated on the GPU, or resident in this process (libraries and mapped images included)."""
+    """Peak bytes since `reset_peak`: allocated on the GPU, or resident in this process (libraries and mapped images included)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:

@@ -5,7 +5,7 @@ from pathlib import Path
 from clbench import instantiation
 from clbench.errors import UserError
 from clbench.methods.base import Detector
-from clbench.recording import checkpoint
+from clbench.recording.checkpoint import Checkpoints
 from clbench.recording.run_directory import RunDirectory
 
 
@@ -29,7 +29,7 @@ def load(run_directory: Path | str, *, task: str | None = None, device: str = "a
     chosen = instantiation.device(
         {"deterministic": False, "threads": None, **(config or {}).get("gpu", {}), "device": device}
     )
-    saved = checkpoint.load(directory.path / "checkpoint", str(chosen))
+    saved = Checkpoints(directory.path / "checkpoint", str(chosen)).load_stage()
     if config is None or summary is None or saved is None:
         raise UserError(
             f"{directory.path} holds no trained detector (config.yaml, summary.json and checkpoint/): "

@@ -2,7 +2,8 @@
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -18,8 +19,31 @@ class Diverged(UserError):
     """The loss is no number any more."""
 
 
-def train(detector: Detector, stage: int, images: Tensor, stored: Sequence[Tensor], seed: int) -> None:
-    """Teach a detector a stage, from the start of its task to the end.
+class Bookmark(Protocol):
+    """Where trainings under way are kept, so that another process can go on with them."""
+
+    def find(self, stage: int) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """What `place` was given last for this stage, or None."""
+        ...
+
+    def due(self, epoch_ended: bool) -> bool:
+        """Whether it is time for `place`."""
+        ...
+
+    def place(self, stage: int, tensors: dict[str, Tensor], data: dict[str, Any]) -> None:
+        """Keep a training that is under way; may raise, to end the run there."""
+        ...
+
+
+def train(
+    detector: Detector,
+    stage: int,
+    images: Tensor,
+    stored: Sequence[Tensor],
+    seed: int,
+    bookmark: Bookmark | None = None,
+) -> None:
+    """Teach a detector a stage, from the start of its task, or from where it was left, to the end.
 
     All randomness inside a step comes from torch's own generators, seeded anew before every step and every
     validation from what it is for: so a continued training is the training.
@@ -28,6 +52,7 @@ def train(detector: Detector, stage: int, images: Tensor, stored: Sequence[Tenso
         stage: 0-based.
         images: of the stage, uint8 [N, 3, H, W].
         stored: images of each earlier task, from which as many are replayed with every batch as it has.
+        bookmark: of a training that may be left and continued; methods that only collect begin anew.
 
     Raises:
         Diverged: the loss became infinite or not a number.
@@ -41,13 +66,19 @@ def train(detector: Detector, stage: int, images: Tensor, stored: Sequence[Tenso
     unseen = torch.cat([validation, *(part for _, part in parts)])
     with detector.learning():
         detector.train()
-        with torch.no_grad():
-            detector.start_task(stage, current, torch.cat(past) if past else current[:0])
+        detector.prepare(current)
+        left = bookmark.find(stage) if bookmark else None
+        if left is None:
+            with torch.no_grad():
+                detector.start_task(stage, current, torch.cat(past) if past else current[:0])
         optimizer = detector.optimizer()
         if optimizer is None:
             _collect(detector, torch.cat([current, *past]) if past else current)
         else:
-            _descend(detector, optimizer, stage, current, past, unseen, seed)
+            descent = Descent(detector, optimizer, stage, seed, bookmark)
+            if left is not None:
+                descent.restore(*left)
+            descent.run(current, past, unseen)
         detector.eval()
         with torch.no_grad():
             detector.finish_task(unseen if len(unseen) else current)
@@ -61,64 +92,166 @@ def _collect(detector: Detector, images: Tensor) -> None:
         detector.progress("learning", min(begin + detector.batch_size, len(images)), len(images))
 
 
-def _descend(
-    detector: Detector,
-    optimizer: torch.optim.Optimizer,
-    stage: int,
-    current: Tensor,
-    past: Sequence[Tensor],
-    unseen: Tensor,
-    seed: int,
-) -> None:
-    """Minimise the detector's loss, for `epochs` or until `patience` epochs have not bettered the best."""
-    steps = math.ceil(len(current) / detector.batch_size)
-    rates = [group["lr"] for group in optimizer.param_groups]
-    autocast = torch.autocast(current.device.type, detector.precision, enabled=detector.precision is not None)
-    scaler = torch.amp.GradScaler(current.device.type, enabled=detector.precision == torch.float16)
-    best, best_loss, since = None, math.inf, 0
-    for epoch in range(detector.epochs):
-        detector.train()
-        losses = torch.full((steps,), math.nan, device=current.device)
-        looked = time.perf_counter()
-        for step, batch in enumerate(_batches(current, past, detector.batch_size, stage, epoch, seed)):
-            done = (epoch * steps + step) / (detector.epochs * steps)
-            for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate * detector.learning_rate_factor(done)
-            torch.manual_seed(seed_for(seed, "step", stage, epoch, step))
-            with autocast:
-                loss = detector.training_step(batch)
-            assert loss is not None
-            optimizer.zero_grad(set_to_none=True)
-            scaler.scale(loss).backward()
-            scaler.step(optimizer)
-            scaler.update()
-            losses[step] = loss.detach()
-            last = step == steps - 1
-            if last or time.perf_counter() - looked > _LOOK_S:
-                _check(losses[: step + 1], epoch)
-                note = f"epoch {epoch + 1}/{detector.epochs}, loss {losses[: step + 1].mean():.4g}"
-                detector.progress("learning", epoch * steps + step + 1, detector.epochs * steps, note)
-                looked = time.perf_counter()
-        if detector.patience is None or not len(unseen):
-            continue
-        validation_loss = _validate(detector, unseen, stage, seed)
-        if validation_loss < best_loss:
-            best = {name: tensor.clone() for name, tensor in kept_state(detector).items()}
-            best_loss, since = validation_loss, 0
-        else:
-            since += 1
-            if since >= detector.patience:
+class Descent:
+    """Minimises a detector's loss, for `epochs` or until `patience` epochs have not bettered the best.
+
+    Its attributes are all that changes from step to step: what `state` gives and `restore` takes.
+    """
+
+    def __init__(
+        self,
+        detector: Detector,
+        optimizer: torch.optim.Optimizer,
+        stage: int,
+        seed: int,
+        bookmark: Bookmark | None = None,
+    ):
+        self.detector, self.optimizer = detector, optimizer
+        self.stage, self.seed, self.bookmark = stage, seed, bookmark
+        device = next(detector.parameters()).device.type
+        self.autocast = torch.autocast(device, detector.precision, enabled=detector.precision is not None)
+        self.scaler = torch.amp.GradScaler(device, enabled=detector.precision == torch.float16)
+        self.rates = [group["lr"] for group in optimizer.param_groups]
+        self.epoch, self.step = 0, 0  # the next one's
+        self.losses = torch.empty(0)  # of the epoch's steps
+        self.best: Mapping[str, Tensor] | None = None
+        self.best_loss, self.since = math.inf, 0  # and epochs since then
+
+    def run(self, current: Tensor, past: Sequence[Tensor], unseen: Tensor) -> None:
+        """Train on current and past images, stop early on the unseen ones."""
+        detector = self.detector
+        steps = math.ceil(len(current) / detector.batch_size)
+        stops_early = detector.patience is not None and len(unseen) > 0
+        while self.epoch < detector.epochs:
+            if stops_early and self.since >= (detector.patience or 0):
                 break
-    if best is not None:
-        detector.restore(best)
+            self._epoch(current, past, steps)
+            if stops_early:
+                self._validate(unseen)
+            self.epoch, self.step = self.epoch + 1, 0
+            self._keep(epoch_ended=True)
+        if self.best is not None:
+            detector.restore(self.best)
+
+    def _epoch(self, current: Tensor, past: Sequence[Tensor], steps: int) -> None:
+        """The steps of an epoch, from the next one on."""
+        detector = self.detector
+        detector.train()
+        if self.step == 0:
+            self.losses = torch.full((steps,), math.nan, device=current.device)
+        looked = time.perf_counter()
+        size = detector.batch_size
+        for batch in _batches(current, past, size, self.stage, self.epoch, self.seed, self.step):
+            self._step(batch, steps)
+            self._keep(epoch_ended=False)
+            if self.step == steps or time.perf_counter() - looked > _LOOK_S:
+                self._check()
+                note = f"epoch {self.epoch + 1}/{detector.epochs}, loss {self.losses[: self.step].mean():.4g}"
+                detector.progress("learning", self.epoch * steps + self.step, detector.epochs * steps, note)
+                looked = time.perf_counter()
+
+    def _step(self, batch: Tensor, steps: int) -> None:
+        done = (self.epoch * steps + self.step) / (self.detector.epochs * steps)
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate * self.detector.learning_rate_factor(done)
+        torch.manual_seed(seed_for(self.seed, "step", self.stage, self.epoch, self.step))
+        with self.autocast:
+            loss = self.detector.training_step(batch)
+        assert loss is not None
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(loss).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.losses[self.step] = loss.detach()
+        self.step += 1
+
+    def _check(self) -> None:
+        """Look at the epoch's losses so far.
+
+        Raises:
+            Diverged: one is no number.
+        """
+        bad = (~self.losses[: self.step].isfinite()).nonzero().flatten()
+        if len(bad):
+            step = int(bad[0])
+            raise Diverged(
+                f"the loss became {float(self.losses[step])} in epoch {self.epoch + 1}, step {step + 1}: "
+                "lower method.learning_rate, or set gpu.precision=fp32"
+            )
+
+    @torch.no_grad()
+    def _validate(self, unseen: Tensor) -> None:
+        """The mean loss over the held-out images, under the same draws after every epoch; the best is kept."""
+        detector = self.detector
+        detector.eval()
+        torch.manual_seed(seed_for(self.seed, "validation", self.stage))
+        parts = unseen.split(detector.batch_size)
+        total = sum(len(part) * detector.validation_loss(part).double() for part in parts)
+        loss = float(total) / len(unseen)
+        if loss < self.best_loss:
+            self.best = {name: tensor.clone() for name, tensor in kept_state(detector).items()}
+            self.best_loss, self.since = loss, 0
+        else:
+            self.since += 1
+
+    def _keep(self, epoch_ended: bool) -> None:
+        if self.bookmark and self.bookmark.due(epoch_ended):
+            self._check()
+            self.bookmark.place(self.stage, *self.state())
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """All that a step depends on beside the images: tensors, and plain data."""
+        tensors = {f"detector.{name}": tensor for name, tensor in kept_state(self.detector).items()}
+        tensors |= {f"best.{name}": tensor for name, tensor in (self.best or {}).items()}
+        for index, parameter in enumerate(self._parameters()):
+            for name, value in self.optimizer.state[parameter].items():
+                if value is not None:  # momentum, where there is none
+                    tensors[f"optimizer.{index}.{name}"] = value
+        data = {
+            "epoch": self.epoch,
+            "step": self.step,
+            "best_loss": self.best_loss,
+            "since": self.since,
+            "scaler": self.scaler.state_dict(),
+        }
+        return {**tensors, "losses": self.losses}, data
+
+    def restore(self, tensors: Mapping[str, Tensor], data: Mapping[str, Any]) -> None:
+        """Go on from what `state` gave."""
+        parts: dict[str, dict[str, Tensor]] = {"detector": {}, "best": {}, "optimizer": {}}
+        for name, tensor in tensors.items():
+            owner, _, rest = name.partition(".")
+            if owner in parts:
+                parts[owner][rest] = tensor
+        self.detector.restore(parts["detector"])
+        self.best = parts["best"] or None
+        parameters = self._parameters()
+        for name, tensor in parts["optimizer"].items():
+            index, _, key = name.partition(".")
+            parameter = parameters[int(index)]
+            # Fused optimizers go through memory as the parameter lies there, which may be channels last.
+            same = tensor.shape == parameter.shape
+            value = torch.empty_like(parameter, dtype=tensor.dtype).copy_(tensor) if same else tensor
+            self.optimizer.state[parameter][key] = value
+        self.losses = tensors["losses"]
+        self.epoch, self.step = data["epoch"], data["step"]
+        self.best_loss, self.since = data["best_loss"], data["since"]
+        self.scaler.load_state_dict(data["scaler"])
+
+    def _parameters(self) -> list[Tensor]:
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
 
 def _batches(
-    current: Tensor, past: Sequence[Tensor], size: int, stage: int, epoch: int, seed: int
+    current: Tensor, past: Sequence[Tensor], size: int, stage: int, epoch: int, seed: int, first: int = 0
 ) -> Iterator[Tensor]:
-    """An epoch over the current images in random order, each batch with as many of the past tasks'."""
+    """An epoch over the current images in random order, each batch with as many of the past tasks'.
+
+    Args:
+        first: batch to begin with.
+    """
     order = torch.randperm(len(current), generator=generator(seed, "order", stage, epoch))
-    for step, rows in enumerate(order.split(size)):
+    for step, rows in enumerate(order.split(size)[first:], first):
         batch = current[rows.to(current.device)]
         if past:
             random = generator(seed, "replay batch", stage, epoch, step)
@@ -130,17 +263,6 @@ def _batches(
             ]
             batch = torch.cat([batch, torch.stack(drawn)])
         yield batch
-
-
-@torch.no_grad()
-def _validate(detector: Detector, unseen: Tensor, stage: int, seed: int) -> float:
-    """The mean loss over the held-out images, under the same draws after every epoch."""
-    detector.eval()
-    torch.manual_seed(seed_for(seed, "validation", stage))
-    total = sum(
-        len(part) * detector.validation_loss(part).double() for part in unseen.split(detector.batch_size)
-    )
-    return float(total) / len(unseen)
 
 
 def _split(images: Tensor, share: float, random: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -155,13 +277,3 @@ def _split(images: Tensor, share: float, random: torch.Generator) -> tuple[Tenso
 def held_out(count: int, share: float) -> int:
     """How many of so many images are held out."""
     return min(math.ceil(share * count), count - 1)
-
-
-def _check(losses: Tensor, epoch: int) -> None:
-    bad = (~losses.isfinite()).nonzero().flatten()
-    if len(bad):
-        step = int(bad[0])
-        raise Diverged(
-            f"the loss became {float(losses[step])} in epoch {epoch + 1}, step {step + 1}: "
-            "lower method.learning_rate, or set gpu.precision=fp32"
-        )

@@ -300,7 +300,7 @@ def test_draem_is_its_equations(tmp_path: Path) -> None:
         reconstructive_width=4, discriminative_width=4, texture_count=3, cache=str(tmp_path), similarity=0.5
     )
     batch = images(4, 0)
-    detector.start_task(0, batch, none(batch))
+    detector.prepare(batch)
     torch.manual_seed(5)
     loss = detector.training_step(batch)
     torch.manual_seed(5)
@@ -353,6 +353,7 @@ def test_efficientad_is_its_equations(efficient: EfficientAD) -> None:
     batch = images(2, 0, 64)
     efficient.eval()  # no dropout
     with torch.no_grad():
+        efficient.prepare(batch)
         efficient.start_task(0, batch, none(batch))
         torch.manual_seed(3)
         loss = efficient.training_step(batch)
@@ -490,6 +491,6 @@ def test_footprints_of_the_supplement_with_300_images_replayed(
     strategy = Unlearning(detector, replay_size=300)
     for stage in range(10):
         strategy.learn(stage, torch.zeros(40, 3, size, size, dtype=torch.uint8))
-    counted = footprint.measure(strategy, torch.device("cpu"))
+    counted = footprint.measure(strategy)
     assert counted["architecture_mb"] == pytest.approx(architecture, rel=0.002)
     assert counted["additional_mb"] == pytest.approx(additional, abs=0.1)

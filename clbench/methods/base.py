@@ -29,7 +29,8 @@ class Prediction(NamedTuple):
 
 
 class Detector(nn.Module):
-    """A method's model. It learns a task by `start_task`, `training_step`s and `finish_task`.
+    """A method's model. It learns a task by `prepare`, `start_task`, `training_step`s and `finish_task`.
+    A training that is continued goes through `prepare` again, and not through `start_task`.
 
     What it keeps between tasks (banks, statistics) are buffers registered on the detector itself; networks
     are its submodules. So `state_dict` is the whole detector, and the footprint counts itself.
@@ -61,8 +62,11 @@ class Detector(nn.Module):
     def forget(self) -> None:
         """Drop banks and statistics of earlier tasks, so that the next task replaces them."""
 
+    def prepare(self, images: Tensor) -> None:
+        """Load what steps need beside images like these, uint8 [N, 3, H, W]; it is no part of the state."""
+
     def start_task(self, task: int, images: Tensor, stored: Tensor) -> None:
-        """Prepare for a task from its images and from those of earlier tasks, both uint8 [N, 3, H, W]."""
+        """Begin a task with its images and stored ones of earlier tasks, both uint8 [N, 3, H, W]."""
 
     def training_step(self, images: Tensor) -> Tensor | None:
         """Images uint8 [B, 3, H, W] -> the loss, or None from methods that only collect."""

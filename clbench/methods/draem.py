@@ -59,7 +59,7 @@ class DRAEM(Detector):
         self.discriminative = Discriminative(discriminative_width)
         self.apply(_initialise)
 
-    def start_task(self, task: int, images: Tensor, stored: Tensor) -> None:
+    def prepare(self, images: Tensor) -> None:
         self._textures = self.pictures.load(*images.shape[-2:]).to(images.device)
 
     def optimizer(self) -> torch.optim.Optimizer:

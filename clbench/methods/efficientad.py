@@ -98,9 +98,11 @@ class EfficientAD(Detector):
         self.register_buffer("channel_deviation", torch.ones(1, channels, 1, 1))
         self.register_buffer("quantiles", torch.tensor([[0.0, _UNIT]] * 2))
 
+    def prepare(self, images: Tensor) -> None:
+        self._penalties = self.pictures.load(*images.shape[-2:]).to(images.device)
+
     def start_task(self, task: int, images: Tensor, stored: Tensor) -> None:
         """The teacher's mean and deviation of each channel over all positions of all normal images."""
-        self._penalties = self.pictures.load(*images.shape[-2:]).to(images.device)
         count, mean = 0, torch.zeros_like(self.channel_mean).double()
         scatter = torch.zeros_like(mean)
         everything = torch.cat([images, stored])

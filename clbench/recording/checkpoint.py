@@ -1,6 +1,14 @@
-"""Checkpoints: tensors and plain data in one safetensors file per stage. No pickles."""
+"""Checkpoints: tensors in safetensors, plain data in JSON beside them. No pickles.
 
+Two kinds, in a run's `checkpoint/`: `stage-<stage>`, what is kept once a stage is learned, with its results so far; and
+`learning-<stage>-<number>`, a training that is under way. The newest two of each stay.
+"""
+
+import hashlib
 import json
+import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,39 +19,150 @@ from torch import Tensor
 from clbench.recording.run_directory import write_whole
 
 _KEPT = 2  # the one before is there when the last is damaged
+_SHARE = 0.05  # of the time, at most, goes into checkpoints at the ends of epochs
+
+Saved = tuple[dict[str, Tensor], dict[str, Any]]
 
 
-def save(directory: Path, stage: int, tensors: dict[str, Tensor], data: dict[str, Any]) -> None:
-    """Write the checkpoint of a finished stage, then remove all but the newest two."""
-    contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-    metadata = {"data": json.dumps(data)}
+class Checkpoints:
+    """A run's checkpoint/: a file pair counts once its JSON, the second to be written, is whole and agrees.
 
-    def write(part: Path) -> None:
+    Args:
+        directory: the folder.
+        device: where tensors are loaded to.
+        every_s: seconds between two checkpoints of a training under way.
+        urgent: whether a training under way is to be saved at once.
+        saved: called when it is; may raise, to end the run there.
+        beside: what else goes into every checkpoint's data.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        device: str = "cpu",
+        *,
+        every_s: float = 300.0,
+        urgent: Callable[[], bool] = lambda: False,
+        saved: Callable[[], None] = lambda: None,
+        beside: Callable[[], dict[str, Any]] = dict,
+    ):
+        self.directory = directory
+        self.device = device
+        self.every_s = every_s
+        self.urgent, self.saved = urgent, saved
+        self.beside = beside
+        self._saved_at = time.perf_counter()
+        self._saving_took = 0.0
+        self._digests: dict[str, str] = {}  # of tensor files, by name
+
+    def save_stage(self, stage: int, tensors: dict[str, Tensor], data: dict[str, Any]) -> None:
+        """Keep a learned stage; what led to it is over."""
+        self._save(f"stage-{stage:04d}", tensors, data)
+        for path in self._newest_first("stage")[_KEPT:] + self._newest_first("learning"):
+            self._remove(path.stem)
+        self._saved_at = time.perf_counter()
+
+    def update_stage(self, stage: int, data: dict[str, Any]) -> None:
+        """Write new data beside the tensors of a stage saved or loaded before."""
+        self._write_data(f"stage-{stage:04d}", data)
+
+    def load_stage(self) -> tuple[int, dict[str, Tensor], dict[str, Any]] | None:
+        """The newest learned stage that is undamaged, with its tensors and data; None where there is none."""
+        for path in self._newest_first("stage"):
+            if (saved := self._load(path.stem)) is not None:
+                return int(path.stem.rpartition("-")[2]), *saved
+        return None
+
+    # What a training needs of it (training.Bookmark):
+
+    def due(self, epoch_ended: bool) -> bool:
+        """Whether to save now: asked to, long enough ago, or at an epoch's end where that costs little."""
+        waited = time.perf_counter() - self._saved_at
+        cheap = epoch_ended and waited >= self._saving_took / _SHARE
+        return self.urgent() or waited >= self.every_s or cheap
+
+    def place(self, stage: int, tensors: dict[str, Tensor], data: dict[str, Any]) -> None:
+        """Keep a training of a stage that is under way."""
+        begin = time.perf_counter()
+        before = self._newest_first(f"learning-{stage:04d}")
+        number = int(before[0].stem.rpartition("-")[2]) + 1 if before else 0
+        self._save(f"learning-{stage:04d}-{number:06d}", tensors, data)
+        for path in self._newest_first("learning"):
+            if path not in before[: _KEPT - 1] and path.stem != f"learning-{stage:04d}-{number:06d}":
+                self._remove(path.stem)
+        self._saved_at = time.perf_counter()
+        self._saving_took = self._saved_at - begin
+        self.saved()
+
+    def find(self, stage: int) -> Saved | None:
+        """The newest undamaged checkpoint of a training of this stage, or None."""
+        for path in self._newest_first(f"learning-{stage:04d}"):
+            if (saved := self._load(path.stem)) is not None:
+                return saved
+        return None
+
+    def peek(self, stage: int) -> dict[str, Any] | None:
+        """The data of the newest checkpoint of a training of this stage, or None where there is none."""
+        for path in self._newest_first(f"learning-{stage:04d}"):
+            if (data := self._read_data(path.stem)) is not None:
+                return data
+        return None
+
+    def _save(self, name: str, tensors: dict[str, Tensor], data: dict[str, Any]) -> None:
+        contiguous = {key: tensor.detach().contiguous() for key, tensor in tensors.items()}
+
+        def write(part: Path) -> None:
+            try:
+                save_file(contiguous, part)
+            except SafetensorError as error:
+                raise OSError(str(error)) from error
+            self._digests[name] = _digest(part)
+
+        write_whole(self._path(name, "safetensors"), write)
+        self._write_data(name, data)
+
+    def _write_data(self, name: str, data: dict[str, Any]) -> None:
+        text = json.dumps({"tensors": self._digests[name], **self.beside(), **data})
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        write_whole(self._path(name, "json"), lambda part: part.write_text(f"{digest}\n{text}\n"))
+
+    def _load(self, name: str) -> Saved | None:
+        """A pair's tensors and data, or None where it is damaged."""
+        if (data := self._read_data(name)) is None:
+            return None
         try:
-            save_file(contiguous, part, metadata)
-        except SafetensorError as error:
-            raise OSError(str(error)) from error
+            if _digest(self._path(name, "safetensors")) != data["tensors"]:
+                return None
+            with safe_open(self._path(name, "safetensors"), framework="pt", device=self.device) as file:
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError):
+            return None  # damaged; the one before is as good a place to continue from
+        self._digests[name] = data.pop("tensors")
+        return tensors, data
 
-    write_whole(_path(directory, stage), write)
-    for old in _newest_first(directory)[_KEPT:]:
-        old.unlink()
-
-
-def load(directory: Path, device: str = "cpu") -> tuple[int, dict[str, Tensor], dict[str, Any]] | None:
-    """The newest readable checkpoint: the stage it finished, its tensors and its data; None where none is."""
-    for path in _newest_first(directory):
+    def _read_data(self, name: str) -> dict[str, Any] | None:
+        """What `_write_data` wrote, or None where it is damaged."""
         try:
-            with safe_open(path, framework="pt", device=device) as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-                return int(path.stem.removeprefix("stage-")), tensors, json.loads(file.metadata()["data"])
-        except (SafetensorError, OSError, ValueError, KeyError):
-            continue  # damaged; the one before is as good a place to continue from
-    return None
+            digest, text, _ = self._path(name, "json").read_text().split("\n")
+        except (OSError, ValueError):
+            return None
+        return json.loads(text) if hashlib.sha256(text.encode()).hexdigest() == digest else None
+
+    def _path(self, name: str, kind: str) -> Path:
+        return self.directory / f"{name}.{kind}"
+
+    def _newest_first(self, prefix: str) -> list[Path]:
+        return sorted(self.directory.glob(f"{prefix}-*.json"), reverse=True)
+
+    def _remove(self, name: str) -> None:
+        for kind in ("json", "safetensors"):
+            with suppress(OSError):
+                self._path(name, kind).unlink(missing_ok=True)
 
 
-def _path(directory: Path, stage: int) -> Path:
-    return directory / f"stage-{stage:04d}.safetensors"
-
-
-def _newest_first(directory: Path) -> list[Path]:
-    return sorted(directory.glob("stage-*.safetensors"), reverse=True)
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while part := file.read(2**20):
+            digest.update(part)
+    return digest.hexdigest()

@@ -9,7 +9,7 @@ from clbench.backbones import FeaturePyramid
 from clbench.data.stream import Task
 from clbench.errors import UserError
 from clbench.methods.base import Detector, Prediction, kept_state
-from clbench.training import held_out, train
+from clbench.training import Bookmark, held_out, train
 
 
 class Strategy:
@@ -19,6 +19,9 @@ class Strategy:
         detector: fresh.
         seed: of what the strategy draws.
         replay_size: images of the replay buffer; only `replay` has one.
+
+    Attributes:
+        bookmark: where a training under way is kept and continued from, if anywhere.
     """
 
     replays = False
@@ -27,6 +30,7 @@ class Strategy:
         self.detector = detector
         self.seed = seed
         self.replay_size = replay_size
+        self.bookmark: Bookmark | None = None
 
     def stages(self, tasks: int) -> list[list[int]]:
         """The tasks that each stage learns: one a stage."""
@@ -86,7 +90,7 @@ class Strategy:
 
     def fit(self, detector: Detector, stage: int, images: Tensor, stored: Sequence[Tensor] = ()) -> None:
         """Teach a detector a stage's images, and with them the stored ones of each earlier task."""
-        train(detector, stage, images, stored, self.seed)
+        train(detector, stage, images, stored, self.seed, self.bookmark)
 
 
 def part(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -1,0 +1,186 @@
+"""A training that is left and continued is the training; a damaged checkpoint is passed over."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from clbench.backbones import Backbone
+from clbench.methods.base import Detector, kept_state
+from clbench.methods.cfa import CFA
+from clbench.methods.draem import DRAEM
+from clbench.methods.efficientad import EfficientAD
+from clbench.methods.fastflow import FastFlow
+from clbench.methods.stfpm import STFPM
+from clbench.recording.checkpoint import Checkpoints
+from clbench.training import train
+
+
+class Left(BaseException):
+    """A process that ended."""
+
+
+class Leaving:
+    """A bookmark that ends the process at the n-th place where it could be kept."""
+
+    def __init__(self, checkpoints: Checkpoints, place: int | None):
+        self.checkpoints, self.place_left = checkpoints, place
+        self.places = 0
+
+    def find(self, stage: int) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        return self.checkpoints.find(stage)
+
+    def due(self, epoch_ended: bool) -> bool:
+        self.places += 1
+        return self.places == self.place_left
+
+    def place(self, stage: int, tensors: dict[str, Tensor], data: dict[str, Any]) -> None:
+        self.checkpoints.place(stage, tensors, data)
+        raise Left
+
+
+def images(count: int, seed: int) -> Tensor:
+    random = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (count, 3, 48, 48), generator=random, dtype=torch.uint8)
+
+
+def build(method: str, cache: Path) -> Detector:
+    def backbone() -> Backbone:
+        return Backbone("resnet18", pretrained=False, arguments={"channels": [8, 16, 32, 64]})
+
+    early = {"held_out": 0.2, "patience": 1}
+    builders: dict[str, Callable[[], Detector]] = {
+        "cfa": lambda: CFA(backbone(), layers=[1, 2, 3], epochs=2, batch_size=3),
+        "stfpm": lambda: STFPM(backbone(), layers=[1, 2, 3], epochs=4, batch_size=3, **early),
+        "stfpm without momentum": lambda: STFPM(
+            backbone(), layers=[1, 2, 3], epochs=2, batch_size=4, momentum=0.0
+        ),
+        "efficientad": lambda: EfficientAD(
+            teacher="random", width=8, penalty_count=3, epochs=2, batch_size=2, cache=str(cache), **early
+        ),
+        "draem": lambda: DRAEM(
+            reconstructive_width=4,
+            discriminative_width=4,
+            texture_count=3,
+            epochs=2,
+            batch_size=3,
+            cache=str(cache),
+        ),
+        "fastflow": lambda: FastFlow(backbone(), layers=[1, 2, 3], steps=2, epochs=2, batch_size=3),
+    }
+    return builders[method]().to(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize(
+    "method", ["cfa", "stfpm", "stfpm without momentum", "efficientad", "draem", "fastflow"]
+)
+def test_a_training_left_at_any_step_and_continued_ends_in_the_same_weights(
+    method: str, tmp_path: Path
+) -> None:
+    current, stored = images(7, 0), [images(3, 1), images(2, 2)]
+
+    def end(place: int | None, folder: str) -> tuple[dict[str, Tensor], int]:
+        """The state after a training that was left once, and how many places to leave it there were."""
+        checkpoints = Checkpoints(tmp_path / folder)
+        places = 0
+        for leave in (place, None):
+            detector = build(method, tmp_path / "cache")
+            bookmark = Leaving(checkpoints, leave)
+            try:
+                train(detector, 1, current, stored, 0, bookmark)
+            except Left:
+                assert leave is not None
+            places = max(places, bookmark.places)
+        return kept_state(detector), places
+
+    expected, places = end(None, "whole")
+    assert places >= 5
+    for place in range(1, places + 1):
+        found, _ = end(place, f"left-{place}")
+        assert expected.keys() == found.keys()
+        for name, tensor in expected.items():
+            assert torch.equal(tensor, found[name]), (place, name)
+
+
+def test_the_newest_two_of_a_training_are_kept_until_its_stage_is(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    for number in range(4):
+        checkpoints.place(0, {"x": torch.tensor([number])}, {"number": number})
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == [f"learning-0000-00000{n}.{kind}" for n in (2, 3) for kind in ("json", "safetensors")]
+    for stage in range(3):
+        checkpoints.save_stage(stage, {"x": torch.tensor([stage])}, {"rows": [stage]})
+    assert sorted(path.stem for path in tmp_path.glob("*.json")) == ["stage-0001", "stage-0002"]
+    checkpoints.update_stage(2, {"rows": "new"})
+    stage, tensors, data = Checkpoints(tmp_path).load_stage() or (None, {}, {})
+    assert (stage, tensors["x"].tolist(), data) == (2, [2], {"rows": "new"})
+
+
+@pytest.mark.parametrize("kind", ["json", "safetensors"])
+@pytest.mark.parametrize("damage", ["a bit", "cut off", "empty", "gone"])
+def test_a_damaged_checkpoint_is_passed_over(kind: str, damage: str, tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    for number in range(2):
+        checkpoints.place(0, {"x": torch.full((100,), number)}, {"number": number})
+        checkpoints.save_stage(number, {"x": torch.full((100,), number)}, {"number": number})
+        checkpoints.place(number + 1, {"x": torch.full((100,), number)}, {"number": number})
+    checkpoints.place(2, {"x": torch.full((100,), 2)}, {"number": 2})
+    for name in ("stage-0001", "learning-0002-000001"):
+        path = tmp_path / f"{name}.{kind}"
+        content = bytearray(path.read_bytes())
+        content[-10] ^= 1
+        path.unlink()
+        if damage != "gone":
+            path.write_bytes({"a bit": content, "cut off": content[:-20], "empty": b""}[damage])
+    again = Checkpoints(tmp_path)
+    stage, tensors, data = again.load_stage() or (None, {}, {})
+    assert (stage, tensors["x"][0], data["number"]) == (0, 0, 0)
+    tensors, data = again.find(2) or ({}, {})
+    assert (tensors["x"][0], data["number"]) == (1, 1)
+    assert again.find(1) is None
+
+
+def test_a_checkpoint_is_due_when_time_has_passed_when_asked_for_and_at_a_cheap_epoch_s_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr("clbench.recording.checkpoint.time.perf_counter", lambda: now[0])
+    asked: list[str] = []
+    checkpoints = Checkpoints(tmp_path, every_s=60, urgent=lambda: bool(asked))
+
+    def save_for(seconds: float) -> None:
+        save = checkpoints._save
+        monkeypatch.setattr(
+            checkpoints, "_save", lambda *given: (save(*given), now.__setitem__(0, now[0] + seconds))
+        )
+        checkpoints.place(0, {}, {})
+        monkeypatch.undo()
+        monkeypatch.setattr("clbench.recording.checkpoint.time.perf_counter", lambda: now[0])
+
+    save_for(1.0)  # so an epoch that ends within 20 s is not worth one
+    for waited, epoch_ended, due in (
+        (59, False, False),
+        (60, False, True),
+        (19, True, False),
+        (20, True, True),
+    ):
+        begin = now[0]
+        now[0] = begin + waited
+        assert checkpoints.due(epoch_ended) == due
+        now[0] = begin
+    asked.append("SIGTERM")
+    assert checkpoints.due(False)
+
+
+def test_data_beside_is_read_without_tensors(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, beside=lambda: {"spent": {"train_s": 1.5}})
+    checkpoints.place(3, {"x": torch.zeros(2)}, {"epoch": 4})
+    data = Checkpoints(tmp_path).peek(3)
+    assert data is not None and data["spent"] == {"train_s": 1.5} and data["epoch"] == 4
+    assert Checkpoints(tmp_path).peek(2) is None
+    (path,) = tmp_path.glob("*.json")
+    assert json.loads(path.read_text().split("\n")[1])["epoch"] == 4
