@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: install demo test lint bench clean
+.PHONY: install demo test test-slurm lint bench clean
 .DEFAULT_GOAL := demo
 
 $(INSTALLED): pyproject.toml
@@ -18,6 +18,14 @@ demo: install  ## two detectors, with and without continual learning, on the syn
 
 test: install
 	$(BIN)/python -m pytest -q
+
+# Debian's packages and root; a cluster of this machine alone, for these tests alone.
+test-slurm: install  ## sweeps through a real SLURM, killed in every way that a cluster knows
+	$(PYTHON) -c 'import shutil, sys; sys.exit(shutil.which("sbatch") is None)' || \
+	  { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq slurm-wlm slurmdbd munge mariadb-server >/dev/null; }
+	cluster=$$(mktemp -d) && chmod 755 $$cluster && trap "scripts/test_cluster.sh stop $$cluster; rm -rf $$cluster" EXIT && \
+	  scripts/test_cluster.sh start $$cluster && \
+	  CLBENCH_TEST_SLURM=1 SLURM_CONF=$$cluster/slurm.conf $(BIN)/python -m pytest -q -n 0 tests/test_slurm.py
 
 lint: install
 	$(BIN)/ruff check .

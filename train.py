@@ -27,6 +27,7 @@ def main(config: DictConfig) -> None:
     from clbench.interruption import Interruption, Stopped
     from clbench.recording.provenance import identity, made_by
     from clbench.recording.run_directory import RunDirectory
+    from clbench.sweeping import composed_from
     from clbench.terminal import Display
 
     job = HydraConfig.get()
@@ -46,7 +47,10 @@ def main(config: DictConfig) -> None:
             detector = instantiation.detector(settings).to(device)
             strategy = instantiation.strategy(settings, detector)
             strategy.check(tasks)
-            about = identity(settings, [task.name for task in tasks])
+            about = {
+                **identity(settings, [task.name for task in tasks]),
+                "composed_from": composed_from(job, job.overrides.task),
+            }
             directory.write_config(settings, made_by(device))
             report(about)
             experiment.run(

@@ -24,7 +24,10 @@ _NOT_IN_RESULTS = (
     "cache",
     "maps",
     "overwrite",
+    "only",
+    "dry_run",
     "checkpoint_s",
+    "sweep",
     "wandb",
     "hydra",
 )
@@ -112,6 +115,8 @@ class Schema(_Strict):
     evaluate: Literal["seen", "all"]
     maps: bool
     overwrite: bool
+    only: Literal["failed", "missing"] | None
+    dry_run: bool
     checkpoint_s: Annotated[float, Field(ge=0, strict=False)]
 
 
@@ -305,6 +310,11 @@ def _flat(node: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     return pairs
 
 
+def in_results(override: str) -> bool:
+    """Whether an override can change what a run's results are."""
+    return re.split(r"[.=/@]", override.lstrip("+~"), maxsplit=1)[0] not in _NOT_IN_RESULTS
+
+
 def run_name(overrides: ListConfig | list[str]) -> str:
     """The run directory's name: what was overridden, so that the same command finds the same directory.
 
@@ -313,7 +323,7 @@ def run_name(overrides: ListConfig | list[str]) -> str:
     parts = []
     for override in sorted(overrides):
         key, _, value = override.partition("=")
-        if key.lstrip("+~").split(".")[0].split("/")[0] in _NOT_IN_RESULTS:
+        if not in_results(override):
             continue
         readable = re.sub(r"[^\w.+\-]+", "-", value.rstrip("/").rsplit("/", 1)[-1]).strip("-")[:40]
         if readable != value:
@@ -338,7 +348,17 @@ def strategy_class(name: str) -> str:
     return f"clbench.strategies.{name}.{name.title().replace('_', '')}"
 
 
+def gpus_of(device: str) -> int | None:
+    """GPUs that a job asks for."""
+    return None if device == "cpu" else 1
+
+
+def cpus_of(threads: int | None, default: int) -> int:
+    """Cores that a job asks for."""
+    return default if threads is None else threads
+
+
 def register_resolvers() -> None:
     """Make the functions above usable in conf/."""
-    for resolver in (run_name, scaled, strategy_for, strategy_class):
+    for resolver in (run_name, scaled, strategy_for, strategy_class, gpus_of, cpus_of):
         OmegaConf.register_new_resolver(resolver.__name__, resolver, replace=True)

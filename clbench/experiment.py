@@ -83,7 +83,7 @@ def run(
         title = f"task {stage + 1}/{len(stages)} {names}" if len(stages) > 1 else "all tasks"
         display.heading(title)
         if stage > last_learned:
-            with spent.on("train_s"):
+            with spent.on("train_s"), memory_named(f"learning {names}", "method.batch_size"):
                 train = [tasks[task].train.images for task in stages[stage]]
                 try:
                     strategy.learn(stage, (torch.cat(train) if len(train) > 1 else train[0]).to(device))
@@ -96,7 +96,7 @@ def run(
             done = any(row[:2] == (stage, index) for row in rows)
             if done or (learned[index] > stage and evaluate == "seen"):
                 continue
-            with spent.on("eval_s"):
+            with spent.on("eval_s"), memory_named(f"evaluating {task.name}", "backbone.batch_size"):
                 if stage > 0 and strategy.unchanged(stage, learned[index]) and not maps:
                     result = {m: v for s, i, _, m, v in rows if (s, i) == (stage - 1, index)}
                 else:
@@ -130,6 +130,23 @@ def run(
     just_learned = {m: [R[learned[task]][task] for task in range(len(tasks))] for m, R in matrices.items()}
     display.table(run_table(summary, just_learned, {metric: R[-1] for metric, R in matrices.items()}))
     return summary
+
+
+@contextmanager
+def memory_named(phase: str, setting: str) -> Iterator[None]:
+    """Inside, a GPU that runs out of memory is an error that names the phase and the setting to lower.
+
+    Raises:
+        UserError: it did.
+    """
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError as error:
+        free, total = torch.cuda.mem_get_info() if torch.cuda.is_available() else (0, 0)
+        raise UserError(
+            f"the GPU's memory was not enough for {phase} ({free / 1e6:,.0f} of {total / 1e6:,.0f} MB free): lower "
+            f"{setting}, then backbone.feature_memory_mb, or take gpu.precision=bf16; what was finished is kept"
+        ) from error
 
 
 class Spent:

@@ -2,7 +2,6 @@
 
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -122,35 +121,4 @@ def run_table(
         f"{time['inference_ms_per_image']:.1f} ms an image"
     )
     table.caption_justify = "left"
-    return table
-
-
-def sweep_table(runs: Sequence[tuple[Path, Mapping[str, Any] | None]]) -> Table:
-    """A row a run, from their directories' summaries, named by what it does not share with the others."""
-    names = [path.name.split(",") for path, _ in runs]
-    shared = set(names[0]).intersection(*names[1:])
-    table = Table(title="mean over tasks after the last stage", title_justify="left")
-    table.add_column("run", overflow="fold")
-    for metric in SHOWN:
-        table.add_column(TITLES[metric], justify="right")
-    for title in ("F1 forgotten", "kept MB", "peak MB", "train s", "eval s", "ms/image"):
-        table.add_column(title, justify="right")
-    for name, (_, summary) in zip(names, runs, strict=True):
-        run = ", ".join(part for part in name if part not in shared) or ", ".join(name)
-        run = escape(run)
-        if summary is None or summary["status"] != "complete":
-            reason = "not begun" if summary is None else summary.get("reason", summary["status"])
-            table.add_row(f"{run}\n[red]{escape(reason)}")
-            continue
-        forgotten, memory, time = summary["average_forgetting_pct"], summary["memory"], summary["time"]
-        table.add_row(
-            run,
-            *[number(summary["final"][metric]) for metric in SHOWN],
-            "-" if forgotten is None else f"{forgotten:.1f} %",
-            f"{memory['additional_mb']:.1f}",
-            f"{memory['peak_mb']:.0f}",
-            f"{time['train_s']:.1f}",
-            f"{time['eval_s']:.1f}",
-            f"{time['inference_ms_per_image']:.1f}",
-        )
     return table

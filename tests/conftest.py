@@ -83,4 +83,8 @@ def command(folder: Path, outputs: Path, *overrides: str) -> list[str]:
 
 
 def run_directories(outputs: Path, experiment: str = "default") -> list[Path]:
-    return sorted(path for path in (outputs / "outputs" / experiment).iterdir() if path.is_dir())
+    return sorted(
+        path
+        for path in (outputs / "outputs" / experiment).iterdir()
+        if path.is_dir() and not path.name.startswith(".")
+    )

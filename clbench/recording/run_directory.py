@@ -9,13 +9,16 @@ import shutil
 import socket
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
 from clbench.config import differences
 from clbench.errors import UserError
+
+State = Literal["finished", "failed", "unfinished", "missing"]
 
 
 class RunDirectory:
@@ -36,7 +39,7 @@ class RunDirectory:
         return None
 
     def config(self) -> dict[str, Any] | None:
-        """The resolved config that the run was begun with, or None.
+        """The resolved config that the run was begun with, and under `made_by` by what; or None.
 
         Raises:
             UserError: it is damaged, so that nobody can tell which run this is.
@@ -53,7 +56,6 @@ class RunDirectory:
                 f"{self.path / 'config.yaml'} is damaged: remove {self.path} to run this anew, "
                 "or take another experiment=NAME"
             )
-        stored.pop("made_by", None)
         return stored
 
     def _read(self, name: str) -> str | None:
@@ -81,14 +83,40 @@ class RunDirectory:
         stored = self.config()
         if stored is None or config["overwrite"]:
             return False
+        made_by = stored.pop("made_by", None) or {}
         if changed := differences(stored, config):
             raise UserError(
                 f"{self.path} holds a run of another config ({'; '.join(changed)}): "
                 "take another experiment=NAME, or overwrite=true"
             )
         summary = self.summary()
-        complete = summary is not None and summary["status"] == "complete"
-        return complete and self._read("metrics.csv") is not None
+        if summary is not None and self.complete(summary):
+            return True
+        ours, theirs = version("clbench"), made_by.get("clbench")
+        if theirs != ours:
+            raise UserError(
+                f"{self.path} holds an unfinished run of clbench {theirs}, and this is {ours}: finish it with that "
+                "version, take another experiment=NAME, or overwrite=true"
+            )
+        return False
+
+    def complete(self, summary: Mapping[str, Any]) -> bool:
+        """Whether a summary of this directory is of a run that is complete, its results still there."""
+        return summary["status"] == "complete" and (self.path / "metrics.csv").is_file()
+
+    def state(self, config: Mapping[str, Any]) -> tuple[State, str | None]:
+        """Where the run of a config stands, and why it failed where it did.
+
+        Raises:
+            UserError: the directory holds a run of another config, and `overwrite` is not set.
+        """
+        if self.finished(config):
+            return "finished", None
+        summary = None if config["overwrite"] else self.summary()
+        if summary is None:
+            return "missing", None
+        failed = summary["status"] == "failed"
+        return ("failed", summary["reason"]) if failed else ("unfinished", None)
 
     def create(self) -> None:
         """Make the folder, where it is not there.
@@ -155,6 +183,16 @@ class RunDirectory:
                 with suppress(UserError):  # where nothing can be written, the error itself matters more
                     self.write_summary({**about, "status": "failed", "reason": reason})
             raise
+
+    def job(self) -> dict[str, Any] | None:
+        """The cluster's job that was last submitted for this run: its `id` and `log`; None where none was."""
+        text = self._read("job.json")
+        with suppress(json.JSONDecodeError):
+            return json.loads(text) if text is not None else None
+        return None
+
+    def write_job(self, job: Mapping[str, Any]) -> None:
+        self._write("job.json", json.dumps(dict(job)) + "\n")
 
     def write_config(self, config: Mapping[str, Any], made_by: Mapping[str, Any]) -> None:
         text = yaml.safe_dump({**config, "made_by": dict(made_by)}, sort_keys=False)

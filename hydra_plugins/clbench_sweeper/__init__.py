@@ -2,19 +2,37 @@
 
 import sys
 import traceback
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.utils import JobStatus
+from hydra.core.utils import JobReturn, JobStatus
 
 from clbench.config import check
 from clbench.errors import UserError
 from clbench.recording.run_directory import RunDirectory
+from clbench.sweeping import Run, chosen, finished_unchanged, plan_table, sweep_table
 
 
 class RunSweeper(BasicSweeper):
-    """Every run is checked before the first starts; finished ones are left out; one table ends the sweep."""
+    """Every run is checked before the first starts; finished ones are left out; one table ends the sweep.
+
+    Args:
+        max_batch_size, params: Hydra's.
+        grids: of a ready-made sweep (sweeps/): each a setting -> values mapping, all of whose combinations
+            are run. Settings of the command line take the place of a grid's.
+    """
+
+    def __init__(
+        self,
+        max_batch_size: int | None = None,
+        params: dict[str, str] | None = None,
+        grids: Sequence[Mapping[str, Any]] = (),
+    ) -> None:
+        super().__init__(max_batch_size, params)
+        self.grids = [dict(grid) for grid in grids] or [{}]
 
     def sweep(self, arguments: list[str]) -> None:
         """Expand the command line to runs and launch those that are not finished.
@@ -22,55 +40,76 @@ class RunSweeper(BasicSweeper):
         Raises:
             SystemExit: something is wrong with a run's settings (status 2), or a run failed (status 1).
         """
-        from clbench.terminal import Display, sweep_table
+        from clbench.terminal import Display
 
         try:
-            runs = self._unfinished_and_finished(arguments)
-            RunDirectory(runs[0][1].path.parent).create()
+            runs = self.runs(arguments)
+            assert self.config is not None
+            wanted = chosen(runs, self.config.only)
+            if self.config.dry_run:
+                Display("sweep").table(plan_table(runs, wanted))
+                return
+            RunDirectory(runs[0].directory.path.parent).create()
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(2)
         display = Display("sweep")
-        pending = [overrides for overrides, _, finished in runs if not finished]
-        for _, directory, finished in runs:
-            if finished:
-                display.line(f"finished already, skipped: {directory.path}")
-        failed = self._launch(pending, runs[0][1].path.parent) if pending else False
+        for run in runs:
+            if run.state == "finished":
+                display.line(f"finished already, skipped: {run.directory.path}")
+            elif run.state == "failed" and run in wanted:
+                display.line(f"failed before, tried again: {run.directory.path}: {run.reason}")
+        failed = self._launch([run.overrides for run in wanted], runs[0].directory.path.parent)
         if len(runs) > 1:
-            display.table(sweep_table([(directory.path, directory.summary()) for _, directory, _ in runs]))
+            display.table(sweep_table([run.directory for run in runs]))
         if not failed or len(runs) > 1:
-            display.line(f"results: {runs[0][1].path if len(runs) == 1 else runs[0][1].path.parent}")
+            single = len(runs) == 1
+            display.line(f"results: {runs[0].directory.path if single else runs[0].directory.path.parent}")
         if failed:
             sys.exit(1)
 
-    def _unfinished_and_finished(self, arguments: list[str]) -> list[tuple[list[str], RunDirectory, bool]]:
-        """Each run's overrides, its directory, and whether it is finished."""
+    def runs(self, arguments: list[str]) -> list[Run]:
+        """The runs of a command line, each once, with where they stand.
+
+        Raises:
+            UserError: something is wrong with one's settings.
+        """
         assert self.hydra_context is not None and self.config is not None
-        parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
-        points = self.split_arguments(parser.parse_overrides(arguments), None)[0]
-        runs: dict[Path, tuple[list[str], RunDirectory, bool]] = {}
-        for overrides in points:
-            config = self.hydra_context.config_loader.load_sweep_config(self.config, overrides)
-            directory = RunDirectory(Path(config.hydra.sweep.dir) / config.hydra.sweep.subdir)
-            settings = check(config)
-            runs[directory.path] = (overrides, directory, directory.finished(settings))
-        return list(runs.values())
+        loader = self.hydra_context.config_loader
+        parser = OverridesParser.create(config_loader=loader)
+        found: dict[Path, Run] = {}
+        for grid in self.grids:
+            texts = [*(f"{key}={value}" for key, value in {**self.params, **grid}.items()), *arguments]
+            for overrides in self.split_arguments(parser.parse_overrides(texts), None)[0]:
+                run = finished_unchanged(self.config, overrides)
+                if run is None:
+                    config = loader.load_sweep_config(self.config, overrides)
+                    settings = check(config)
+                    directory = RunDirectory(Path(config.hydra.sweep.dir) / config.hydra.sweep.subdir)
+                    state, reason = directory.state(settings)
+                    run = Run(overrides, directory, state, reason)
+                found.setdefault(run.directory.path, run)
+        return list(found.values())
 
     def _launch(self, pending: list[list[str]], folder: Path) -> bool:
         """Run what is pending; print why a run failed; whether one did."""
         assert self.launcher is not None and self.config is not None
         self.config.hydra.sweep.dir = str(folder)
-        failed = False
-        for job in self.launcher.launch(pending, initial_job_idx=0):
-            if job.status == JobStatus.COMPLETED:
-                continue
-            failed = True
+        jobs: Sequence[JobReturn] = []
+        if pending:
+            try:
+                jobs = self.launcher.launch(pending, initial_job_idx=0)
+            except UserError as error:  # of the launcher: no cluster, a job that it rejects
+                print(f"error: {error}", file=sys.stderr)
+                return True
+        failures = [job for job in jobs if job.status != JobStatus.COMPLETED]
+        for job in failures:
             message = _in_one_line(job._return_value)
             if message is None:
                 traceback.print_exception(job._return_value)
                 message = str(job._return_value)
             print(f"error: {message}", file=sys.stderr)
-        return failed
+        return bool(failures)
 
 
 def _in_one_line(error: BaseException) -> str | None:

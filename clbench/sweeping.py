@@ -1,0 +1,202 @@
+"""The runs of a sweep: where each stands, which are to be launched, and their tables. Imports no torch."""
+
+import hashlib
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from statistics import mean
+from typing import Any, Literal
+
+from omegaconf import DictConfig
+from rich.markup import escape
+from rich.table import Table
+
+from clbench.config import in_results, run_name
+from clbench.recording.run_directory import RunDirectory, State
+from clbench.terminal import SHOWN, TITLES, number
+
+Only = Literal["failed", "missing"]
+
+
+@dataclass
+class Run:
+    """A run of a sweep.
+
+    Attributes:
+        overrides: that make it.
+        reason: of its failure, where it failed.
+    """
+
+    overrides: list[str]
+    directory: RunDirectory
+    state: State
+    reason: str | None = None
+
+
+def chosen(runs: Sequence[Run], only: Only | None) -> list[Run]:
+    """The runs to launch: all that are not finished, those that `failed`, or those that are `missing`."""
+    kinds: dict[str | None, tuple[State, ...]] = {
+        None: ("failed", "unfinished", "missing"),
+        "failed": ("failed",),
+        "missing": ("unfinished", "missing"),
+    }
+    return [run for run in runs if run.state in kinds[only]]
+
+
+def finished_unchanged(config: DictConfig, overrides: Sequence[str]) -> Run | None:
+    """The finished run of these overrides, known by what it was composed from: far faster than composing it.
+
+    Args:
+        config: of the sweep, with what its runs share.
+
+    Returns:
+        None where it is not finished, or where only composing it could tell.
+    """
+    if config.overwrite or not _folder_is_shared(config, overrides):
+        return None
+    directory = RunDirectory(Path(config.hydra.sweep.dir) / run_name(list(overrides)))
+    summary = directory.summary()
+    if summary is None or not directory.complete(summary):
+        return None
+    if summary.get("composed_from") != composed_from(config.hydra, overrides):
+        return None
+    return Run(list(overrides), directory, "finished")
+
+
+def composed_from(hydra: Any, overrides: Sequence[str]) -> str:
+    """A digest of all that a run's config is composed from: conf/, and the overrides that change results."""
+    (folder,) = (source.path for source in hydra.runtime.config_sources if source.provider == "main")
+    named = sorted(text for text in overrides if in_results(text))
+    return hashlib.sha256("\n".join([_folder_digest(folder), *named]).encode()).hexdigest()
+
+
+@lru_cache
+def _folder_digest(folder: str) -> str:
+    digest = hashlib.sha256()
+    for path, folders, files in os.walk(folder, followlinks=True):
+        folders.sort()
+        for name in sorted(files):
+            file = Path(path) / name
+            digest.update(str(file.relative_to(folder)).encode() + b"\0" + file.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def _folder_is_shared(config: DictConfig, overrides: Sequence[str]) -> bool:
+    """Whether a run lies where its sweep's own config says."""
+    given = dict(text.partition("=")[::2] for text in overrides)
+    places = {"experiment": config.experiment, "outputs": config.outputs}
+    return all(given.get(key, value) == value for key, value in places.items())
+
+
+def plan_table(runs: Sequence[Run], wanted: Sequence[Run]) -> Table:
+    """What a sweep would do: a row a run, with the memory and time of finished runs that are most like it."""
+    table = Table(
+        title=f"{len(runs)} runs: {sum(run.state == 'finished' for run in runs)} finished, "
+        f"{len(wanted)} would be started",
+        title_justify="left",
+    )
+    for title in ("run", "state", "would", "peak MB", "minutes"):
+        table.add_column(
+            title, overflow="fold", justify="right" if title in ("peak MB", "minutes") else "left"
+        )
+    names = distinct([run.directory.path for run in runs])
+    known = _finished_beside(runs)
+    total = 0.0
+    for run, name in zip(runs, names, strict=True):
+        peak, minutes = _expected(run, known)
+        starts = run in wanted
+        total += minutes or 0.0 if starts else 0.0
+        state = run.state if run.reason is None else f"{run.state}: {run.reason}"
+        table.add_row(
+            name,
+            escape(state),
+            {"unfinished": "continue", "failed": "try again"}.get(run.state, "start") if starts else "stay",
+            "" if peak is None else f"{peak:.0f}",
+            "" if minutes is None else f"{minutes:.1f}",
+        )
+    table.caption = (
+        f"peak memory and time are those of finished runs of the same method and strategy, or method; "
+        f"together about {total:.0f} minutes of those known"
+        if known
+        else "peak memory and time are known once a run of the method has finished beside these"
+    )
+    table.caption_justify = "left"
+    return table
+
+
+def _finished_beside(runs: Sequence[Run]) -> list[tuple[dict[str, str], Mapping[str, Any]]]:
+    """Finished runs of the same experiments: the parts of their names, and their summaries."""
+    found: list[tuple[dict[str, str], Mapping[str, Any]]] = []
+    for folder in {run.directory.path.parent for run in runs}:
+        for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+            summary = RunDirectory(path).summary()
+            if summary is not None and summary["status"] == "complete":
+                found.append((_parts(path.name), summary))
+    return found
+
+
+def _expected(
+    run: Run, known: Sequence[tuple[dict[str, str], Mapping[str, Any]]]
+) -> tuple[float | None, float | None]:
+    """Peak MB and minutes of a run: means over the finished runs that share the most of its settings."""
+    own = _parts(run.directory.path.name)
+    alike = [
+        (sum(parts.get(key) == value for key, value in own.items()), summary)
+        for parts, summary in known
+        if parts.get("method") == own.get("method")
+    ]
+    best = [summary for shared, summary in alike if shared == max(shared for shared, _ in alike)]
+    if not best:
+        return None, None
+    seconds = mean(summary["time"]["train_s"] + summary["time"]["eval_s"] for summary in best)
+    return mean(summary["memory"]["peak_mb"] for summary in best), seconds / 60
+
+
+def _parts(name: str) -> dict[str, str]:
+    return dict(part.partition("=")[::2] for part in name.split(","))
+
+
+def distinct(paths: Sequence[Path]) -> list[str]:
+    """What each run's name does not share with the others', for tables."""
+    names = [path.name.split(",") for path in paths]
+    shared = set(names[0]).intersection(*names[1:])
+    return [
+        escape(", ".join(part for part in name if part not in shared) or ", ".join(name)) for name in names
+    ]
+
+
+def sweep_table(directories: Sequence[RunDirectory]) -> Table:
+    """A row a run, from its directory's summary, named by what it does not share with the others."""
+    table = Table(title="mean over tasks after the last stage", title_justify="left")
+    table.add_column("run", overflow="fold")
+    for metric in SHOWN:
+        table.add_column(TITLES[metric], justify="right")
+    for title in ("F1 forgotten", "kept MB", "peak MB", "train s", "eval s", "ms/image"):
+        table.add_column(title, justify="right")
+    names = distinct([directory.path for directory in directories])
+    unfinished: list[str] = []
+    for name, directory in zip(names, directories, strict=True):
+        summary = directory.summary()
+        if summary is None or summary["status"] != "complete":
+            state = "not begun" if summary is None else summary["status"]
+            table.add_row(f"{name} [red]{state}")
+            job = directory.job()
+            said = [str((summary or {}).get("reason", state)), *([f"log: {job['log']}"] if job else [])]
+            unfinished.append(f"[red]{name}[/]: {escape('; '.join(said))}")
+            continue
+        forgotten, memory, time = summary["average_forgetting_pct"], summary["memory"], summary["time"]
+        table.add_row(
+            name,
+            *[number(summary["final"][metric]) for metric in SHOWN],
+            "-" if forgotten is None else f"{forgotten:.1f} %",
+            f"{memory['additional_mb']:.1f}",
+            f"{memory['peak_mb']:.0f}",
+            f"{time['train_s']:.1f}",
+            f"{time['eval_s']:.1f}",
+            f"{time['inference_ms_per_image']:.1f}",
+        )
+    table.caption = "\n".join(unfinished)
+    table.caption_justify = "left"
+    return table

@@ -1,0 +1,181 @@
+"""Launchers behind hydra/launcher=slurm, slurm_cpu and local."""
+
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra.core.singleton import Singleton
+from hydra.core.utils import JobReturn, JobStatus
+from hydra_plugins.hydra_joblib_launcher.joblib_launcher import JoblibLauncher
+from hydra_plugins.hydra_submitit_launcher.submitit_launcher import SlurmLauncher
+
+from clbench import cluster
+from clbench.config import register_resolvers, run_name
+from clbench.errors import UserError
+from clbench.recording.run_directory import RunDirectory
+
+_POLL_S = 2.0  # seconds between two looks at the queue, at first; then up to
+_SLOWEST_S = 30.0
+
+
+class LocalLauncher(JoblibLauncher):
+    """Several runs at a time on this machine, each in a process of its own with its share of the cores.
+
+    Where one of the processes is killed, for its memory perhaps, joblib ends all of them. So what was begun and not
+    finished goes on alone, a run at a time: the one that is killed again has failed, and the rest is run.
+    """
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        """Run all, and tell how each ended."""
+        from joblib.externals.loky.process_executor import TerminatedWorkerError
+
+        directories = [run_directory(self, overrides) for overrides in job_overrides]
+        results: dict[int, JobReturn] = {}
+        suspects: list[int] = []
+        several = self.joblib["n_jobs"]
+        while len(results) < len(job_overrides):
+            rest = [index for index in range(len(job_overrides)) if index not in results]
+            alone = [index for index in rest if index in suspects][:1]
+            self.joblib["n_jobs"] = 1 if alone else several
+            turn = alone or rest
+            try:
+                for index, result in zip(
+                    turn,
+                    super().launch([job_overrides[index] for index in turn], initial_job_idx),
+                    strict=True,
+                ):
+                    results[index] = result
+            except TerminatedWorkerError:
+                for index in turn:
+                    summary = directories[index].summary()
+                    if summary is None:
+                        continue
+                    if directories[index].complete(summary):
+                        results[index] = JobReturn(status=JobStatus.COMPLETED)
+                    elif summary["status"] == "failed":
+                        results[index] = failure(directories[index], summary["reason"])
+                    elif alone:
+                        reason = (
+                            "its process was killed, for its memory perhaps; the same command continues it"
+                        )
+                        results[index] = failure(directories[index], reason)
+                    else:
+                        suspects.append(index)
+        return [results[index] for index in range(len(job_overrides))]
+
+
+def run_directory(launcher: Any, overrides: Sequence[str]) -> RunDirectory:
+    """Where a launcher's run goes."""
+    config = launcher.hydra_context.config_loader.load_sweep_config(launcher.config, list(overrides))
+    return RunDirectory(Path(config.hydra.sweep.dir) / config.hydra.sweep.subdir)
+
+
+def failure(directory: RunDirectory, reason: str) -> JobReturn:
+    """A run that failed."""
+    result = JobReturn(status=JobStatus.FAILED)
+    result.return_value = UserError(f"{directory.path}: {reason}")
+    return result
+
+
+class ClusterLauncher(SlurmLauncher):
+    """Fills a SLURM cluster, and finds again what an earlier process submitted.
+
+    A run's job is written into its directory, so that the same command, started anew, waits for the job in
+    place of submitting a second one. How a run ended is read from its directory too; nothing is unpickled.
+    """
+
+    def __call__(
+        self,
+        sweep_overrides: list[str],
+        job_dir_key: str,
+        job_num: int,
+        job_id: str,
+        singleton_state: dict[type, Singleton],
+    ) -> JobReturn:
+        """In the job: run, and let the job fail where the run does, so that sacct says so."""
+        register_resolvers()
+        os.environ.setdefault("OMP_NUM_THREADS", os.environ.get("SLURM_CPUS_PER_TASK", "1"))
+        cluster.rename_job(run_name(sweep_overrides))
+        result = super().__call__(sweep_overrides, job_dir_key, job_num, job_id, singleton_state)
+        _ = result.return_value  # raises what the run raised
+        return JobReturn(status=result.status)
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        """Submit what has no job yet, wait for all, and tell how each ended.
+
+        Raises:
+            UserError: there is no SLURM here, or it does not take the jobs.
+        """
+        from clbench.terminal import Display
+
+        cluster.check_there()
+        directories = [run_directory(self, overrides) for overrides in job_overrides]
+        there = cluster.queue()
+        jobs = {d.path: d.job() for d in directories}
+        new = [index for index, d in enumerate(directories) if (jobs[d.path] or {}).get("id") not in there]
+        display = Display("sweep")
+        for directory in directories:
+            if directory.path not in {directories[index].path for index in new}:
+                display.line(f"has a job already: {directory.path}: {jobs[directory.path]['id']}")
+        if new:
+            self._submit(
+                [job_overrides[index] for index in new], [directories[index] for index in new], display
+            )
+        with display:
+            self._wait(directories, display)
+        return [self._ended(directory) for directory in directories]
+
+    def _submit(
+        self, job_overrides: Sequence[Sequence[str]], directories: Sequence[RunDirectory], display: Any
+    ) -> None:
+        import submitit
+        from submitit.core.utils import FailedJobError
+
+        parameters = dict(self.params)
+        folder = Path(parameters.pop("submitit_folder")).absolute()
+        executor = submitit.SlurmExecutor(folder, max_num_timeout=parameters.pop("max_num_timeout"))
+        converted = executor._convert_parameters(
+            {key: value for key, value in parameters.items() if value is not None}
+        )
+        executor.update_parameters(**converted)
+        tasks = [
+            (list(overrides), "hydra.sweep.dir", index, f"job_id_for_{index}", Singleton.get_state())
+            for index, overrides in enumerate(job_overrides)
+        ]
+        try:
+            submitted = executor.map_array(self, *zip(*tasks, strict=True))
+        except FailedJobError as error:
+            raise cluster.rejected(error) from error
+        for job, directory in zip(submitted, directories, strict=True):
+            directory.create()
+            directory.write_job({"id": job.job_id, "log": str(job.paths.stdout)})
+        display.line(
+            f"submitted {len(submitted)} jobs, {submitted[0].job_id} to {submitted[-1].job_id}; they go on without "
+            "this process, and the same command finds them again"
+        )
+
+    def _wait(self, directories: Sequence[RunDirectory], display: Any) -> None:
+        """Until no run's job is in the queue any more."""
+        pause = _POLL_S
+        while True:
+            there = cluster.queue()
+            states = [there.get((directory.job() or {}).get("id", "")) for directory in directories]
+            over = states.count(None)
+            running, queued = states.count("running"), states.count("queued")
+            display.progress("jobs", over, len(states), f"{running} running, {queued} queued")
+            if over == len(states):
+                return
+            time.sleep(pause)
+            pause = min(pause * 1.2, _SLOWEST_S)
+
+    def _ended(self, directory: RunDirectory) -> JobReturn:
+        summary, job = directory.summary(), directory.job() or {}
+        if summary is not None and directory.complete(summary):
+            return JobReturn(status=JobStatus.COMPLETED)
+        if summary is not None and summary["status"] == "failed":
+            reason = summary["reason"]
+        else:
+            reason = f"the job ended before the run did ({cluster.outcome(job['id'])})"
+        return failure(directory, f"{reason}; log: {job['log']}")

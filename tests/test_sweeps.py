@@ -1,0 +1,145 @@
+"""Sweeps: what is started, what is left out, and what one failure does to the rest."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import ROOT, Train, command, run_directories
+
+from clbench.errors import UserError
+from clbench.experiment import memory_named
+
+FAILING = (
+    "-m",
+    "method=stfpm",
+    "strategy=finetune",
+    "method.epochs=2",
+    "method.batch_size=2",
+    "method.learning_rate=0.1,1e30",
+)
+
+
+def status(directory: Path) -> str:
+    return json.loads((directory / "summary.json").read_text())["status"]
+
+
+def test_a_failed_run_is_shown_leaves_the_others_and_is_tried_again(train: Train, tmp_path: Path) -> None:
+    result = train(*FAILING, "seed=0,1")
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert sorted(map(status, run_directories(tmp_path))) == ["complete"] * 2 + ["failed"] * 2
+    said = " ".join(result.stdout.split())
+    assert said.count("failed") >= 2 and "task 1/3 brick: the loss became" in said
+
+    assert "0 would be started" in train(*FAILING, "seed=0,1", "only=missing", "dry_run=true").stdout
+    planned = train(*FAILING, "seed=0,1", "only=failed", "dry_run=true")
+    assert planned.returncode == 0 and "4 runs: 2 finished, 2 would be started" in planned.stdout
+    assert planned.stdout.count("try again") == 2 and planned.stdout.count("stay") == 2
+
+    again = train(*FAILING, "seed=0,1", "only=missing")
+    assert again.returncode == 0 and "tried again" not in again.stdout
+    again = train(*FAILING, "seed=0")
+    assert again.returncode == 1
+    assert again.stdout.count("finished already, skipped") == 1
+    assert again.stdout.count("failed before, tried again") == 1 and "the loss became" in again.stdout
+
+
+def test_a_dry_run_starts_nothing_and_knows_what_finished_runs_took(train: Train, tmp_path: Path) -> None:
+    sweep = ("-m", "method=patchcore,padim", "seed=0,1")
+    planned = train(*sweep, "dry_run=true")
+    assert planned.returncode == 0 and "4 runs: 0 finished, 4 would be started" in planned.stdout
+    assert not (tmp_path / "outputs").exists()
+    assert train("-m", "method=padim", "seed=0").returncode == 0
+    planned = train(*sweep, "dry_run=true")
+    assert "4 runs: 1 finished, 3 would be started" in planned.stdout
+    (directory,) = run_directories(tmp_path)
+    peak = json.loads((directory / "summary.json").read_text())["memory"]["peak_mb"]
+    rows = [line for line in planned.stdout.splitlines() if "method=" in line]
+    assert [f"{peak:.0f}" in row for row in rows] == ["padim" in row for row in rows]
+
+
+def test_a_finished_run_is_known_without_composing_until_conf_changes(train: Train, tmp_path: Path) -> None:
+    assert train("-m", "method=padim", "seed=0,1").returncode == 0
+    for directory in run_directories(tmp_path):
+        (directory / "config.yaml").write_text("damaged: [")  # which only composing would look at
+    again = train("-m", "method=padim", "seed=0,1")
+    assert again.returncode == 0 and again.stdout.count("finished already, skipped") == 2
+    summary = run_directories(tmp_path)[0] / "summary.json"
+    summary.write_text(summary.read_text().replace('"composed_from": "', '"composed_from": "0'))
+    assert "config.yaml is damaged" in train("-m", "method=padim", "seed=0,1").stderr
+
+
+SWEEPS = sorted(path.stem for path in (ROOT / "sweeps").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", SWEEPS)
+def test_every_ready_made_sweep_can_be_started(name: str, folder: Path, tmp_path: Path) -> None:
+    count = {
+        "backbones": 4,
+        "demo": 14,
+        "paper_bounds": 14,
+        "paper_native": 4,
+        "paper_replay": 15,
+        "task_orders": 15,
+    }[name]
+    words = ["python", "train.py", "-m", f"sweep={name}", "dry_run=true", f"outputs={tmp_path}"]
+    words += [f"dataset.root={folder}"] * name.startswith("paper") + [f"cache={tmp_path}/cache"]
+    words[0] = command(folder, tmp_path)[0]
+    result = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert f"{count} runs: 0 finished, {count} would be started" in result.stdout
+
+
+def test_settings_of_the_command_line_take_the_place_of_a_sweep_s(train: Train, tmp_path: Path) -> None:
+    result = train("-m", "sweep=task_orders", "method=padim", "seed=3,4", "experiment=mine")
+    assert result.returncode == 0, result.stderr
+    directories = run_directories(tmp_path, "mine")
+    assert len(directories) == 2
+    for directory in directories:
+        config = yaml.safe_load((directory / "config.yaml").read_text())
+        assert config["method"]["name"] == "padim" and config["seed"] in (3, 4)
+        assert config["task_order"]["kind"] == "random"
+
+
+def test_a_killed_process_ends_no_other_run_of_a_local_sweep(folder: Path, tmp_path: Path) -> None:
+    long = ("method=stfpm", "strategy=finetune", "method.epochs=60", "method.batch_size=2")
+    words = command(folder, tmp_path, "-m", *long, "seed=0,1,2", "hydra/launcher=local", "checkpoint_s=0")
+    process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not (saved := list((tmp_path / "outputs").glob("default/*/checkpoint/learning-0000-*.json"))):
+        assert process.poll() is None
+        time.sleep(0.02)
+    lock = saved[0].parent.parent / "run.lock"
+    os.kill(int(lock.read_text().split()[1]), signal.SIGKILL)
+    output, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, output + errors
+    assert "continuing in stage" in output
+    assert [status(path) for path in run_directories(tmp_path)] == ["complete"] * 3
+
+
+def test_an_unfinished_run_of_another_version_is_refused_and_a_finished_one_is_not(
+    train: Train, tmp_path: Path
+) -> None:
+    assert train().returncode == 0
+    (directory,) = run_directories(tmp_path)
+    config, summary = directory / "config.yaml", directory / "summary.json"
+    stored = yaml.safe_load(config.read_text())
+    stored["made_by"]["clbench"] = "0.0.1"
+    config.write_text(yaml.safe_dump(stored))
+    about = json.loads(summary.read_text())
+    summary.write_text(json.dumps({**about, "composed_from": None}))
+    assert "finished already" in train().stdout
+    summary.write_text(json.dumps({**about, "status": "running"}))
+    refused = train()
+    assert refused.returncode == 2
+    assert "an unfinished run of clbench 0.0.1" in refused.stderr and "overwrite=true" in refused.stderr
+
+
+def test_a_gpu_out_of_memory_names_phase_and_setting() -> None:
+    named = r"not enough for learning bottle .*lower method\.batch_size"
+    with pytest.raises(UserError, match=named), memory_named("learning bottle", "method.batch_size"):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
