@@ -42,7 +42,15 @@ def empty_queue() -> Iterator[None]:
 def sweep(folder: Path, tmp_path: Path) -> Callable[..., subprocess.CompletedProcess]:
     def run(*overrides: str) -> subprocess.CompletedProcess:
         words = command(folder, tmp_path, "-m", *overrides)
-        return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+        return subprocess.run(
+            words,
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},  # as slurm_cpu's jobs have
+        )
 
     return run
 
