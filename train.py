@@ -12,7 +12,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from clbench.config import check, explain, for_every_choice, register_resolvers
+from clbench.config import check, explain, for_every_choice, register_resolvers, wandb_mode
 
 register_resolvers()
 
@@ -26,6 +26,7 @@ def main(config: DictConfig) -> None:
     from clbench import experiment, footprint, instantiation
     from clbench.interruption import Interruption, Stopped
     from clbench.recording.provenance import identity, made_by
+    from clbench.recording.recorder import Recorder
     from clbench.recording.run_directory import RunDirectory
     from clbench.sweeping import composed_from
     from clbench.terminal import Display
@@ -53,6 +54,17 @@ def main(config: DictConfig) -> None:
             }
             directory.write_config(settings, made_by(device))
             report(about)
+            mode, why = wandb_mode(settings["wandb"])
+            if why:
+                display.line(why)
+            if mode == "disabled":
+                recorder = Recorder()
+            else:
+                from clbench.recording.wandb import WandbRun
+
+                recorder = WandbRun(
+                    directory.path, {**settings["wandb"], "mode": mode}, settings, about["tasks"]
+                )
             experiment.run(
                 strategy,
                 tasks,
@@ -61,6 +73,7 @@ def main(config: DictConfig) -> None:
                 device,
                 about,
                 interruption,
+                recorder,
                 evaluate=settings["evaluate"],
                 maps=settings["maps"],
                 checkpoint_s=settings["checkpoint_s"],

@@ -14,6 +14,7 @@ from clbench.backbones import FeaturePyramid
 from clbench.config import check, register_resolvers
 from clbench.interruption import Interruption
 from clbench.recording.provenance import identity
+from clbench.recording.recorder import Recorder
 from clbench.recording.run_directory import RunDirectory
 from clbench.terminal import Display
 
@@ -77,6 +78,7 @@ def run(*overrides: str) -> tuple[dict[str, Any], dict[str, float]]:
             device,
             about,
             Interruption(),
+            Recorder(),
             evaluate=settings["evaluate"],
             maps=False,
             checkpoint_s=settings["checkpoint_s"],

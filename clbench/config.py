@@ -3,9 +3,13 @@
 import difflib
 import hashlib
 import inspect
+import os
 import re
 from collections.abc import Mapping
+from contextlib import suppress
+from netrc import NetrcParseError, netrc
 from typing import Annotated, Any, Literal, get_type_hints
+from urllib.parse import urlparse
 
 import hydra.utils
 from hydra import compose, initialize_config_dir
@@ -93,7 +97,11 @@ class Gpu(_Strict):
 
 
 class Wandb(_Strict):
-    mode: Literal["disabled"]
+    mode: Literal["auto", "online", "offline", "disabled"]
+    project: str
+    entity: str | None
+    tags: list[str]
+    notes: str | None
 
 
 class Schema(_Strict):
@@ -181,11 +189,39 @@ def _check_combinations(config: dict[str, Any]) -> None:
             f"strategy=native with method={method} makes no sense: it keeps nothing that it could update task by "
             "task; take strategy=replay, finetune, joint or single"
         )
+    wandb_mode(config["wandb"])
     if config["gpu"]["device"] == "cpu" and config["gpu"]["precision"] == "fp16":
         raise UserError("gpu.precision=fp16 is for GPUs: on gpu.device=cpu take bf16 or fp32")
     order = config["task_order"]
     if order["tasks"] == [] or (order["kind"] == "listed" and not order["tasks"]):
         raise UserError("task_order.tasks is empty: list at least one category")
+
+
+def wandb_mode(settings: Mapping[str, Any]) -> tuple[str, str | None]:
+    """`online`, `offline` or `disabled`, and a word on why where `auto` had to choose.
+
+    Raises:
+        UserError: online, and no key.
+    """
+    chosen = settings["mode"]
+    if chosen == "auto":
+        if _wandb_key():
+            return "online", "wandb=auto is online: a key is configured"
+        return "offline", "wandb=auto is offline: no key is configured (WANDB_API_KEY, or wandb login)"
+    if chosen == "online" and not _wandb_key():
+        raise UserError(
+            "wandb=online needs a key: set WANDB_API_KEY or run wandb login; or take wandb=offline"
+        )
+    return chosen, None
+
+
+def _wandb_key() -> bool:
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
+    with suppress(OSError, NetrcParseError):
+        return netrc(os.environ.get("NETRC")).authenticators(host or "") is not None
+    return False
 
 
 def _check_arguments(node: str, config: dict[str, Any]) -> None:

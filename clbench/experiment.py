@@ -1,8 +1,6 @@
 """The protocol: for each stage, learn; then for each task, evaluate; record; checkpoint."""
 
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,11 +8,14 @@ import torch
 from clbench import evaluation, footprint, heat_maps
 from clbench.data.stream import Task
 from clbench.errors import UserError
+from clbench.footprint import memory_named
 from clbench.interruption import Interruption
 from clbench.metrics import continual
 from clbench.metrics.curves import METRICS
 from clbench.recording.checkpoint import Checkpoints
+from clbench.recording.recorder import Recorder
 from clbench.recording.run_directory import RunDirectory
+from clbench.spent import Spent
 from clbench.strategies.base import Strategy
 from clbench.terminal import Display, number, run_table
 from clbench.training import Diverged
@@ -30,6 +31,7 @@ def run(
     device: torch.device,
     identity: Mapping[str, Any],
     interruption: Interruption,
+    recorder: Recorder,
     *,
     evaluate: str,
     maps: bool,
@@ -40,6 +42,7 @@ def run(
     Args:
         identity: what summary.json says of the run before its results.
         interruption: looked for wherever the run can be left.
+        recorder: told of everything found.
         evaluate: `seen` tasks after each stage, or `all`.
         maps: write heat maps after the stage that learns a task, and after the last.
         checkpoint_s: seconds between two checkpoints of a training under way.
@@ -65,6 +68,8 @@ def run(
         beside=lambda: {"spent": spent.so_far()},
     )
     strategy.bookmark, strategy.detector.progress = checkpoints, progress
+    epochs = strategy.detector.epochs
+    strategy.on_epoch = lambda stage, epoch, loss: recorder.epoch(stage, stage * epochs + epoch, loss)
     first, last_learned = 0, -1
     if saved := checkpoints.load_stage():
         last_learned, tensors, data = saved
@@ -103,12 +108,16 @@ def run(
                     display.heading(f"{title}, {task.name}")
                     prediction = evaluation.predict(strategy, task.test, index, device, progress)
                     result = evaluation.measure(prediction, task.test)
+                    recorder.pictures(stage, task.name, heat_maps.few(prediction, task.test))
                     if maps and stage in (learned[index], len(stages) - 1):
                         heat_maps.write(prediction, task.test, directory.path / "maps" / task.name, stage)
             rows += [(stage, index, task.name, metric, result[metric]) for metric in METRICS]
             checkpoints.update_stage(stage, {"rows": rows})
-        display.line(f"{title}: {_means(rows, learned, stage)}")
         directory.write_metrics(rows)
+        for told in range(stage + 1) if stage == first else [stage]:  # what a killed process had yet to tell
+            recorder.stage(told, _results(rows, learned, told))
+        seen = sum(at <= stage for at in learned)
+        display.line(f"{title}: {_in_words(_results(rows, learned, stage)['mean'])} over {seen} seen")
 
     display.heading("the trained detector")
     inference = evaluation.inference_time(strategy, tasks[-1], len(tasks) - 1, device, progress)
@@ -126,75 +135,32 @@ def run(
         "memory": {**footprint.measure(strategy), "peak_mb": peak_mb},
         "time": {**time_and_peak, "inference_ms_per_image": inference},
     }
+    said = recorder.finish(summary, matrices)
     directory.write_summary(summary)
     just_learned = {m: [R[learned[task]][task] for task in range(len(tasks))] for m, R in matrices.items()}
     display.table(run_table(summary, just_learned, {metric: R[-1] for metric, R in matrices.items()}))
+    if said:
+        display.line(said)
     return summary
 
 
-@contextmanager
-def memory_named(phase: str, setting: str) -> Iterator[None]:
-    """Inside, a GPU that runs out of memory is an error that names the phase and the setting to lower.
-
-    Raises:
-        UserError: it did.
-    """
-    try:
-        yield
-    except torch.cuda.OutOfMemoryError as error:
-        free, total = torch.cuda.mem_get_info() if torch.cuda.is_available() else (0, 0)
-        raise UserError(
-            f"the GPU's memory was not enough for {phase} ({free / 1e6:,.0f} of {total / 1e6:,.0f} MB free): lower "
-            f"{setting}, then backbone.feature_memory_mb, or take gpu.precision=bf16; what was finished is kept"
-        ) from error
+def _results(rows: list[Row], learned: list[int], stage: int) -> dict[str, dict[str, float | None]]:
+    """A stage's results: task, `mean` over the tasks seen, or `forgetting` -> metric -> value."""
+    results: dict[str, dict[str, float | None]] = {}
+    for at, _, task, metric, value in rows:
+        if at == stage:
+            results.setdefault(task, {})[metric] = value
+    R = {metric: _matrix(rows, metric, stage + 1, len(learned)) for metric in METRICS}
+    seen = [index for index, at in enumerate(learned) if at <= stage]
+    results["mean"] = {m: continual.final_mean([[R[m][stage][index] for index in seen]]) for m in METRICS}
+    results["forgetting"] = {m: continual.forgetting(R[m], learned) for m in METRICS}
+    return results
 
 
-class Spent:
-    """Seconds of training and evaluation and the peak of memory, over all processes that worked on a run."""
-
-    def __init__(self, device: torch.device):
-        self.device = device
-        self.seconds = {"train_s": 0.0, "eval_s": 0.0}
-        self.peak_mb = 0.0
-        self._under_way: tuple[str, float] | None = None
-
-    @contextmanager
-    def on(self, what: str) -> Iterator[None]:
-        """Inside, time is spent on this."""
-        begin = time.perf_counter()
-        self._under_way = what, begin
-        try:
-            yield
-        finally:
-            self._under_way = None
-        self.seconds[what] += time.perf_counter() - begin
-
-    def so_far(self) -> dict[str, float]:
-        """What was spent up to now: `train_s`, `eval_s` and `peak_mb`."""
-        self.peak_mb = max(self.peak_mb, footprint.peak(self.device) / footprint.MB)
-        seconds = dict(self.seconds)
-        if self._under_way:
-            what, begin = self._under_way
-            seconds[what] += time.perf_counter() - begin
-        return {**seconds, "peak_mb": self.peak_mb}
-
-    def restore(self, spent: Mapping[str, float]) -> None:
-        """Go on from what `so_far` gave."""
-        self.seconds = {what: spent[what] for what in self.seconds}
-        self.peak_mb = spent["peak_mb"]
-
-
-def _means(rows: list[Row], learned: list[int], stage: int) -> str:
-    """A stage's means over the tasks seen, for people."""
-    values = {
-        metric: [v for s, task, _, m, v in rows if (s, m) == (stage, metric) and learned[task] <= stage]
-        for metric in METRICS
-    }
-    means = {metric: continual.final_mean([values[metric]]) for metric in METRICS}
+def _in_words(means: Mapping[str, float | None]) -> str:
     return (
         f"image AUROC {number(means['image_auroc'])}, pixel AUROC {number(means['pixel_auroc'])}, "
-        f"pixel F1 {number(means['pixel_f1'])}, AU-PRO {number(means['aupro'])} over "
-        f"{len(values['pixel_f1'])} seen"
+        f"pixel F1 {number(means['pixel_f1'])}, AU-PRO {number(means['aupro'])}"
     )
 
 
@@ -202,6 +168,6 @@ def _matrix(rows: list[Row], metric: str, stages: int, tasks: int) -> list[list[
     """R of one metric: [stage][task]."""
     R: list[list[float | None]] = [[None] * tasks for _ in range(stages)]
     for stage, index, _, name, value in rows:
-        if name == metric:
+        if name == metric and stage < stages:
             R[stage][index] = value
     return R

@@ -27,6 +27,14 @@ def write(prediction: Prediction, images: ImageSet, directory: Path, stage: int)
         write_whole(directory / name, lambda part, data=data: part.write_bytes(data))  # type: ignore[misc]
 
 
+def few(prediction: Prediction, images: ImageSet, count: int = 2) -> list[np.ndarray]:
+    """Panels of a task's first defective test images, or of its first where none is defective."""
+    maps = prediction.maps.numpy()
+    low, high = float(maps.min()), float(maps.max())
+    chosen = np.flatnonzero(images.labels.numpy())[:count].tolist() or [0]
+    return [panel(images.images[i].numpy(), images.masks[i].numpy(), maps[i], low, high) for i in chosen]
+
+
 def panel(image: np.ndarray, mask: np.ndarray, heat: np.ndarray, low: float, high: float) -> np.ndarray:
     """Image uint8 [3, H, W], mask bool [H, W] and map [H, W] -> one BGR picture [H, 3 W, 3]."""
     picture = cv2.cvtColor(np.ascontiguousarray(image.transpose(1, 2, 0)), cv2.COLOR_RGB2BGR)

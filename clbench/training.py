@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -42,6 +42,7 @@ def train(
     stored: Sequence[Tensor],
     seed: int,
     bookmark: Bookmark | None = None,
+    on_epoch: Callable[[int, int, float], None] = lambda stage, epoch, loss: None,
 ) -> None:
     """Teach a detector a stage, from the start of its task, or from where it was left, to the end.
 
@@ -53,6 +54,7 @@ def train(
         images: of the stage, uint8 [N, 3, H, W].
         stored: images of each earlier task, from which as many are replayed with every batch as it has.
         bookmark: of a training that may be left and continued; methods that only collect begin anew.
+        on_epoch: called with stage, epoch (0-based) and the mean loss of each; again, where one is continued.
 
     Raises:
         Diverged: the loss became infinite or not a number.
@@ -75,7 +77,7 @@ def train(
         if optimizer is None:
             _collect(detector, torch.cat([current, *past]) if past else current)
         else:
-            descent = Descent(detector, optimizer, stage, seed, bookmark)
+            descent = Descent(detector, optimizer, stage, seed, bookmark, on_epoch)
             if left is not None:
                 descent.restore(*left)
             descent.run(current, past, unseen)
@@ -104,10 +106,11 @@ class Descent:
         optimizer: torch.optim.Optimizer,
         stage: int,
         seed: int,
-        bookmark: Bookmark | None = None,
+        bookmark: Bookmark | None,
+        on_epoch: Callable[[int, int, float], None],
     ):
         self.detector, self.optimizer = detector, optimizer
-        self.stage, self.seed, self.bookmark = stage, seed, bookmark
+        self.stage, self.seed, self.bookmark, self.on_epoch = stage, seed, bookmark, on_epoch
         device = next(detector.parameters()).device.type
         self.autocast = torch.autocast(device, detector.precision, enabled=detector.precision is not None)
         self.scaler = torch.amp.GradScaler(device, enabled=detector.precision == torch.float16)
@@ -128,6 +131,7 @@ class Descent:
             self._epoch(current, past, steps)
             if stops_early:
                 self._validate(unseen)
+            self.on_epoch(self.stage, self.epoch, float(self.losses.mean()))
             self.epoch, self.step = self.epoch + 1, 0
             self._keep(epoch_ended=True)
         if self.best is not None:

@@ -13,7 +13,7 @@ import yaml
 from conftest import ROOT, Train, command, run_directories
 
 from clbench.errors import UserError
-from clbench.experiment import memory_named
+from clbench.footprint import memory_named
 
 FAILING = (
     "-m",

@@ -1,7 +1,7 @@
 """How a detector meets the stream: which images a task's steps see, and what happens to what was kept."""
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor
 
@@ -22,6 +22,7 @@ class Strategy:
 
     Attributes:
         bookmark: where a training under way is kept and continued from, if anywhere.
+        on_epoch: told of every epoch: stage, epoch, mean loss.
     """
 
     replays = False
@@ -31,6 +32,7 @@ class Strategy:
         self.seed = seed
         self.replay_size = replay_size
         self.bookmark: Bookmark | None = None
+        self.on_epoch: Callable[[int, int, float], None] = lambda stage, epoch, loss: None
 
     def stages(self, tasks: int) -> list[list[int]]:
         """The tasks that each stage learns: one a stage."""
@@ -90,7 +92,7 @@ class Strategy:
 
     def fit(self, detector: Detector, stage: int, images: Tensor, stored: Sequence[Tensor] = ()) -> None:
         """Teach a detector a stage's images, and with them the stored ones of each earlier task."""
-        train(detector, stage, images, stored, self.seed, self.bookmark)
+        train(detector, stage, images, stored, self.seed, self.bookmark, self.on_epoch)
 
 
 def part(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
