@@ -17,7 +17,8 @@ import pytest
 from conftest import ROOT, Train, command, run_directories
 
 from clbench.metrics.curves import METRICS
-from clbench.recording.wandb import history
+from clbench.recording import dashboard
+from clbench.recording.wandb import _records, history
 
 SMALL = ("method=stfpm", "strategy=finetune", "method.epochs=3", "method.batch_size=2")
 KEY = "0123456789abcdef0123456789abcdef01234567"
@@ -78,6 +79,46 @@ def test_everything_is_logged_once_under_an_id_that_stays(train: Train, tmp_path
     assert len(pictures) == 2 * (1 + 2 + 3)
     assert train(*SMALL, "wandb=offline").stdout.count("finished already") == 1
     assert fragments(directory) == [fragment]
+
+
+def summary_keys(directory: Path) -> set[str]:
+    """Keys of the summary that was written last."""
+    from wandb.proto import wandb_internal_pb2
+
+    keys = set()
+    for path in fragments(directory):
+        for content in _records(path.read_bytes()):
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(content)
+            keys |= {item.key or item.nested_key[0] for item in record.summary.update}
+    return keys
+
+
+def shown(node: Any) -> Iterator[str]:
+    """Every key that a panel of a view's specification shows."""
+    if isinstance(node, dict):
+        for name, value in node.items():
+            if name in ("metrics", "mediaKeys"):
+                yield from value
+            elif name in ("xAxis", "yAxis", "tableName", "table_name") and isinstance(value, str):
+                yield value
+            else:
+                yield from shown(value)
+    elif isinstance(node, list):
+        for value in node:
+            yield from shown(value)
+
+
+def test_every_panel_of_the_dashboard_shows_what_a_run_logs(train: Train, tmp_path: Path) -> None:
+    assert train(*SMALL, "wandb=offline").returncode == 0
+    (directory,) = run_directories(tmp_path)
+    keys = {key for values in logged(directory) for key in values} | summary_keys(directory)
+    specification = dashboard.specification(dashboard.view("team", "clbench", "mine", list(TASKS)))
+    panels = specification["spec"]["section"]["panelBankConfig"]["sections"]
+    wanted = {key.removeprefix("summary:") for section in panels for key in shown(section["panels"])}
+    assert {"mean/pixel_f1", "memory/additional_mb", "maps/plate", "training/loss"} <= wanted
+    assert wanted <= keys, wanted - keys
+    assert "R/pixel_f1" in json.dumps(panels) and "R/pixel_f1" in keys
 
 
 def test_a_run_that_is_killed_logs_everything_once(folder: Path, tmp_path: Path) -> None:
