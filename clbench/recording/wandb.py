@@ -7,8 +7,10 @@ once, under one id.
     python -m clbench.recording.wandb sync DIR ...    send what is not sent yet, of runs or of whole experiments
 """
 
+import ctypes
 import hashlib
 import json
+import signal
 import struct
 import subprocess
 import sys
@@ -26,6 +28,7 @@ from clbench.recording.run_directory import write_whole
 
 _GRACE = 0.05  # share of a run's time that its end may wait until all is sent
 _BLOCK, _HEADER = 32768, 7  # bytes; a .wandb file is a LevelDB log with a header of its own
+_PR_SET_PDEATHSIG = 1
 _WHOLE, _LAST = 1, 4  # kinds of its pieces that end a record
 
 
@@ -195,10 +198,18 @@ def _records(content: bytes) -> Iterator[bytes]:
 
 
 def _sender(fragment: Path) -> subprocess.Popen:
-    """A process that sends a fragment while it is being written."""
+    """A process that sends a fragment while it is being written, and does not outlive this one."""
     words = [sys.executable, "-m", "wandb", "beta", "sync", "--live", "--yes", str(fragment)]
     with open(fragment / "sending.log", "w") as log:
-        return subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        return subprocess.Popen(
+            words, stdin=subprocess.DEVNULL, stdout=log, stderr=log, preexec_fn=_end_with_parent
+        )
+
+
+def _end_with_parent() -> None:
+    """Have the system end this process when the one that started it is killed; Linux can."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _command(folder: Path) -> str:
