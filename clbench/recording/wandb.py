@@ -7,10 +7,8 @@ once, under one id.
     python -m clbench.recording.wandb sync DIR ...    send what is not sent yet, of runs or of whole experiments
 """
 
-import ctypes
 import hashlib
 import json
-import signal
 import struct
 import subprocess
 import sys
@@ -28,8 +26,13 @@ from clbench.recording.run_directory import write_whole
 
 _GRACE = 0.05  # share of a run's time that its end may wait until all is sent
 _BLOCK, _HEADER = 32768, 7  # bytes; a .wandb file is a LevelDB log with a header of its own
-_PR_SET_PDEATHSIG = 1
 _WHOLE, _LAST = 1, 4  # kinds of its pieces that end a record
+
+# Asks Linux to end this process with the one that started it (PR_SET_PDEATHSIG, SIGTERM), then becomes another.
+_END_WITH_PARENT = (
+    "import ctypes, os, sys; sys.platform == 'linux' and ctypes.CDLL(None).prctl(1, 15); "
+    "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+)
 
 
 class WandbRun(Recorder):
@@ -199,17 +202,11 @@ def _records(content: bytes) -> Iterator[bytes]:
 
 def _sender(fragment: Path) -> subprocess.Popen:
     """A process that sends a fragment while it is being written, and does not outlive this one."""
-    words = [sys.executable, "-m", "wandb", "beta", "sync", "--live", "--yes", str(fragment)]
+    words = ["-m", "wandb", "beta", "sync", "--live", "--yes", str(fragment)]
     with open(fragment / "sending.log", "w") as log:
         return subprocess.Popen(
-            words, stdin=subprocess.DEVNULL, stdout=log, stderr=log, preexec_fn=_end_with_parent
+            [sys.executable, "-c", _END_WITH_PARENT, *words], stdin=subprocess.DEVNULL, stdout=log, stderr=log
         )
-
-
-def _end_with_parent() -> None:
-    """Have the system end this process when the one that started it is killed; Linux can."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _command(folder: Path) -> str:
