@@ -1,5 +1,6 @@
 """The one training loop: steps over a task's images, epoch by epoch, stopped early on normal ones held out."""
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -255,6 +256,8 @@ def _batches(
         first: batch to begin with.
     """
     order = torch.randperm(len(current), generator=generator(seed, "order", stage, epoch))
+    starts = list(itertools.accumulate((len(part) for part in past), initial=0))
+    stored = torch.cat([current[:0], *past])  # one look-up a batch
     for step, rows in enumerate(order.split(size)[first:], first):
         batch = current[rows.to(current.device)]
         if past:
@@ -262,10 +265,10 @@ def _batches(
             # Evenly over the past tasks: rounds of all of them, in an order of each batch's own.
             tasks = torch.randperm(len(past), generator=random).repeat(math.ceil(len(rows) / len(past)))
             drawn = [
-                past[task][int(torch.randint(len(past[task]), (), generator=random))]
+                starts[task] + int(torch.randint(len(past[task]), (), generator=random))
                 for task in tasks[: len(rows)].tolist()
             ]
-            batch = torch.cat([batch, torch.stack(drawn)])
+            batch = torch.cat([batch, stored[torch.tensor(drawn, device=stored.device)]])
         yield batch
 
 
