@@ -93,6 +93,7 @@ class Backbone:
             batch_size=self.batch_size,
             dtype=dtype,
             normalisation=self._normalisation(network),
+            normalised=isinstance(network, FeatureGetterNet),
         )
         if self.compile:
             pyramid.network.compile()
@@ -119,6 +120,15 @@ class Backbone:
             "pretrained": pretrained,
         }
         try:
+            with torch.device("meta"):
+                kind = type(timm.create_model(self.name, **{**create, "pretrained": False}, **self.arguments))
+            if (
+                kind is FeatureGetterNet
+            ):  # a transformer, whose last normalisation is for the tokens of any block
+                whole = timm.create_model(self.name, pretrained=pretrained, **self.arguments)
+                network = FeatureGetterNet(whole, out_indices=tuple(layers), norm=True)
+                network.pretrained_cfg = whole.pretrained_cfg
+                return network
             return timm.create_model(self.name, **create, **self.arguments)
         except (IndexError, AssertionError) as error:
             raise UserError(
@@ -278,6 +288,7 @@ class FeaturePyramid(nn.Module):
         channels: C_l of each level.
         whole_parameters: of the whole network, of which only the first levels are run.
         dtype: of mixed precision inside the network; None for single precision.
+        normalised: whether the levels come from a transformer's normalisation of its tokens.
     """
 
     def __init__(
@@ -291,9 +302,11 @@ class FeaturePyramid(nn.Module):
         batch_size: int,
         dtype: torch.dtype | None = None,
         normalisation: Normalisation | None = None,
+        normalised: bool = False,
     ):
         super().__init__()
         self.network = network.requires_grad_(False).eval()
+        self.normalised = normalised
         self.name = name
         self.channels = channels
         self.whole_parameters = whole_parameters
@@ -319,7 +332,7 @@ class FeaturePyramid(nn.Module):
                 found[index] = one = [level[row] for level in levels]
                 self.store.put(keys[index], one)
         return [
-            torch.stack([levels[index] for levels in found if levels]).to(images.device)
+            torch.stack([levels[index].to(images.device) for levels in found if levels])
             for index in range(len(self.channels))
         ]
 

@@ -1,5 +1,6 @@
 """From a checked config to the objects it names."""
 
+import os
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -35,6 +36,8 @@ def device(gpu: dict[str, Any]) -> torch.device:
         )
     if gpu["threads"]:
         torch.set_num_threads(gpu["threads"])
+    if gpu["deterministic"]:  # older releases of torch refuse without it
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(gpu["deterministic"], warn_only=False)
     torch.backends.cudnn.deterministic = gpu["deterministic"]
     return chosen

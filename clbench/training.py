@@ -3,7 +3,7 @@
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -40,7 +40,7 @@ def train(
     detector: Detector,
     stage: int,
     images: Tensor,
-    stored: Sequence[Tensor],
+    stored: Sequence[tuple[Tensor, Tensor]],
     seed: int,
     bookmark: Bookmark | None = None,
     on_epoch: Callable[[int, int, float], None] = lambda stage, epoch, loss: None,
@@ -53,20 +53,17 @@ def train(
     Args:
         stage: 0-based.
         images: of the stage, uint8 [N, 3, H, W].
-        stored: images of each earlier task, from which as many are replayed with every batch as it has.
+        stored: images of each earlier task: some that it was learned from, as many of which are replayed with
+            every batch as it has, and some that were held out of it and stay so.
         bookmark: of a training that may be left and continued; methods that only collect begin anew.
         on_epoch: called with stage, epoch (0-based) and the mean loss of each; again, where one is continued.
 
     Raises:
         Diverged: the loss became infinite or not a number.
     """
-    share = detector.held_out
-    (current, validation), *parts = (
-        _split(part, share, generator(seed, "held out", stage, index))
-        for index, part in enumerate((images, *(part for part in stored if len(part))))
-    )
-    past = [part for part, _ in parts]
-    unseen = torch.cat([validation, *(part for _, part in parts)])
+    current, validation = split(images, detector.held_out, seed, stage)
+    past = [learned for learned, _ in stored if len(learned)]
+    unseen = torch.cat([validation, *(held for _, held in stored)])
     with detector.learning():
         detector.train()
         detector.prepare(current)
@@ -125,11 +122,13 @@ class Descent:
         """Train on current and past images, stop early on the unseen ones."""
         detector = self.detector
         steps = math.ceil(len(current) / detector.batch_size)
+        images = torch.cat([current, *past]) if past else current
+        counts = [len(part) for part in (current, *past)]
         stops_early = detector.patience is not None and len(unseen) > 0
         while self.epoch < detector.epochs:
             if stops_early and self.since >= (detector.patience or 0):
                 break
-            self._epoch(current, past, steps)
+            self._epoch(images, counts, steps)
             if stops_early:
                 self._validate(unseen)
             self.on_epoch(self.stage, self.epoch, float(self.losses.mean()))
@@ -138,16 +137,18 @@ class Descent:
         if self.best is not None:
             detector.restore(self.best)
 
-    def _epoch(self, current: Tensor, past: Sequence[Tensor], steps: int) -> None:
+    def _epoch(self, images: Tensor, counts: Sequence[int], steps: int) -> None:
         """The steps of an epoch, from the next one on."""
         detector = self.detector
         detector.train()
         if self.step == 0:
-            self.losses = torch.full((steps,), math.nan, device=current.device)
+            self.losses = torch.full((steps,), math.nan, device=images.device)
         looked = time.perf_counter()
-        size = detector.batch_size
-        for batch in _batches(current, past, size, self.stage, self.epoch, self.seed, self.step):
-            self._step(batch, steps)
+        batches = _batches(counts, detector.batch_size, self.stage, self.epoch, self.seed)[self.step :]
+        # All of an epoch's rows go to the device together: a copy in every step would wait for the device.
+        rows = torch.cat([*batches, torch.empty(0, dtype=torch.int64)]).to(images.device)
+        for batch in rows.split([len(part) for part in batches]):
+            self._step(images[batch], steps)
             self._keep(epoch_ended=False)
             if self.step == steps or time.perf_counter() - looked > _LOOK_S:
                 self._check()
@@ -247,37 +248,32 @@ class Descent:
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
 
-def _batches(
-    current: Tensor, past: Sequence[Tensor], size: int, stage: int, epoch: int, seed: int, first: int = 0
-) -> Iterator[Tensor]:
-    """An epoch over the current images in random order, each batch with as many of the past tasks'.
+def _batches(counts: Sequence[int], size: int, stage: int, epoch: int, seed: int) -> list[Tensor]:
+    """Rows of an epoch's batches: the current images in random order, and as many of the past tasks'.
 
     Args:
-        first: batch to begin with.
+        counts: of the current images, and of each past task's, which lie one after the other.
     """
-    order = torch.randperm(len(current), generator=generator(seed, "order", stage, epoch))
-    starts = list(itertools.accumulate((len(part) for part in past), initial=0))
-    stored = torch.cat([current[:0], *past])  # one look-up a batch
-    for step, rows in enumerate(order.split(size)[first:], first):
-        batch = current[rows.to(current.device)]
-        if past:
-            random = generator(seed, "replay batch", stage, epoch, step)
-            # Evenly over the past tasks: rounds of all of them, in an order of each batch's own.
-            tasks = torch.randperm(len(past), generator=random).repeat(math.ceil(len(rows) / len(past)))
-            drawn = [
-                starts[task] + int(torch.randint(len(past[task]), (), generator=random))
-                for task in tasks[: len(rows)].tolist()
-            ]
-            batch = torch.cat([batch, stored[torch.tensor(drawn, device=stored.device)]])
-        yield batch
+    current, *past = counts
+    starts = list(itertools.accumulate(counts))
+    batches = []
+    order = torch.randperm(current, generator=generator(seed, "order", stage, epoch))
+    for step, rows in enumerate(order.split(size)):
+        random = generator(seed, "replay batch", stage, epoch, step)
+        # Evenly over the past tasks: rounds of all of them, in an order of each batch's own.
+        rounds = math.ceil(len(rows) / len(past)) if past else 0
+        tasks = torch.randperm(len(past), generator=random).repeat(rounds)[: len(rows)].tolist()
+        drawn = [starts[task] + int(torch.randint(past[task], (), generator=random)) for task in tasks]
+        batches.append(torch.cat([rows, torch.tensor(drawn, dtype=torch.int64)]))
+    return batches
 
 
-def _split(images: Tensor, share: float, random: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Images to learn from and images held out: at least one of each, where there are two and a share."""
+def split(images: Tensor, share: float, seed: int, stage: int) -> tuple[Tensor, Tensor]:
+    """A stage's images to learn from, and those held out: at least one of each, where there are two and a share."""
     count = held_out(len(images), share)
     if not count:
         return images, images[:0]
-    order = torch.randperm(len(images), generator=random).to(images.device)
+    order = torch.randperm(len(images), generator=generator(seed, "held out", stage)).to(images.device)
     return images[order[count:].sort().values], images[order[:count].sort().values]
 
 

@@ -81,7 +81,7 @@ def build(method: str, cache: Path) -> Detector:
 def test_a_training_left_at_any_step_and_continued_ends_in_the_same_weights(
     method: str, tmp_path: Path
 ) -> None:
-    current, stored = images(7, 0), [images(3, 1), images(2, 2)]
+    current, stored = images(7, 0), [(images(3, 1), images(1, 3)), (images(2, 2), images(0, 4))]
 
     def end(place: int | None, folder: str) -> tuple[dict[str, Tensor], int]:
         """The state after a training that was left once, and how many places to leave it there were."""

@@ -1,6 +1,7 @@
 """PatchCore and PaDiM against direct transcriptions of their equations."""
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -227,3 +228,28 @@ def test_footprints_of_the_paper() -> None:
     padim = PaDiM(backbone, layers=[1, 2, 3])
     size = padim.mean.shape[-1]
     assert 3136 * (size * size + size) * 4 / 1e6 == pytest.approx(1541.0, abs=0.1)
+
+
+def test_features_kept_elsewhere_come_back_to_the_images_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, whose memory holds some images' features, and a file of the host those of others."""
+    pyramid = Backbone("resnet18", pretrained=False, arguments={"channels": [8, 16, 32, 64]}).pyramid([2])
+    monkeypatch.setattr(pyramid.store, "keys", lambda images: [(0, 0), (1, 1)])
+    monkeypatch.setattr(
+        pyramid, "compute", lambda images: [torch.zeros(len(images), 16, 6, 6, device="meta")]
+    )
+    pyramid.store.put((0, 0), [torch.zeros(16, 6, 6)])
+    (level,) = pyramid(torch.zeros(2, 3, 48, 48, device="meta"))
+    assert level.device.type == "meta" and level.shape == (2, 16, 6, 6)
+
+
+def test_a_transformer_s_tokens_go_through_its_normalisation() -> None:
+    backbone = Backbone("deit_tiny_patch16_224", pretrained=False)
+    pyramid = backbone.pyramid([7])
+    network: Any = pyramid.network
+    norm = network.model.norm
+    with torch.no_grad():
+        norm.weight.fill_(3.0), norm.bias.fill_(0.5)
+        (level,) = pyramid(torch.randint(0, 256, (2, 3, 224, 224), dtype=torch.uint8))
+    assert pyramid.normalised and level.shape == (2, 192, 14, 14)
+    torch.testing.assert_close(level.mean(1), torch.full((2, 14, 14), 0.5), rtol=0, atol=1e-4)
+    torch.testing.assert_close(level.std(1, correction=0), torch.full((2, 14, 14), 3.0), rtol=0, atol=1e-2)

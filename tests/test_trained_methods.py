@@ -349,17 +349,21 @@ def test_teacher_statistics_are_of_all_positions_of_current_and_stored_images(ef
     torch.testing.assert_close(efficient.channel_deviation.flatten(), deviation.float())
 
 
-def test_efficientad_is_its_equations(efficient: EfficientAD) -> None:
+@pytest.mark.parametrize(("seed", "grey"), [(3, True), (7, False)])  # how it shows the penalty image
+def test_efficientad_is_its_equations(seed: int, grey: bool, efficient: EfficientAD) -> None:
     batch = images(2, 0, 64)
     efficient.eval()  # no dropout
     with torch.no_grad():
         efficient.prepare(batch)
         efficient.start_task(0, batch, none(batch))
-        torch.manual_seed(3)
+        torch.manual_seed(seed)
         loss = efficient.training_step(batch)
-        torch.manual_seed(3)
+        torch.manual_seed(seed)
         jittered = efficientad.jitter(batch / 255)
-        penalty = efficient._penalties[torch.randint(3, (1,))] / 255
+        larger = efficient.pictures.load(128, 128)[torch.randint(3, (1,))]
+        penalty = larger[..., 32:96, 32:96] / 255
+        if grey:
+            penalty = penalty.mean(1, keepdim=True).repeat(1, 3, 1, 1)
 
         def normal(x: Tensor) -> Tensor:
             mean, deviation = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
@@ -395,7 +399,7 @@ def test_efficientad_is_its_equations(efficient: EfficientAD) -> None:
         total = torch.zeros(2, 64, 64)
         for held_map, test_map in zip(*maps, strict=True):
             low, high = (torch.quantile(held_map.flatten(), q) for q in (0.9, 0.995))
-            scaled = F.pad(0.1 * (test_map - low) / (high - low), (4, 4, 4, 4))
+            scaled = 0.1 * (F.pad(test_map, (4, 4, 4, 4)) - low) / (high - low)
             total += 0.5 * F.interpolate(scaled[:, None], (64, 64), mode="bilinear")[:, 0]
         prediction = efficient(batch)
     torch.testing.assert_close(prediction.maps, total, rtol=1e-3, atol=1e-4)

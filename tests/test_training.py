@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from clbench.methods.base import Detector
+from clbench.strategies.replay import Replay
 from clbench.training import Diverged, train
 
 
@@ -65,7 +66,7 @@ def test_every_epoch_sees_every_image_once_in_an_order_of_its_own() -> None:
 
 def test_as_many_images_are_replayed_evenly_over_past_tasks() -> None:
     detector = Recorder(epochs=50, batch_size=4)
-    stored = [numbered(100, 30), numbered(150, 3), numbered(200, 1)]
+    stored = [(part, part[:0]) for part in (numbered(100, 30), numbered(150, 3), numbered(200, 1))]
     train(detector, 3, numbered(0, 10), stored, seed=0)
     drawn = []
     for batch in detector.seen:
@@ -80,12 +81,27 @@ def test_as_many_images_are_replayed_evenly_over_past_tasks() -> None:
 
 def test_held_out_images_of_current_and_past_tasks_reach_no_step() -> None:
     detector = Recorder([1.0] * 5, epochs=5, batch_size=4, held_out=0.2, patience=9)
-    train(detector, 1, numbered(0, 10), [numbered(100, 10)], seed=0)
+    train(detector, 1, numbered(0, 10), [(numbered(100, 8), numbered(108, 2))], seed=0)
     held_out = set(numbers(detector.finished))
-    assert len(held_out) == 4 and len({number for number in held_out if number < 100}) == 2
+    assert len(held_out) == 4 and {number for number in held_out if number >= 100} == {108, 109}
     assert not held_out & set(numbers(torch.cat(detector.seen)))
     assert not held_out & set(numbers(detector.prepared))
     assert set(numbers(torch.cat(detector.validated))) == held_out
+
+
+def test_what_was_held_out_of_a_task_stays_held_out_when_it_is_replayed() -> None:
+    detector = Recorder([1.0] * 100, epochs=2, batch_size=4, held_out=0.2, patience=9)
+    strategy = Replay(detector, replay_size=24)
+    learned: set[int] = set()
+    held_out: set[int] = set()
+    for stage in range(5):
+        detector.seen.clear()
+        strategy.learn(stage, numbered(20 * stage, 20))
+        learned |= set(numbers(torch.cat(detector.seen)))
+        held_out |= set(numbers(detector.finished))
+        assert len(strategy.images) == min(24, 20 * (stage + 1))
+        assert sum(strategy.counts[1::2]) == pytest.approx(0.2 * len(strategy.images), abs=stage + 1)
+    assert len(held_out) == 5 * 4 and not learned & held_out
 
 
 def test_a_single_image_is_learned_from_and_not_held_out() -> None:

@@ -20,7 +20,7 @@ class CFA(Detector):
         layers: levels of its pyramid; all are brought to the grid of the first.
         attracted: K, the nearest centroids that attract a patch, and that its score looks at.
         repelled: J, the next nearest, which repel it.
-        alpha: how much further than the radius repelling centroids are to be.
+        alpha: how far within the hypersphere a repelling centroid may be at no cost.
         nu: of the soft boundary: the smaller, the more a patch outside its hypersphere costs.
         sigma: of the map's smoothing, pixels.
         epochs, batch_size, learning_rate, weight_decay: of AdamW with AMSGrad.

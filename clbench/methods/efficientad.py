@@ -20,6 +20,7 @@ _HARD = 0.999  # quantile of the squared differences from which on they count
 _LOW, _HIGH = 0.9, 0.995  # quantiles of normal maps that become 0 and _UNIT
 _UNIT = 0.1
 _AUTOENCODER_SIDE = 256  # pixels: the autoencoder sees images at this size, whatever theirs
+_GREY = 0.3  # share of penalty images shown in grey
 _JITTER = 0.2  # of brightness, contrast or saturation
 
 
@@ -99,7 +100,11 @@ class EfficientAD(Detector):
         self.register_buffer("quantiles", torch.tensor([[0.0, _UNIT]] * 2))
 
     def prepare(self, images: Tensor) -> None:
-        self._penalties = self.pictures.load(*images.shape[-2:]).to(images.device)
+        height, width = images.shape[-2:]
+        # The middle of pictures of twice the size (Batzner et al., 2024, appendix A).
+        larger = self.pictures.load(2 * height, 2 * width)
+        middle = larger[..., height // 2 : height // 2 + height, width // 2 : width // 2 + width]
+        self._penalties = middle.to(images.device, copy=True)
 
     def start_task(self, task: int, images: Tensor, stored: Tensor) -> None:
         """The teacher's mean and deviation of each channel over all positions of all normal images."""
@@ -131,11 +136,11 @@ class EfficientAD(Detector):
         """Images [B, 3, H, W] -> L_ST (hard features and penalty) + L_AE + L_STAE."""
         batch = len(images)
         jittered = jitter(unit(images))
-        penalty = self._penalties[torch.randint(len(self._penalties), (1,), device=images.device)]
+        penalty = unit(self._penalties[torch.randint(len(self._penalties), (1,), device=images.device)])
+        if float(torch.rand(())) < _GREY:
+            penalty = penalty.mean(1, keepdim=True).expand_as(penalty)
         # One pass of the student over all that it is to see.
-        imitated = self.student(
-            self.normalisation(torch.cat([unit(images), jittered, unit(penalty)]))
-        ).float()
+        imitated = self.student(self.normalisation(torch.cat([unit(images), jittered, penalty]))).float()
         normal, changed, foreign = imitated.split([batch, batch, 1])
         taught, repeated = normal[:, : self.channels], changed[:, self.channels :]
         hard = hard_features((self._taught(images) - taught).square())
@@ -168,9 +173,10 @@ class EfficientAD(Detector):
         height, width = images.shape[-2:]
         levels = []
         for level, (low, high) in zip(self.differences(images), self.quantiles, strict=True):
-            # Its unpadded convolutions leave out a border, of about four positions a side at 256 pixels.
-            padded = F.pad(_UNIT * (level - low) / (high - low).clamp_min(1e-12), (4, 4, 4, 4))
-            levels.append(F.interpolate(padded[:, None], (height, width), mode="bilinear")[:, 0])
+            # Its unpadded convolutions leave out a border, of about four positions a side at 256 pixels: no
+            # difference is known there, so it is to rank below what is normal, and not at the quantile.
+            scaled = _UNIT * (F.pad(level, (4, 4, 4, 4)) - low) / (high - low).clamp_min(1e-12)
+            levels.append(F.interpolate(scaled[:, None], (height, width), mode="bilinear")[:, 0])
         maps = torch.stack(levels).mean(0)
         return Prediction(maps, maps.amax((1, 2)))
 

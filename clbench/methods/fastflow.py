@@ -82,10 +82,10 @@ class FastFlow(Detector):
 
     def transformed(self, images: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Each level through its flow: z [B, C_l, h_l, w_l] and log-determinants [B]."""
-        return [
-            flow(F.layer_norm(level, level.shape[1:]))
-            for level, flow in zip(self.pyramid(images), self.flows, strict=True)
-        ]
+        levels = self.pyramid(images)
+        if not self.pyramid.normalised:
+            levels = [F.layer_norm(level, level.shape[1:]) for level in levels]
+        return [flow(level) for level, flow in zip(levels, self.flows, strict=True)]
 
 
 class Flow(nn.Module):

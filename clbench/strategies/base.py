@@ -90,8 +90,10 @@ class Strategy:
         """Continue from what `state` gave."""
         self.detector.restore(part(state, "detector."))
 
-    def fit(self, detector: Detector, stage: int, images: Tensor, stored: Sequence[Tensor] = ()) -> None:
-        """Teach a detector a stage's images, and with them the stored ones of each earlier task."""
+    def fit(
+        self, detector: Detector, stage: int, images: Tensor, stored: Sequence[tuple[Tensor, Tensor]] = ()
+    ) -> None:
+        """Teach a detector a stage's images, and with them each earlier task's stored ones, see `train`."""
         train(detector, stage, images, stored, self.seed, self.bookmark, self.on_epoch)
 
 
