@@ -39,8 +39,6 @@ def main(config: DictConfig) -> None:
         with directory.lock(), Interruption() as interruption, display, directory.reporting() as report:
             if directory.finished(settings):
                 return
-            if settings["overwrite"]:
-                directory.clear()
             display.heading(directory.path.name)
             device = instantiation.device(settings["gpu"])
             footprint.reset_peak(device)
@@ -79,13 +77,16 @@ def main(config: DictConfig) -> None:
                 checkpoint_s=settings["checkpoint_s"],
             )
     except Stopped as stopped:
-        display.line(f"{stopped}: the same command continues here")
+        again = "the same command without overwrite=true" if settings["overwrite"] else "the same command"
+        display.line(f"{stopped}: {again} continues here")
         stopped.hand_on()
 
 
 if __name__ == "__main__":
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra hands its errors on, to be said in one line
-    sys.argv[1:] = for_every_choice(sys.argv[1:])
+    # argparse wants flags before what they are for: -m may stand anywhere.
+    flags = [text for text in sys.argv[1:] if text in ("-m", "--multirun")]
+    sys.argv[1:] = flags[:1] + for_every_choice([text for text in sys.argv[1:] if text not in flags])
     try:
         main()
     except (HydraException, OmegaConfBaseException) as error:
@@ -96,5 +97,5 @@ if __name__ == "__main__":
         print(f"error: a config cannot be read: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("interrupted: the same command continues after the last finished task", file=sys.stderr)
+        print("interrupted", file=sys.stderr)
         sys.exit(130)

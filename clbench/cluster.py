@@ -83,4 +83,7 @@ def _ask(*command: str) -> str:
     except subprocess.TimeoutExpired as error:
         raise UserError(f"{command[0]} does not answer: is the cluster's controller up?") from error
     except subprocess.CalledProcessError as error:
-        raise UserError(f"{command[0]} failed: {' '.join(error.stderr.split())}") from error
+        said = " ".join(error.stderr.split())
+        raise UserError(
+            f"{command[0]} failed ({said}): is this a machine of the cluster, and its controller up?"
+        ) from error

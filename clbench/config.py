@@ -98,13 +98,24 @@ class Gpu(_Strict):
 
 class Wandb(_Strict):
     mode: Literal["auto", "online", "offline", "disabled"]
-    project: str
-    entity: str | None
-    tags: list[str]
+    project: Annotated[str, Field(pattern=r"^[^/\\#?%:]{1,128}$")]
+    entity: Annotated[str, Field(pattern=r"^[\w.\-]+$")] | None
+    tags: list[Annotated[str, Field(min_length=1, max_length=64)]]
     notes: str | None
 
 
-class Schema(_Strict):
+class Sweep(_Strict):
+    """What a sweep's runs share, and is no part of their results."""
+
+    outputs: Annotated[str, Field(min_length=1)]
+    maps: bool
+    overwrite: bool
+    only: Literal["failed", "missing"] | None
+    dry_run: bool
+    checkpoint_s: Annotated[float, Field(ge=0, strict=False, allow_inf_nan=False)]
+
+
+class Schema(Sweep):
     """Every key of a composed config."""
 
     method: Method
@@ -117,15 +128,9 @@ class Schema(_Strict):
     wandb: Wandb
     benchmark: str
     experiment: Annotated[str, AfterValidator(_folder_name)]
-    outputs: str
-    cache: str
+    cache: Annotated[str, Field(min_length=1)]
     seed: Annotated[int, Field(ge=0)]
     evaluate: Literal["seen", "all"]
-    maps: bool
-    overwrite: bool
-    only: Literal["failed", "missing"] | None
-    dry_run: bool
-    checkpoint_s: Annotated[float, Field(ge=0, strict=False)]
 
 
 def check(config: DictConfig) -> dict[str, Any]:
@@ -156,6 +161,23 @@ def check(config: DictConfig) -> dict[str, Any]:
         values["replay"]["size"] = values["method"]["protocol"]["replay_size"]
     _check_combinations(values)
     return values
+
+
+def check_sweep(config: DictConfig, arguments: list[str]) -> None:
+    """Whether the settings of a sweep itself make sense, which its finished runs are not composed to see.
+
+    Raises:
+        UserError: one does not.
+    """
+    values = {name: config[name] for name in Sweep.model_fields}
+    try:
+        Sweep.model_validate(values)
+    except ValidationError as error:
+        raise _invalid(error, values) from error
+    for text in arguments:
+        key, _, value = text.partition("=")
+        if key in ("outputs", "only", "dry_run", "overwrite") and "," in value:
+            raise UserError(f"{text}: it is the whole sweep's, and has one value")
 
 
 def arguments(config: Mapping[str, Any], node: str) -> dict[str, Any]:
@@ -201,21 +223,41 @@ def wandb_mode(settings: Mapping[str, Any]) -> tuple[str, str | None]:
     """`online`, `offline` or `disabled`, and a word on why where `auto` had to choose.
 
     Raises:
-        UserError: online, and no key.
+        UserError: online, and no key; or a server's address that is none, or holds a password.
     """
     chosen = settings["mode"]
+    if chosen in ("auto", "online"):
+        _check_address(os.environ.get("WANDB_BASE_URL"))
     if chosen == "auto":
-        if _wandb_key():
+        if wandb_key():
             return "online", "wandb=auto is online: a key is configured"
         return "offline", "wandb=auto is offline: no key is configured (WANDB_API_KEY, or wandb login)"
-    if chosen == "online" and not _wandb_key():
+    if chosen == "online" and not wandb_key():
         raise UserError(
             "wandb=online needs a key: set WANDB_API_KEY or run wandb login; or take wandb=offline"
         )
     return chosen, None
 
 
-def _wandb_key() -> bool:
+def _check_address(address: str | None) -> None:
+    if address is None:
+        return
+    try:
+        parts = urlparse(address)
+        usable = parts.scheme in ("http", "https") and bool(parts.hostname)
+    except ValueError:
+        usable = False
+    if not usable:
+        raise UserError(f"WANDB_BASE_URL={address} is no address of a server: give https://HOST, or unset it")
+    if parts.password:
+        raise UserError(
+            "WANDB_BASE_URL holds a password, which would end in logs: give the address without it, and the key "
+            "in WANDB_API_KEY"
+        )
+
+
+def wandb_key() -> bool:
+    """Whether a key for Weights & Biases is configured."""
     if os.environ.get("WANDB_API_KEY"):
         return True
     host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
@@ -351,13 +393,22 @@ def in_results(override: str) -> bool:
     return re.split(r"[.=/@]", override.lstrip("+~"), maxsplit=1)[0] not in _NOT_IN_RESULTS
 
 
+_FIRST = ("method", "strategy", "replay", "replay.size", "backbone", "dataset", "task_order", "seed")
+
+
+def _order(override: str) -> tuple[int, str]:
+    """Choices first, as the name may be cut."""
+    key = override.partition("=")[0].lstrip("+")
+    return (_FIRST.index(key) if key in _FIRST else len(_FIRST)), override.lstrip("+")
+
+
 def run_name(overrides: ListConfig | list[str]) -> str:
     """The run directory's name: what was overridden, so that the same command finds the same directory.
 
     Values that cannot stand in a file's name, or are long, are cut and end in a hash of the whole.
     """
     parts = []
-    for override in sorted(overrides):
+    for override in sorted(overrides, key=_order):
         key, _, value = override.partition("=")
         if not in_results(override):
             continue

@@ -10,6 +10,7 @@ from clbench.data.stream import Task
 from clbench.methods.base import Prediction, Progress
 from clbench.metrics.curves import image_metrics, pixel_metrics
 from clbench.strategies.base import Strategy
+from clbench.training import CALMER, Diverged
 
 BATCH_SIZE = 16
 _TIMED_IMAGES = 32
@@ -19,7 +20,11 @@ _TIMED_IMAGES = 32
 def predict(
     strategy: Strategy, images: ImageSet, task: int, device: torch.device, progress: Progress
 ) -> Prediction:
-    """Maps [N, H, W] and scores [N] of a task's test images, on the CPU."""
+    """Maps [N, H, W] and scores [N] of a task's test images, on the CPU.
+
+    Raises:
+        Diverged: one is no number.
+    """
     strategy.detector.eval()
     count = len(images)
     maps, scores = torch.empty(images.masks.shape), torch.empty(count)
@@ -28,6 +33,8 @@ def predict(
         prediction = strategy.predict(images.images[rows].to(device), task)
         maps[rows], scores[rows] = prediction.maps.cpu(), prediction.scores.cpu()
         progress("evaluating", min(begin + BATCH_SIZE, count), count)
+    if not (maps.isfinite().all() and scores.isfinite().all()):
+        raise Diverged(f"maps or scores became no numbers: {CALMER}")
     return Prediction(maps, scores)
 
 

@@ -1,6 +1,7 @@
 """The protocol: for each stage, learn; then for each task, evaluate; record; checkpoint."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -90,10 +91,8 @@ def run(
         if stage > last_learned:
             with spent.on("train_s"), memory_named(f"learning {names}", "method.batch_size"):
                 train = [tasks[task].train.images for task in stages[stage]]
-                try:
+                with _titled(title):
                     strategy.learn(stage, (torch.cat(train) if len(train) > 1 else train[0]).to(device))
-                except Diverged as error:
-                    raise UserError(f"{title}: {error}") from error
                 strategy.detector.release(strategy.stored_images())
             checkpoints.save_stage(stage, strategy.state(), {"rows": rows})
 
@@ -106,7 +105,8 @@ def run(
                     result = {m: v for s, i, _, m, v in rows if (s, i) == (stage - 1, index)}
                 else:
                     display.heading(f"{title}, {task.name}")
-                    prediction = evaluation.predict(strategy, task.test, index, device, progress)
+                    with _titled(f"{title}, {task.name}"):
+                        prediction = evaluation.predict(strategy, task.test, index, device, progress)
                     result = evaluation.measure(prediction, task.test)
                     recorder.pictures(stage, task.name, heat_maps.few(prediction, task.test))
                     if maps and stage in (learned[index], len(stages) - 1):
@@ -142,6 +142,15 @@ def run(
     if said:
         display.line(said)
     return summary
+
+
+@contextmanager
+def _titled(title: str) -> Iterator[None]:
+    """Inside, a training that diverged is an error that says where."""
+    try:
+        yield
+    except Diverged as error:
+        raise UserError(f"{title}: {error}") from error
 
 
 def _results(rows: list[Row], learned: list[int], stage: int) -> dict[str, dict[str, float | None]]:

@@ -43,7 +43,9 @@ class Interruption:
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._asked) for number in _SIGNALS}
+            # What is ignored already, as Ctrl-C in a script's background, stays ignored.
+            heard = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+            self._before = {number: signal.signal(number, self._asked) for number in heard}
         return self
 
     def __exit__(

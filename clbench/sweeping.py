@@ -101,7 +101,7 @@ def plan_table(runs: Sequence[Run], wanted: Sequence[Run]) -> Table:
         table.add_column(
             title, overflow="fold", justify="right" if title in ("peak MB", "minutes") else "left"
         )
-    names = distinct([run.directory.path for run in runs])
+    names = distinct(runs)
     known = _finished_beside(runs)
     total = 0.0
     for run, name in zip(runs, names, strict=True):
@@ -158,16 +158,17 @@ def _parts(name: str) -> dict[str, str]:
     return dict(part.partition("=")[::2] for part in name.split(","))
 
 
-def distinct(paths: Sequence[Path]) -> list[str]:
-    """What each run's name does not share with the others', for tables."""
-    names = [path.name.split(",") for path in paths]
-    shared = set(names[0]).intersection(*names[1:])
+def distinct(runs: Sequence[Run]) -> list[str]:
+    """What each run's overrides do not share with the others', for tables."""
+    given = [[text.lstrip("+") for text in run.overrides] for run in runs]
+    shared = set(given[0]).intersection(*given[1:])
     return [
-        escape(", ".join(part for part in name if part not in shared) or ", ".join(name)) for name in names
+        escape(", ".join(text for text in texts if text not in shared) or run.directory.path.name)
+        for texts, run in zip(given, runs, strict=True)
     ]
 
 
-def sweep_table(directories: Sequence[RunDirectory]) -> Table:
+def sweep_table(runs: Sequence[Run]) -> Table:
     """A row a run, from its directory's summary, named by what it does not share with the others."""
     table = Table(title="mean over tasks after the last stage", title_justify="left")
     table.add_column("run", overflow="fold")
@@ -175,10 +176,9 @@ def sweep_table(directories: Sequence[RunDirectory]) -> Table:
         table.add_column(TITLES[metric], justify="right")
     for title in ("F1 forgotten", "kept MB", "peak MB", "train s", "eval s", "ms/image"):
         table.add_column(title, justify="right")
-    names = distinct([directory.path for directory in directories])
     unfinished: list[str] = []
-    for name, directory in zip(names, directories, strict=True):
-        summary = directory.summary()
+    for name, run in zip(distinct(runs), runs, strict=True):
+        directory, summary = run.directory, run.directory.summary()
         if summary is None or summary["status"] != "complete":
             state = "not begun" if summary is None else summary["status"]
             table.add_row(f"{name} [red]{state}")

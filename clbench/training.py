@@ -16,6 +16,9 @@ from clbench.randomness import generator, seed_for
 _LOOK_S = 0.5  # seconds between two looks at the loss, each of which waits for the device
 
 
+CALMER = "lower method.learning_rate, or set gpu.precision=fp32"
+
+
 class Diverged(UserError):
     """The loss is no number any more."""
 
@@ -136,6 +139,8 @@ class Descent:
             self._keep(epoch_ended=True)
         if self.best is not None:
             detector.restore(self.best)
+        if not all(bool(parameter.isfinite().all()) for parameter in self._parameters()):
+            raise Diverged(f"weights became no numbers in the last step of epoch {self.epoch}: {CALMER}")
 
     def _epoch(self, images: Tensor, counts: Sequence[int], steps: int) -> None:
         """The steps of an epoch, from the next one on."""
@@ -182,7 +187,7 @@ class Descent:
             step = int(bad[0])
             raise Diverged(
                 f"the loss became {float(self.losses[step])} in epoch {self.epoch + 1}, step {step + 1}: "
-                "lower method.learning_rate, or set gpu.precision=fp32"
+                f"{CALMER}"
             )
 
     @torch.no_grad()

@@ -143,3 +143,101 @@ def test_a_gpu_out_of_memory_names_phase_and_setting() -> None:
     named = r"not enough for learning bottle .*lower method\.batch_size"
     with pytest.raises(UserError, match=named), memory_named("learning bottle", "method.batch_size"):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+
+@pytest.mark.parametrize(
+    ("override", "reason"),
+    [
+        ("only=faild", "only=faild: input should be 'failed' or 'missing'"),
+        ("dry_run=maybe", "dry_run=maybe: input should be a valid boolean"),
+        ("checkpoint_s=-1", "checkpoint_s=-1: input should be greater than or equal to 0"),
+        ("outputs=", "outputs=: string should have at least 1 character"),
+        ("dry_run=true,false", "dry_run=true,false: it is the whole sweep's"),
+        ("seed=range(0)", "asks for no run"),
+    ],
+)
+def test_a_sweep_s_own_settings_are_checked_though_its_runs_are_finished(
+    override: str, reason: str, train: Train, tmp_path: Path
+) -> None:
+    assert train("-m", "method=padim").returncode == 0
+    refused = train("-m", "method=padim", override)
+    assert refused.returncode == 2 and "Traceback" not in refused.stderr
+    assert reason in refused.stderr
+
+
+def test_long_runs_are_told_apart_in_tables_and_flags_stand_anywhere(folder: Path, tmp_path: Path) -> None:
+    long = "task_order.tasks=[brick,[cloth,plate]]", "dataset.root=" + "/".join([str(folder)] * 1)
+    words = command(folder, tmp_path, *long, "backbone.name=resnet18", "method.epsilon=0.5,0.6", "gpu=cpu")
+    words.insert(4, "-m")
+    result = subprocess.run([*words, "seed=0,1"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    for seed in (0, 1):
+        for epsilon in (0.5, 0.6):
+            assert f"method.epsilon={epsilon}, seed={seed}" in result.stdout
+
+
+def test_overwriting_starts_anew_once_and_a_run_of_it_continues(
+    folder: Path, train: Train, tmp_path: Path
+) -> None:
+    long = ("method=stfpm", "strategy=finetune", "method.epochs=300", "method.batch_size=2")
+    stale = tmp_path / "outputs" / "default" / "stale"
+    words = command(folder, tmp_path, *long, "overwrite=true", "checkpoint_s=0")
+
+    def stopped() -> str:
+        """What it says when it is asked to stop, once a training is under way."""
+        process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        while not [path for path in checkpoints() if path.stat().st_mtime > stale.stat().st_mtime]:
+            assert process.poll() is None
+            time.sleep(0.02)
+        process.send_signal(signal.SIGTERM)
+        return process.communicate(timeout=60)[0]
+
+    def checkpoints() -> list[Path]:
+        return list((tmp_path / "outputs").glob("default/*/checkpoint/learning-0000-*.json"))
+
+    stale.parent.mkdir(parents=True)
+    stale.touch()
+    assert "the same command without overwrite=true continues here" in stopped()
+    stale.touch()
+    assert "continuing" not in stopped()
+    again = train(*long)
+    assert again.returncode == 0 and "continuing in stage 1 of 3" in again.stdout
+
+
+def test_a_local_run_whose_process_is_killed_every_time_fails_and_the_others_finish(
+    folder: Path, tmp_path: Path
+) -> None:
+    long = ("method=stfpm", "strategy=finetune", "method.epochs=40", "method.batch_size=2")
+    words = command(folder, tmp_path, "-m", *long, "seed=0,1,2", "hydra/launcher=local")
+    process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    kills = 0
+    while process.poll() is None:
+        for lock in (tmp_path / "outputs").glob("default/*seed=1*/run.lock"):
+            words_of_lock = lock.read_text().split()
+            if len(words_of_lock) > 1 and kills < 2:
+                number = int(words_of_lock[1])
+                assert number != process.pid  # a run never is the sweep's own process
+                os.kill(number, signal.SIGKILL)
+                lock.write_text("")
+                kills += 1
+        time.sleep(0.05)
+    output, errors = process.communicate()
+    assert kills == 2 and process.returncode == 1
+    assert "its process was killed, for its memory perhaps" in errors
+    found = {path.name.rpartition("seed=")[2][:1]: path for path in run_directories(tmp_path)}
+    assert status(found["0"]) == status(found["2"]) == "complete"
+    assert "just learned" in output
+
+
+def test_a_detector_that_gives_no_numbers_is_named(train: Train, tmp_path: Path) -> None:
+    given = (
+        "method=stfpm",
+        "strategy=finetune",
+        "method.batch_size=5",
+        "method.epochs=1",
+        "method.patience=null",
+    )
+    result = train(*given, "method.learning_rate=1e30")
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert "task 1/3 brick" in result.stderr and "lower method.learning_rate" in result.stderr
+    assert [status(path) for path in run_directories(tmp_path)] == ["failed"]

@@ -102,7 +102,8 @@ class RunDirectory:
 
     def complete(self, summary: Mapping[str, Any]) -> bool:
         """Whether a summary of this directory is of a run that is complete, its results still there."""
-        return summary["status"] == "complete" and (self.path / "metrics.csv").is_file()
+        there = all((self.path / name).is_file() for name in ("metrics.csv", "config.yaml"))
+        return summary["status"] == "complete" and there
 
     def state(self, config: Mapping[str, Any]) -> tuple[State, str | None]:
         """Where the run of a config stands, and why it failed where it did.

@@ -7,11 +7,14 @@ once, under one id.
     python -m clbench.recording.wandb sync DIR ...    send what is not sent yet, of runs or of whole experiments
 """
 
+import argparse
 import hashlib
 import json
+import os
 import struct
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -20,6 +23,8 @@ from typing import Any
 
 import numpy as np
 
+from clbench.config import wandb_key
+from clbench.errors import UserError
 from clbench.metrics.continual import Matrix
 from clbench.recording.recorder import Recorder
 from clbench.recording.run_directory import write_whole
@@ -205,7 +210,11 @@ def _sender(fragment: Path) -> subprocess.Popen:
     words = ["-m", "wandb", "beta", "sync", "--live", "--yes", str(fragment)]
     with open(fragment / "sending.log", "w") as log:
         return subprocess.Popen(
-            [sys.executable, "-c", _END_WITH_PARENT, *words], stdin=subprocess.DEVNULL, stdout=log, stderr=log
+            [sys.executable, "-c", _END_WITH_PARENT, *words],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            env={**os.environ, "WANDB_DIR": str(fragment)},
         )
 
 
@@ -214,15 +223,37 @@ def _command(folder: Path) -> str:
 
 
 def sync(folders: Sequence[Path]) -> int:
-    """Send what is not sent yet of runs or experiments; the exit status of wandb, which does it."""
+    """Send what is not sent yet of runs or experiments; the exit status of wandb, which does it.
+
+    Raises:
+        UserError: there is nothing to send, or no key to send it with.
+    """
     places = sorted({path for folder in folders for path in folder.rglob("wandb") if path.is_dir()})
     if not places:
-        print(f"error: {', '.join(map(str, folders))}: no runs of W&B there", file=sys.stderr)
-        return 2
-    return subprocess.call([sys.executable, "-m", "wandb", "beta", "sync", "--yes", *map(str, places)])
+        raise UserError(f"{', '.join(map(str, folders))}: no runs of W&B there; give outputs/EXPERIMENT")
+    if not wandb_key():
+        raise UserError("sending needs a key: set WANDB_API_KEY or run wandb login")
+    print("sending; a server that cannot be reached is tried again until Ctrl-C", flush=True)
+    words = [sys.executable, "-m", "wandb", "beta", "sync", "--yes", *map(str, places)]
+    with tempfile.TemporaryDirectory() as folder:
+        return subprocess.call(words, env={**os.environ, "WANDB_DIR": folder})
+
+
+def main() -> None:
+    """The command; see the module's text."""
+    about, _, _ = (__doc__ or "").partition("\n\n")
+    parser = argparse.ArgumentParser(prog="python -m clbench.recording.wandb", description=about)
+    commands = parser.add_subparsers(required=True)
+    sending = commands.add_parser("sync", help="send what is not sent yet")
+    sending.add_argument("folders", nargs="+", type=Path, help="of runs, or of whole experiments")
+    try:
+        sys.exit(sync(parser.parse_args().folders))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 3 or sys.argv[1] != "sync":
-        sys.exit("usage: python -m clbench.recording.wandb sync DIR ...")
-    sys.exit(sync([Path(name) for name in sys.argv[2:]]))
+    main()

@@ -33,37 +33,43 @@ class LocalLauncher(JoblibLauncher):
 
         directories = [run_directory(self, overrides) for overrides in job_overrides]
         results: dict[int, JobReturn] = {}
-        suspects: list[int] = []
+        suspects: set[int] = set()
         several = self.joblib["n_jobs"]
+        # joblib runs a single job at a time in this very process, which would then be the one that is killed.
+        self.joblib["n_jobs"] = several if several == -1 else max(2, several)
+        begun = time.time()
         while len(results) < len(job_overrides):
             rest = [index for index in range(len(job_overrides)) if index not in results]
-            alone = [index for index in rest if index in suspects][:1]
-            self.joblib["n_jobs"] = 1 if alone else several
+            alone = [index for index in rest if index in suspects][:1] or (rest[:1] if several == 1 else [])
             turn = alone or rest
             try:
-                for index, result in zip(
-                    turn,
-                    super().launch([job_overrides[index] for index in turn], initial_job_idx),
-                    strict=True,
-                ):
-                    results[index] = result
+                returned = super().launch([job_overrides[index] for index in turn], initial_job_idx)
             except TerminatedWorkerError:
                 for index in turn:
-                    summary = directories[index].summary()
-                    if summary is None:
-                        continue
-                    if directories[index].complete(summary):
-                        results[index] = JobReturn(status=JobStatus.COMPLETED)
-                    elif summary["status"] == "failed":
-                        results[index] = failure(directories[index], summary["reason"])
+                    if (result := _written_since(begun, directories[index])) is not None:
+                        results[index] = result
                     elif alone:
                         reason = (
                             "its process was killed, for its memory perhaps; the same command continues it"
                         )
                         results[index] = failure(directories[index], reason)
-                    else:
-                        suspects.append(index)
+                if not alone:
+                    left = [index for index in turn if index not in results]
+                    entered = {index for index in left if (directories[index].path / "run.lock").exists()}
+                    suspects |= entered or set(left)
+            else:
+                results |= dict(zip(turn, returned, strict=True))
         return [results[index] for index in range(len(job_overrides))]
+
+
+def _written_since(begun: float, directory: RunDirectory) -> JobReturn | None:
+    """How a run ended, if it did after this time."""
+    summary = directory.summary()
+    if summary is None or (directory.path / "summary.json").stat().st_mtime < begun:
+        return None
+    if directory.complete(summary):
+        return JobReturn(status=JobStatus.COMPLETED)
+    return failure(directory, summary["reason"]) if summary["status"] == "failed" else None
 
 
 def run_directory(launcher: Any, overrides: Sequence[str]) -> RunDirectory:

@@ -10,7 +10,7 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn, JobStatus
 
-from clbench.config import check
+from clbench.config import check, check_sweep
 from clbench.errors import UserError
 from clbench.recording.run_directory import RunDirectory
 from clbench.sweeping import Run, chosen, finished_unchanged, plan_table, sweep_table
@@ -43,13 +43,18 @@ class RunSweeper(BasicSweeper):
         from clbench.terminal import Display
 
         try:
-            runs = self.runs(arguments)
             assert self.config is not None
+            check_sweep(self.config, arguments)
+            runs = self.runs(arguments)
             wanted = chosen(runs, self.config.only)
             if self.config.dry_run:
                 Display("sweep").table(plan_table(runs, wanted))
                 return
             RunDirectory(runs[0].directory.path.parent).create()
+            if self.config.overwrite:  # here, once: a job that is started again is to continue
+                for run in wanted:
+                    with run.directory.lock():
+                        run.directory.clear()
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(2)
@@ -61,7 +66,7 @@ class RunSweeper(BasicSweeper):
                 display.line(f"failed before, tried again: {run.directory.path}: {run.reason}")
         failed = self._launch([run.overrides for run in wanted], runs[0].directory.path.parent)
         if len(runs) > 1:
-            display.table(sweep_table([run.directory for run in runs]))
+            display.table(sweep_table(runs))
         if not failed or len(runs) > 1:
             single = len(runs) == 1
             display.line(f"results: {runs[0].directory.path if single else runs[0].directory.path.parent}")
@@ -89,6 +94,8 @@ class RunSweeper(BasicSweeper):
                     state, reason = directory.state(settings)
                     run = Run(overrides, directory, state, reason)
                 found.setdefault(run.directory.path, run)
+        if not found:
+            raise UserError(f"{' '.join(arguments)} asks for no run: a list in it is empty")
         return list(found.values())
 
     def _launch(self, pending: list[list[str]], folder: Path) -> bool:
