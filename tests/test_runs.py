@@ -211,9 +211,12 @@ LONG = (
 def test_a_run_that_is_asked_to_stop_saves_and_says_so(
     number: signal.Signals, status: int, folder: Path, train: Train, tmp_path: Path
 ) -> None:
+    # Where tests run in a script's background, Ctrl-C is ignored, and so it would be in what they start.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(
         command(folder, tmp_path, *LONG), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
+    signal.signal(signal.SIGINT, before)
     directory = tmp_path / "outputs" / "default"
     while not list(directory.glob("*/checkpoint/learning-0000-*.json")):  # the first epoch's
         assert process.poll() is None
@@ -265,11 +268,17 @@ def test_lost_metrics_are_written_again(train: Train, tmp_path: Path) -> None:
     assert (directory / "metrics.csv").read_bytes() == expected
 
 
+def compose_anew(directory: Path) -> None:
+    """Have the next command compose a finished run, as after a change of conf/, and not know it at sight."""
+    (directory / "summary.json").write_text(json.dumps({**summary(directory), "composed_from": "another"}))
+
+
 @pytest.mark.parametrize("content", [b"", b"{a: [", b"\xff\xfe\x00"])
 def test_a_damaged_config_is_named(content: bytes, train: Train, tmp_path: Path) -> None:
     assert train().returncode == 0
     (directory,) = run_directories(tmp_path)
     (directory / "config.yaml").write_bytes(content)
+    compose_anew(directory)
     result = train()
     assert result.returncode == 2 and "Traceback" not in result.stderr
     assert f"{directory}/config.yaml is damaged: remove {directory}" in result.stderr
@@ -296,6 +305,7 @@ def test_another_config_in_the_same_directory_is_refused_until_told_to_overwrite
     (directory,) = run_directories(tmp_path)
     config = directory / "config.yaml"
     config.write_text(config.read_text().replace("memory_size: 30000", "memory_size: 20000"))
+    compose_anew(directory)
     refused = train()
     assert refused.returncode == 2
     assert "method.memory_size: 20000 -> 30000" in refused.stderr
