@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).parent.parent
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests that run beside one another share the cores
 
 
 @pytest.fixture(scope="session")
@@ -73,7 +74,7 @@ def command(folder: Path, outputs: Path, *overrides: str) -> list[str]:
         "dataset.resize=48",
         "dataset.crop=null",
         "backbone.checkpoint=null",
-        "backbone.arguments.channels=[8,16,32,64]",
+        "backbone.arguments.channels=[16,16,32,64]",
         f"outputs={outputs}/outputs",
         f"cache={outputs}/cache",
     )

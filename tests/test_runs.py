@@ -11,10 +11,12 @@ from random import Random
 
 import hydra
 import pytest
+import torch
 import yaml
 from conftest import ROOT, Train, command, run_directories
 
-from clbench.config import register_resolvers
+from clbench.config import check, register_resolvers
+from clbench.instantiation import detector
 
 METRICS = ["image_auroc", "image_ap", "image_f1", "pixel_auroc", "pixel_ap", "pixel_f1", "aupro"]
 
@@ -135,6 +137,20 @@ def test_the_paper_s_backbone_and_image_size_are_the_method_s(
     assert (paper.dataset.resize, paper.dataset.crop) == (resize, crop)
     assert given.backbone.name == "mobilenetv2_100"
     assert demo.backbone.checkpoint == "package:small.safetensors"
+
+
+@pytest.mark.parametrize(("width", "channels_last"), [(8, False), (16, True)])
+def test_networks_whose_gradients_overrun_their_memory_channels_last_are_left_as_they_are(
+    width: int, channels_last: bool
+) -> None:
+    register_resolvers()
+    narrow = ["backbone.checkpoint=null", f"backbone.arguments.channels=[{width},16,32,64]"]
+    with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        built = detector(check(hydra.compose("config", ["method=stfpm", *narrow])))
+    kernels = [
+        parameter for parameter in built.parameters() if parameter.dim() == 4 and parameter[0, 0].numel() > 1
+    ]
+    assert all(kernel.is_contiguous(memory_format=torch.channels_last) == channels_last for kernel in kernels)
 
 
 def test_a_list_of_lists_makes_tasks_of_several_categories(train: Train, tmp_path: Path) -> None:
