@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image, ImageEnhance, ImageOps
 from test_methods import images
 from torch import Tensor
 from torch.nn import functional as F
@@ -21,7 +22,7 @@ from clbench.methods.efficientad import Autoencoder, EfficientAD, patch_descript
 from clbench.methods.fastflow import FastFlow, Flow
 from clbench.methods.maps import to_image_size
 from clbench.methods.nearest import k_nearest
-from clbench.methods.simulated import augment, perlin, simulate
+from clbench.methods.simulated import augment, equalised, perlin, sharpened, simulate
 from clbench.methods.stfpm import STFPM
 from clbench.strategies.replay import Replay
 
@@ -293,6 +294,21 @@ def test_each_texture_is_changed_in_its_own_way_and_stays_an_image() -> None:
     changed = augment(one)
     assert float(changed.min()) >= 0 and float(changed.max()) <= 1
     assert len({tuple(image.flatten()[:50].tolist()) for image in changed}) > 25
+
+
+@pytest.mark.parametrize("factor", [0.0, 0.6, 2.5])
+def test_sharpened_and_equalised_are_pillow_s(factor: float) -> None:
+    levels = np.random.default_rng(0).beta(2, 5, (256, 256, 3)) * 200 + 20
+    picture = Image.fromarray(levels.astype(np.uint8))
+
+    def tensor(image: Image.Image) -> Tensor:
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 255
+
+    one = tensor(picture)
+    sharp = tensor(ImageEnhance.Sharpness(picture).enhance(factor))
+    torch.testing.assert_close(sharpened(one, torch.tensor(factor)), sharp, rtol=0, atol=2.6 / 255)
+    torch.testing.assert_close(equalised(one), tensor(ImageOps.equalize(picture)), rtol=0, atol=2.6 / 255)
+    assert torch.equal(equalised(one[:, :, :1, :1]), one[:, :, :1, :1])
 
 
 def test_draem_is_its_equations(tmp_path: Path) -> None:

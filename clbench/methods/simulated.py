@@ -85,7 +85,7 @@ def _faded(t: Tensor) -> Tensor:
 
 
 def augment(textures: Tensor) -> Tensor:
-    """Textures [B, 3, H, W] in [0, 1], each changed in three of eight ways."""
+    """Textures [B, 3, H, W] in [0, 1], each changed in three of ten ways."""
     textures = textures.clone()
     chosen = torch.rand(len(textures), len(_CHANGES)).argsort(1)[:, :_AUGMENTATIONS]
     for number, change in enumerate(_CHANGES):
@@ -110,6 +110,26 @@ def uniform(images: Tensor, low: float, high: float, channels: int = 1) -> Tenso
     return low + (high - low) * torch.rand(len(images), channels, 1, 1, device=images.device)
 
 
+def sharpened(images: Tensor, factor: Tensor) -> Tensor:
+    """Images [B, 3, H, W] and their smooth copies, mixed: 0 is smooth, 1 the image, more is sharper; not at the border."""
+    kernel = images.new_tensor([[1, 1, 1], [1, 5, 1], [1, 1, 1]]).div_(13).expand(images.shape[1], 1, 3, 3)
+    smooth = images.clone()
+    smooth[..., 1:-1, 1:-1] = F.conv2d(images, kernel, groups=images.shape[1])
+    return torch.lerp(smooth, images, factor).clamp(0, 1)
+
+
+def equalised(images: Tensor) -> Tensor:
+    """Each channel of images [B, 3, H, W] with its 256 levels spread so that all are about as frequent."""
+    levels = (images * 255).round().long().flatten(0, 1).flatten(1)
+    rows = torch.arange(len(levels), device=images.device)[:, None] * 256
+    counts = torch.bincount((levels + rows).flatten(), minlength=256 * len(levels)).view(-1, 256)
+    below = counts.cumsum(1) - counts
+    brightest = counts.gather(1, levels.amax(1, keepdim=True))
+    most = levels.shape[1] - brightest  # where a channel is of one level, it stays
+    spread = torch.where(most > 0, below / most.clamp_min(1), torch.arange(256, device=images.device) / 255)
+    return spread.to(images.dtype).gather(1, levels).view_as(images)
+
+
 def _stretched(images: Tensor) -> Tensor:
     """Each channel's values brought to the whole range."""
     low, high = images.amin((2, 3), keepdim=True), images.amax((2, 3), keepdim=True)
@@ -124,5 +144,7 @@ _CHANGES: tuple[Callable[[Tensor], Tensor], ...] = (
     lambda t: torch.where(t > uniform(t, 32 / 255, 128 / 255), 1 - t, t),  # solarise
     lambda t: (t * 15).round() / 15,  # posterise to four bits
     lambda t: 1 - t,
+    lambda t: sharpened(t, uniform(t, 0, 3)),
     _stretched,
+    equalised,
 )
