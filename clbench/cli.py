@@ -1,0 +1,57 @@
+"""The command line: clbench run, report, predict, export, data. Imports only what the chosen command needs."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from clbench.errors import UserError
+
+COMMANDS = {
+    "run": (
+        "one run or a sweep: what train.py does",
+        "clbench run -m method=patchcore,padim replay.size=100,300",
+    ),
+}
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Do what the words say, those of the command line where none are given, and give the exit status."""
+    given = list(sys.argv[1:] if words is None else words)
+    parser = argparse.ArgumentParser(
+        prog="clbench",
+        description="Visual anomaly detection, down to the pixel, for products that arrive one after another.",
+        epilog="clbench COMMAND --help says more.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (what, example) in COMMANDS.items():
+        command = commands.add_parser(
+            name,
+            help=what,
+            description=what[0].upper() + what[1:] + ".",
+            epilog=f"for example:\n  {example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            add_help=name != "run",
+        )
+        if given[:1] == [name]:
+            import_module(f"clbench.commands.{name}").arguments(command)
+    if given[:1] == ["run"]:  # its words are Hydra's, flags and all
+        return import_module("clbench.commands.run").main(given[1:])
+    options = parser.parse_args(given)
+    try:
+        return import_module(f"clbench.commands.{options.command}").main(options)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of a pipe has seen enough
+        sys.stderr.close()
+        return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
