@@ -128,8 +128,11 @@ def _settings(given: argparse.Namespace, method: str, category: str) -> dict[str
     ]
     if method in ("stfpm", "efficientad"):
         overrides += ["method.patience=null"]
+    rate = given.learning_rate
     if method == "stfpm":
-        overrides += ["method.held_out=0"]
+        # Our loss is the mean over a batch, theirs the sum: the same steps, and the same decay of 0.001.
+        rate = (rate or 0.4) * BATCHES[method]
+        overrides += ["method.held_out=0", f"method.weight_decay={0.001 / BATCHES[method]}"]
     if method == "efficientad":
         overrides += [f"method.teacher={given.teacher or 'random'}", f"method.penalty_count={PICTURES}"]
         overrides += [f"method.width={256 // given.narrow}"]
@@ -139,8 +142,8 @@ def _settings(given: argparse.Namespace, method: str, category: str) -> dict[str
             f"method.reconstructive_width={128 // given.narrow}",
             f"method.discriminative_width={64 // given.narrow}",
         ]
-    if given.learning_rate:
-        overrides += [f"method.learning_rate={given.learning_rate}"]
+    if rate:
+        overrides += [f"method.learning_rate={rate}"]
     with initialize_config_dir(str(CONF.absolute()), version_base="1.3"):
         return check(compose("config", overrides))
 
