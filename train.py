@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
+
+if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # while there is nothing to save, Ctrl-C just ends it
 
 import hydra
 import yaml
@@ -87,6 +91,8 @@ if __name__ == "__main__":
     # argparse wants flags before what they are for: -m may stand anywhere.
     flags = [text for text in sys.argv[1:] if text in ("-m", "--multirun")]
     sys.argv[1:] = flags[:1] + for_every_choice([text for text in sys.argv[1:] if text not in flags])
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main()
     except (HydraException, OmegaConfBaseException) as error:

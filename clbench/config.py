@@ -14,8 +14,10 @@ from urllib.parse import urlparse
 import hydra.utils
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
-from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.errors import InterpolationKeyError, MissingMandatoryValue, OmegaConfBaseException
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, TypeAdapter, ValidationError
 
 from clbench.data.samples import Geometry
@@ -145,6 +147,10 @@ def check(config: DictConfig) -> dict[str, Any]:
         plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except MissingMandatoryValue as error:
         raise UserError(f"{error.full_key} has no value: give {error.full_key}=...") from error
+    except InterpolationKeyError as error:
+        raise UserError(
+            f"{_first_line(error)}: a setting that others refer to cannot be taken away"
+        ) from error
     except OmegaConfBaseException as error:
         raise UserError(_first_line(error)) from error
     assert isinstance(plain, dict)
@@ -303,8 +309,9 @@ def _reason(error: Any) -> str:
 
 def _unknown(key: str, known: list[str]) -> UserError:
     close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    hint = f"; nearest: {close[0]}" if close else f"; there are: {', '.join(sorted(known))}"
-    return UserError(f"there is no setting {key}{hint}")
+    first = sorted({name for name in known if "." not in name})
+    hint = f"nearest: {close[0]}" if close else f"there are: {', '.join(first)}, and what is in them"
+    return UserError(f"there is no setting {key}; {hint}")
 
 
 def for_every_choice(arguments: list[str]) -> list[str]:
@@ -327,15 +334,16 @@ def explain(error: Exception, arguments: list[str], folder: str) -> UserError:
         arguments: of the command line, flags too.
         folder: absolute, of the configs.
     """
-    overrides = [text for text in arguments if "=" in text and not text.startswith("-")]
+    words = [text for text in arguments if not text.startswith("-")]
     GlobalHydra.instance().clear()
     with initialize_config_dir(folder, version_base="1.3"):
         loader = GlobalHydra.instance().config_loader()
         groups = {name: loader.get_group_options(name) for name in loader.list_groups("")}
+        groups["hydra/launcher"] = loader.get_group_options("hydra/launcher")
         chosen = []
-        for override in overrides:
-            key, _, values = override.partition("=")
-            if key not in groups or key == "hydra":
+        for word in words:
+            key, _, values = word.partition("=")
+            if key not in groups or key == "hydra" or "=" not in word:
                 continue
             for value in values.split(","):
                 if value not in groups[key]:
@@ -346,10 +354,23 @@ def explain(error: Exception, arguments: list[str], folder: str) -> UserError:
                     )
             chosen.append(f"{key}={values.split(',')[0]}")
         keys = [*_keys(OmegaConf.to_container(compose("config", chosen), resolve=False)), *groups]
-    for override in overrides:
-        key = override.partition("=")[0].lstrip("+~").split("@")[0]
+    for word in words:
+        key = re.split("[=@]", word, maxsplit=1)[0].lstrip("+~")
         if not key.startswith("hydra") and key not in keys:
             return _unknown(key, keys)
+        if word.startswith("~"):
+            return UserError(f"{word} cannot be taken away: give {key}=... another value, null for none")
+        if word.startswith("+") and not word.startswith("++"):
+            return UserError(f"{word}: {key} is there already; write {word.lstrip('+')}")
+        if "=" not in word:
+            return UserError(f"{word} has no value: write {word}=...")
+        try:
+            OverridesParser.create().parse_override(word)
+        except HydraException:
+            return UserError(
+                f"{word.lstrip('+')} cannot be read: a list is {key}=a,b or {key}=[a,b], and what holds other signs is quoted "
+                f"for the shell too: '{key}=\"...\"'"
+            )
     return UserError(_first_line(error))
 
 
