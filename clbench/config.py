@@ -235,9 +235,13 @@ def wandb_mode(settings: Mapping[str, Any]) -> tuple[str, str | None]:
     if chosen in ("auto", "online"):
         _check_address(os.environ.get("WANDB_BASE_URL"))
     if chosen == "auto":
-        if wandb_key():
+        asked = os.environ.get("WANDB_MODE")
+        if asked in ("online", "offline", "disabled"):
+            chosen = asked
+        elif wandb_key():
             return "online", "wandb=auto is online: a key is configured"
-        return "offline", "wandb=auto is offline: no key is configured (WANDB_API_KEY, or wandb login)"
+        else:
+            return "offline", "wandb=auto is offline: no key is configured (WANDB_API_KEY, or wandb login)"
     if chosen == "online" and not wandb_key():
         raise UserError(
             "wandb=online needs a key: set WANDB_API_KEY or run wandb login; or take wandb=offline"

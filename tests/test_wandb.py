@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from conftest import ROOT, Train, command, run_directories
 
+from clbench.config import wandb_mode
 from clbench.metrics.curves import METRICS
 from clbench.recording import dashboard
 from clbench.recording.wandb import _records, history
@@ -191,6 +192,14 @@ def test_a_network_that_fails_loses_nothing(server: str, train: Train, tmp_path:
     check_everything_once(directory)
     for path in directory.rglob("*"):
         assert not path.is_file() or KEY.encode() not in path.read_bytes(), path
+
+
+@pytest.mark.parametrize("mode", ["online", "offline", "disabled"])
+def test_auto_is_what_the_environment_asks_for(monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    monkeypatch.setenv("WANDB_MODE", mode)
+    assert wandb_mode({"mode": "auto"}) == (mode, None)
+    assert wandb_mode({"mode": "offline"}) == ("offline", None)
 
 
 def test_online_needs_a_key_and_auto_says_what_it_does_without(
