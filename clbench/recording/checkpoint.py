@@ -86,9 +86,11 @@ class Checkpoints:
         begin = time.perf_counter()
         before = self._newest_first(f"learning-{stage:04d}")
         number = int(before[0].stem.rpartition("-")[2]) + 1 if before else 0
-        self._save(f"learning-{stage:04d}-{number:06d}", tensors, data)
+        name = f"learning-{stage:04d}-{number:06d}"
+        self._save(name, tensors, data)
+        kept = {name, *(path.stem for path in before[: _KEPT - 1])}
         for path in self._newest_first("learning"):
-            if path not in before[: _KEPT - 1] and path.stem != f"learning-{stage:04d}-{number:06d}":
+            if path.stem not in kept:
                 self._remove(path.stem)
         self._saved_at = time.perf_counter()
         self._saving_took = self._saved_at - begin
