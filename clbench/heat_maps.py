@@ -47,7 +47,9 @@ def few(prediction: Prediction, images: ImageSet) -> list[np.ndarray]:
     """Panels of a few of a task's test images, always the same."""
     maps = prediction.maps.numpy()
     low, high = float(maps.min()), float(maps.max())
-    return [panel(images.images[i].numpy(), images.masks[i].numpy(), maps[i], low, high) for i in chosen(images)]
+    return [
+        panel(images.images[i].numpy(), images.masks[i].numpy(), maps[i], low, high) for i in chosen(images)
+    ]
 
 
 def chosen(images: ImageSet, count: int = 2) -> list[int]:

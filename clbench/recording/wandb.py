@@ -29,7 +29,7 @@ from clbench.metrics.continual import Matrix
 from clbench.recording.recorder import Recorder
 from clbench.recording.run_directory import write_whole
 
-_GRACE = 0.05  # share of a run's time that its end may wait until all is sent
+_GRACE = 0.03  # share of a run's time that its end may wait until all is sent
 _BLOCK, _HEADER = 32768, 7  # bytes; a .wandb file is a LevelDB log with a header of its own
 _WHOLE, _LAST = 1, 4  # kinds of its pieces that end a record
 
