@@ -15,7 +15,7 @@ class BMAD(OnDisk):
     """`<category>/train/good` and `<category>/test/{good,Ungood}`, each with its images in it or in its `img`.
 
     The subsets come from six hands: `Ungood` is also `ungood`, a category may lie one folder deeper, as
-    `Brain_AD/BraTS2021_slice`, and is called by the upper one. Where `test/Ungood` has a folder of masks
+    `Brain_AD/BraTS2021_slice`, which is `Brain` here. Where `test/Ungood` has a folder of masks
     (`label`; brain MRI, liver CT, RESC), each image needs one of its own name; where it has none (chest X-ray,
     OCT2017, histopathology), nobody outlined the defects: image-level metrics only, and pixel metrics are
     undefined. `valid` (or `val`) is left out: it holds defects, to tune on, and nothing here is tuned.
@@ -28,7 +28,11 @@ class BMAD(OnDisk):
         return any(_inside(inner / "test", UNGOOD) for folder in folders(root) if (inner := _subset(folder)))
 
     def find(self, whole: bool) -> list[str]:
-        self._subsets = {folder.name: inner for folder in folders(self.root) if (inner := _subset(folder))}
+        self._subsets = {
+            folder.name.removesuffix("_AD"): inner
+            for folder in folders(self.root)
+            if (inner := _subset(folder))
+        }
         if not self._subsets:
             hint = f"it is a category itself: set dataset.root={self.root.parent}"
             if _inside(self.root / "train", GOOD) is None:

@@ -73,10 +73,13 @@ class RealIAD(OnDisk):
                 continue
             good = kind == normal or item["mask_path"] is None
             if split == "train" and kind != normal:
-                raise UserError(
-                    f"dataset.split={self._split} trains on defects ({named} of {category} is '{kind}'), but "
-                    f"here training images are good ones: take dataset.split={JSONS} or {JSONS}_sv"
+                self.gap(
+                    UserError(
+                        f"dataset.split={self._split} trains on defects ({named} of {category} is '{kind}'), but "
+                        f"here training images are good ones: take dataset.split={JSONS} or {JSONS}_sv"
+                    )
                 )
+                return
             files = (folder / named,) if good else (folder / named, folder / item["mask_path"])
             missing = [path for path in files if not path.is_file()]
             for path in missing:
@@ -93,19 +96,28 @@ class RealIAD(OnDisk):
             return self._lists[category]
         places = [self.root / part / f"{category}.json" for part in (self._split, f"{JSONS}/{self._split}")]
         path = next((place for place in places if place.is_file()), None)
+        listed: dict[str, Any] = {"meta": {"normal_class": ""}, "train": [], "test": []}
+        self._lists[category] = listed
         if path is None:
-            raise UserError(
-                f"{places[0]} does not exist: unpack realiad_jsons.zip in {self.root}, set dataset.split=..., "
-                f"or leave '{category}' out with dataset.categories=[...]"
+            self.gap(
+                UserError(
+                    f"{places[0]} does not exist: unpack realiad_jsons.zip in {self.root}, set dataset.split=..., "
+                    f"or leave '{category}' out with dataset.categories=[...]"
+                )
             )
+            return listed
         try:
             listed = json.loads(path.read_text(encoding="utf-8"))
             str(listed["meta"]["normal_class"])
             for item in [*listed["train"], *listed["test"]]:
                 str(item["anomaly_class"]), str(item["image_path"]), item["mask_path"]
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"{path} is no split of Real-IAD ({type(error).__name__}: {error}): copy it again from its source"
-            ) from error
+            self.gap(
+                UserError(
+                    f"{path} is no split of Real-IAD ({type(error).__name__}: {error}): copy it again from its "
+                    "source"
+                )
+            )
+            return self._lists[category]
         self._lists[category] = listed
         return listed

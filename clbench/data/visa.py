@@ -31,7 +31,8 @@ class VisA(OnDisk):
         if not path.is_file():
             raise UserError(
                 f"dataset.root={self.root} has no {SPLIT}, VisA's own split: set dataset.root=... to the folder "
-                "that VisA_20220922.tar was unpacked in; what prepare_data.py made of it is dataset=mvtec"
+                "that VisA_20220922.tar was unpacked in, or copy split_csv from "
+                "https://github.com/amazon-science/spot-diff there; what prepare_data.py makes is dataset=mvtec"
             )
         try:
             with open(path, newline="", encoding="utf-8-sig") as file:
