@@ -49,7 +49,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def main(options: argparse.Namespace) -> int:
     """Do what was asked, and give the exit status."""
     actions: dict[str, Callable[[argparse.Namespace], int]] = {"check": _check, "list": _list, "get": _get}
-    return actions[options.action](options)
+    try:
+        return actions[options.action](options)
+    except OSError as error:  # what the file system refuses on the way
+        raise UserError(
+            f"{error.filename or options.root}: {error.strerror or error}; mend that, or give another folder"
+        ) from error
 
 
 def _check(options: argparse.Namespace) -> int:

@@ -90,6 +90,8 @@ def verify(path: Path, sha256: str | None, progress: Progress) -> str:
 
 def in_words(count: int) -> str:
     """Bytes for people."""
+    if count < 1e5:
+        return f"{count:,} bytes"
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
@@ -156,10 +158,11 @@ def _go_on(url: str, part: Path, about: Path, progress: Progress) -> None:
             about.write_text(json.dumps({"url": url, "validator": validator, "total": total}))
         except OSError as error:
             raise _disk(part, error) from error
-        with open(part, "ab", buffering=0) as file:
-            while block := response.read(_BLOCK):
+        with open(part, "ab") as file:
+            while block := response.read1(_BLOCK):  # what is there: a connection that stalls keeps what came
                 try:
                     file.write(block)
+                    file.flush()
                 except OSError as error:
                     raise _disk(part, error) from error
                 have += len(block)

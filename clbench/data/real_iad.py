@@ -53,9 +53,11 @@ class RealIAD(OnDisk):
     def find(self, whole: bool) -> list[str]:
         images = self.root / self._images
         if not images.is_dir():
-            sizes = ", ".join(f.name for f in folders(self.root) if f.name.startswith("realiad_")) or "none"
+            sizes = [
+                f.name for f in folders(self.root) if f.name.startswith("realiad_") and JSONS not in f.name
+            ]
             raise UserError(
-                f"dataset.root={self.root} has no {self._images}; found: {sizes}; set dataset.size=..., "
+                f"dataset.root={self.root} has no {self._images}; found: {', '.join(sizes) or 'none'}; set dataset.size=..., "
                 "or dataset.root=... to the folder that holds it"
             )
         found = [folder.name for folder in folders(images)]

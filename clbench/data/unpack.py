@@ -55,7 +55,8 @@ def unpack(archive: Path, folder: Path, progress: Progress) -> None:
         zlib.error,
         RuntimeError,
     ) as error:
-        raise UserError(f"{archive} is damaged, or no tar or zip ({error}): download it again") from error
+        reason = str(error).partition("\n")[0].rstrip(":")
+        raise UserError(f"{archive} is damaged, or no tar or zip ({reason}): download it again") from error
     except OSError as error:
         if error.errno is None:  # gzip's and bzip2's way to say that data are damaged
             raise UserError(f"{archive} is damaged ({error}): download it again") from error
@@ -84,7 +85,6 @@ def _members(raw: IO[bytes], archive: Path) -> Iterator[_Member]:
         for entry in tar:
             kind = "file" if entry.isreg() else "folder" if entry.isdir() else "link or device"
             yield _Member(entry.name, kind, entry.size, lambda entry=entry: tar.extractfile(entry))  # type: ignore[misc,arg-type]
-            tar.members = []  # type: ignore[attr-defined]  # a hundred thousand of them would be kept
 
 
 def _write(member: _Member, folder: Path, archive: Path) -> None:
