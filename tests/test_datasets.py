@@ -274,6 +274,9 @@ def test_a_split_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
     path.write_text(text.replace("train,normal", "train,anomaly", 1))
     with pytest.raises(UserError, match="line 2: label 'anomaly' in train"):
         VisA(str(tmp_path))
+    path.write_text(text + "candle,test\n")
+    with pytest.raises(UserError, match="1cls.csv, line 16 is incomplete"):
+        VisA(str(tmp_path))
     path.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError, match="1cls.csv is no CSV"):
         VisA(str(tmp_path))
@@ -294,17 +297,19 @@ def test_the_masks_of_an_image_are_merged(tmp_path: Path) -> None:
 
 def test_real_iad_by_view_and_size_and_where_its_lists_may_lie(tmp_path: Path) -> None:
     make(RealIAD, tmp_path)
-    dataset = RealIAD(str(tmp_path))
-    assert kinds(dataset, "toy") == [GOOD, "AK", GOOD, "HS"]  # a side without a mask is good
+    whole = [GOOD, "AK", GOOD, "HS"]  # a side without a mask is good
+    assert kinds(RealIAD(str(tmp_path)), "toy") == whole
     assert kinds(RealIAD(str(tmp_path), views=["C1"]), "toy") == [GOOD, "AK"]
     with pytest.raises(UserError, match="has no realiad_512; found: realiad_1024; set dataset.size="):
         RealIAD(str(tmp_path), size=512)
+    (tmp_path / "realiad_1024").rename(tmp_path / "realiad_256")
+    assert kinds(RealIAD(str(tmp_path)), "toy") == whole  # the only size there
     with pytest.raises(UserError, match="realiad_jsons_sv/audiojack.json does not exist"):
         RealIAD(str(tmp_path), split="realiad_jsons_sv")
     (tmp_path / "realiad_jsons").rename(tmp_path / "inner")
     (tmp_path / "realiad_jsons").mkdir()
     (tmp_path / "inner").rename(tmp_path / "realiad_jsons" / "realiad_jsons")
-    assert kinds(RealIAD(str(tmp_path)), "toy") == kinds(dataset, "toy")
+    assert kinds(RealIAD(str(tmp_path)), "toy") == whole
 
 
 def test_real_iad_refuses_lists_that_are_none_or_train_on_defects(tmp_path: Path) -> None:
@@ -327,6 +332,11 @@ def test_bmad_calls_categories_by_the_upper_folder_whatever_the_case(tmp_path: P
     make(BMAD, tmp_path)
     assert BMAD(str(tmp_path)).categories == ["Brain", "Chest"]
     assert BMAD(str(tmp_path / "Brain_AD")).categories == ["BraTS2021_slice"]
+    shutil.copytree(tmp_path / "Brain_AD/BraTS2021_slice", tmp_path / "flat/BMAD/Brain")
+    shutil.copytree(tmp_path / "Chest_AD/Chest-RSNA", tmp_path / "flat/BMAD/Chest")
+    found = recognise(tmp_path / "flat")
+    assert found is not None and found[1] == tmp_path / "flat/BMAD"
+    shutil.rmtree(tmp_path / "flat")
     label = tmp_path / "Brain_AD/BraTS2021_slice/test/Ungood/label"
     label.rename(label.with_name("anomaly_mask"))
     assert all(sample.outlined for sample in BMAD(str(tmp_path)).samples("Brain", "test"))

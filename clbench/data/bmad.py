@@ -65,8 +65,11 @@ class BMAD(OnDisk):
 
 
 def _subset(folder: Path) -> Path | None:
-    """The folder that holds a category's `train/good`: this one, or one in it."""
-    return next((inner for inner in (folder, *folders(folder)) if _inside(inner / "train", GOOD)), None)
+    """The folder that holds a category's `train/good`: this one, or the only such one in it."""
+    if _inside(folder / "train", GOOD):
+        return folder
+    inside = [inner for inner in folders(folder) if _inside(inner / "train", GOOD)]
+    return inside[0] if len(inside) == 1 else None
 
 
 def _inside(folder: Path, name: str) -> Path | None:

@@ -62,7 +62,8 @@ def check(dataset: Published, root: Path, progress: Callable[[int, int], None]) 
                 found.append((category, split == "train", sample))
     seen: dict[str, str] = {}  # content -> training image
     tested: list[tuple[str, str]] = []
-    with ThreadPoolExecutor() as pool:
+    pool = ThreadPoolExecutor()
+    try:
         read = pool.map(_read, [sample for _, _, sample in found])
         for done, ((category, train, sample), (size, content, problems)) in enumerate(
             zip(found, read, strict=True), start=1
@@ -80,6 +81,8 @@ def check(dataset: Published, root: Path, progress: Callable[[int, int], None]) 
             elif content:
                 tested.append((content, sample.name))
             progress(done, len(found))
+    finally:  # Ctrl-C does not wait for a hundred thousand images
+        pool.shutdown(cancel_futures=True)
     report.problems += [
         f"{root / name} is the same file as {root / seen[content]}: a test image must not be learned from; "
         "remove one of them"

@@ -126,7 +126,7 @@ class OnDisk(Dataset):
 
     def _sample(self, entry: Entry) -> FileSample:
         return FileSample(
-            name=str(entry.image.relative_to(self.root)),
+            name=str(entry.image).removeprefix(f"{self.root}/"),
             kind=entry.kind,
             identity=" mask ".join(file_identity(path) for path in (entry.image, *entry.masks)),
             image=entry.image,

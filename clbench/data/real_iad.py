@@ -22,7 +22,7 @@ class RealIAD(OnDisk):
 
     Args:
         root: the folder that holds `realiad_1024` or another size, and `realiad_jsons`.
-        size: of the images: 256, 512, 1024 or raw.
+        size: of the images on disk: 256, 512, 1024 or raw; None takes 1024, or the only one that is there.
         split: the folder of JSON files: `realiad_jsons` (all views) or `realiad_jsons_sv` (single view). The
             `realiad_jsons_fuiad_*` that mix defects among the training images are refused.
         views: the cameras, C1 from above and C2 to C5 from the sides; None takes all.
@@ -36,13 +36,13 @@ class RealIAD(OnDisk):
     def __init__(
         self,
         root: str,
-        size: Literal[256, 512, 1024, "raw"] = 1024,
+        size: Literal[256, 512, 1024, "raw"] | None = None,
         split: str = JSONS,
         views: list[View] | None = None,
         categories: list[str] | None = None,
         gap: Gap = refuse,
     ) -> None:
-        self._images, self._split, self._views = f"realiad_{size}", split, views
+        self._size, self._split, self._views = size, split, views
         self._lists: dict[str, dict[str, Any]] = {}
         super().__init__(root, categories, gap)
 
@@ -51,14 +51,15 @@ class RealIAD(OnDisk):
         return (root / JSONS).is_dir()
 
     def find(self, whole: bool) -> list[str]:
-        images = self.root / self._images
+        sizes = [f.name for f in folders(self.root) if f.name.startswith("realiad_") and JSONS not in f.name]
+        wanted = f"realiad_{self._size or 1024}"
+        if self._size is None and len(sizes) == 1:
+            wanted = sizes[0]
+        self._images = images = self.root / wanted
         if not images.is_dir():
-            sizes = [
-                f.name for f in folders(self.root) if f.name.startswith("realiad_") and JSONS not in f.name
-            ]
             raise UserError(
-                f"dataset.root={self.root} has no {self._images}; found: {', '.join(sizes) or 'none'}; set dataset.size=..., "
-                "or dataset.root=... to the folder that holds it"
+                f"dataset.root={self.root} has no {wanted}; found: {', '.join(sizes) or 'none'}; "
+                "set dataset.size=..., or dataset.root=... to the folder that holds it"
             )
         found = [folder.name for folder in folders(images)]
         if not found:
@@ -68,7 +69,7 @@ class RealIAD(OnDisk):
     def entries(self, category: str, split: Split) -> Iterator[Entry]:
         listed = self._list(category)
         normal = listed["meta"]["normal_class"]
-        folder = self.root / self._images / category
+        folder = self._images / category
         for item in listed[split]:
             kind, named = item["anomaly_class"], item["image_path"]
             if self._views is not None and not any(f"_{view}_" in Path(named).name for view in self._views):
@@ -112,7 +113,7 @@ class RealIAD(OnDisk):
             listed = json.loads(path.read_text(encoding="utf-8"))
             str(listed["meta"]["normal_class"])
             for item in [*listed["train"], *listed["test"]]:
-                str(item["anomaly_class"]), str(item["image_path"]), item["mask_path"]
+                str(item["anomaly_class"]), Path(item["image_path"]), Path(item["mask_path"] or "")
         except (ValueError, KeyError, TypeError) as error:
             self.gap(
                 UserError(

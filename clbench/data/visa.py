@@ -42,7 +42,14 @@ class VisA(OnDisk):
                     raise UserError(
                         f"{path} has no column {', '.join(missing)}: copy it again from its source"
                     )
-                self._rows = list(enumerate(table, start=2))  # the line in the file
+                self._rows = []  # with their line in the file
+                for line, row in enumerate(table, start=2):
+                    if None in row or None in row.values():
+                        self.gap(
+                            UserError(f"{path}, line {line} is incomplete: copy it again from its source")
+                        )
+                    else:
+                        self._rows.append((line, row))
         except (csv.Error, UnicodeDecodeError) as error:
             raise UserError(f"{path} is no CSV ({error}): copy it again from its source") from error
         found = sorted({row["object"] for _, row in self._rows})
@@ -66,11 +73,9 @@ class VisA(OnDisk):
             if image and (normal or mask):
                 yield Entry(image, GOOD if normal else "anomaly", (mask,) if mask else ())
 
-    def _file(self, listed: str | None, where: str) -> Path | None:
-        path = self.root / (listed or "")
+    def _file(self, listed: str, where: str) -> Path | None:
+        path = self.root / listed
         if listed and path.is_file():
             return path
-        self.gap(
-            UserError(f"{where} lists '{listed or ''}', which {self.root} does not have: unpack VisA again")
-        )
+        self.gap(UserError(f"{where} lists '{listed}', which {self.root} does not have: unpack VisA again"))
         return None
