@@ -14,6 +14,10 @@ COMMANDS = {
         "one run or a sweep: what train.py does",
         "clbench run -m method=patchcore,padim replay.size=100,300",
     ),
+    "data": (
+        "which datasets there are, how to come by them, and whether a folder of one is sound",
+        "clbench data get visa --root data\n  clbench data check data/visa",
+    ),
 }
 
 

@@ -39,11 +39,17 @@ def predict(
 
 
 def measure(prediction: Prediction, images: ImageSet) -> dict[str, float | None]:
-    """The seven metrics of a task; None where one is undefined."""
+    """The seven metrics of a task; None where one is undefined.
+
+    Pixel metrics are over the images whose pixels are known, which good ones are.
+    """
     scores, labels = prediction.scores.numpy(), images.labels.numpy()
+    maps, masks = prediction.maps.numpy(), images.masks.numpy()
+    if images.unknown:
+        maps, masks = np.delete(maps, images.unknown, axis=0), np.delete(masks, images.unknown, axis=0)
     return {
         **image_metrics(scores.astype(np.float64), labels),
-        **pixel_metrics(prediction.maps.numpy(), images.masks.numpy()),
+        **pixel_metrics(maps, masks),
     }
 
 

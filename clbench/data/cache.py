@@ -74,6 +74,7 @@ def load(
         masks=torch.from_numpy(masks),
         kinds=[sample.kind for sample in samples],
         names=[sample.name for sample in samples],
+        unknown=[number for number, sample in enumerate(samples) if not sample.outlined],
     )
 
 

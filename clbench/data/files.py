@@ -20,25 +20,25 @@ _SEPARATE_PLANES = 2  # TIFF tag 284, planar configuration
 
 @dataclass(frozen=True)
 class FileSample(Sample):
-    """An image file and, where it shows a defect, its mask file."""
+    """An image file and the masks of its defect: several are merged; none where it is good, or was not outlined."""
 
     name: str
     kind: str
     identity: str
     image: Path
-    mask: Path | None
+    masks: tuple[Path, ...] = ()
+
+    @property
+    def outlined(self) -> bool:
+        return self.kind == GOOD or bool(self.masks)
 
     def read(self) -> tuple[np.ndarray, np.ndarray | None]:
         image = read_image(self.image)
-        if self.mask is None:
-            return image, None
-        mask = read_mask(self.mask)
-        if mask.shape != image.shape[:2]:
-            raise UserError(
-                f"mask {self.mask} is {mask.shape[1]}x{mask.shape[0]} but its image is "
-                f"{image.shape[1]}x{image.shape[0]}: replace it by the mask of {self.image}"
-            )
-        return image, mask
+        merged = None
+        for path in self.masks:
+            mask = read_mask_of(self.image, path, image.shape[:2])
+            merged = mask if merged is None else merged | mask
+        return image, merged
 
 
 def read_image(path: Path) -> np.ndarray:
@@ -65,6 +65,21 @@ def read_mask(path: Path) -> np.ndarray:
     mask: np.ndarray = np.any(_decode(path), axis=2)
     if not mask.any():
         raise UserError(f"mask {path} marks no pixel: draw the defect in it, or move its image to {GOOD}")
+    return mask
+
+
+def read_mask_of(image: Path, path: Path, size: tuple[int, ...] | None) -> np.ndarray:
+    """The mask of an image, which has its size (height, width) where that is known.
+
+    Raises:
+        UserError: as `read_mask`, or it has another size.
+    """
+    mask = read_mask(path)
+    if size is not None and mask.shape != size:
+        raise UserError(
+            f"mask {path} is {mask.shape[1]}x{mask.shape[0]} but its image is {size[1]}x{size[0]}: "
+            f"replace it by the mask of {image}"
+        )
     return mask
 
 

@@ -1,7 +1,8 @@
 """Decoded images of one category or task, as tensors."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -19,12 +20,14 @@ class ImageSet:
         masks: bool [N, H, W], True on defects.
         kinds: `GOOD` or the kind of defect, per image.
         names: for people, per image.
+        unknown: numbers of the defective images whose defect nobody outlined: their masks say nothing.
     """
 
     images: Tensor
     masks: Tensor
     kinds: list[str]
     names: list[str]
+    unknown: list[int] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -54,11 +57,13 @@ class ImageSet:
             return sets[0]
         for other in sets[1:]:
             sets[0].same_size(other)
+        begins = accumulate((len(part) for part in sets), initial=0)
         return ImageSet(
             images=torch.cat([part.images for part in sets]),
             masks=torch.cat([part.masks for part in sets]),
             kinds=[kind for part in sets for kind in part.kinds],
             names=[name for part in sets for name in part.names],
+            unknown=[begin + at for begin, part in zip(begins, sets, strict=False) for at in part.unknown],
         )
 
 

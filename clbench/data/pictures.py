@@ -66,7 +66,7 @@ class Pictures:
             )
         order = torch.randperm(len(paths), generator=random)[:count].sort().values
         self.samples = [
-            FileSample(str(path), GOOD, file_identity(path), path, None)
+            FileSample(str(path), GOOD, file_identity(path), path)
             for path in (paths[index] for index in order.tolist())
         ]
 

@@ -20,9 +20,14 @@ class Sample(ABC):
     kind: str  # GOOD, or the kind of defect
     identity: str  # changes whenever what `read` returns would change: the key of the decoded-image cache
 
+    @property
+    def outlined(self) -> bool:
+        """Whether it is known which pixels are defective; not so where a dataset has labels of images alone."""
+        return True
+
     @abstractmethod
     def read(self) -> tuple[np.ndarray, np.ndarray | None]:
-        """The image, uint8 [H, W, 3] RGB, and its defect mask, bool [H, W], or None where it is good.
+        """The image, uint8 [H, W, 3] RGB, and its defect mask, bool [H, W], or None where there is none.
 
         Raises:
             UserError: the file is unreadable, truncated, or its mask is missing or does not fit.

@@ -1,0 +1,213 @@
+"""clbench data: which datasets there are, how to come by them, and whether a folder of one is sound."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
+from urllib.parse import urlparse
+
+from clbench.errors import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from clbench.data.check import Category
+    from clbench.data.published import Published
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """check, list and get."""
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    check = actions.add_parser(
+        "check",
+        help="read all of a dataset, and list all that is wrong",
+        description="Reads every image and mask; the exit status is 1 where something is wrong. That there are "
+        "more or fewer images than published is told, and is not wrong.",
+    )
+    check.add_argument("root", type=Path, metavar="ROOT", help="its folder, what would be dataset.root")
+    check.add_argument(
+        "--dataset", metavar="NAME", help="which it is; by default it is recognised by its layout"
+    )
+    actions.add_parser("list", help="the datasets that are known: licence, size, where from")
+    get = actions.add_parser("get", help="download and unpack a dataset; clbench data list says which can be")
+    get.add_argument("name", metavar="NAME")
+    get.add_argument(
+        "--root", type=Path, default=Path("data"), metavar="FOLDER", help="where to; default: data"
+    )
+    get.add_argument("--accept-licence", action="store_true", help="as a y to the question would")
+    get.add_argument("--url", help="of another copy, or the link that a publisher's form leads to")
+    get.add_argument(
+        "--sha256", metavar="HEX", help="that the archive should have, in place of the known one"
+    )
+    get.add_argument("--keep-archive", action="store_true", help="do not remove it when it is unpacked")
+
+
+def main(options: argparse.Namespace) -> int:
+    """Do what was asked, and give the exit status."""
+    actions: dict[str, Callable[[argparse.Namespace], int]] = {"check": _check, "list": _list, "get": _get}
+    try:
+        return actions[options.action](options)
+    except OSError as error:  # what the file system refuses on the way
+        raise UserError(
+            f"{error.filename or options.root}: {error.strerror or error}; mend that, or give another folder"
+        ) from error
+
+
+def _check(options: argparse.Namespace) -> int:
+    from clbench.data.check import check
+    from clbench.data.published import named, recognise
+
+    root = options.root.expanduser().absolute()
+    if not root.is_dir():
+        raise UserError(f"{root} is no folder: give that of a dataset")
+    if options.dataset:
+        dataset = named(options.dataset)
+        if not dataset.layout.recognises(root) and (found := recognise(root)) and found[0] == dataset:
+            root = found[1]
+    else:
+        known = recognise(root)
+        if known is None:
+            raise UserError(
+                f"{root} has the layout of no dataset that is known: say which it is with --dataset NAME"
+            )
+        dataset, root = known
+    with _bar("reading") as (progress, write):
+        report = check(dataset, root, progress)
+        write(f"{root}: dataset={dataset.name}")
+        _print_table(report.categories)
+        for note in report.notes:
+            write(f"note: {note}")
+        for problem in report.problems:
+            write(f"wrong: {problem}")
+        write(f"{len(report.problems) or 'nothing'} wrong")
+    return 1 if report.problems else 0
+
+
+def _print_table(categories: list[Category]) -> None:
+    from rich.table import Table
+
+    table = Table("category")
+    for title in ("train", "test good", "defective", "with mask", "width x height"):
+        table.add_column(title, justify="right")
+    for category in categories:
+        sizes = sorted((width, height) for height, width in category.sizes)
+        texts = list(dict.fromkeys(f"{width}x{height}" for width, height in (sizes[:1] + sizes[-1:])))
+        size = " to ".join(texts) + (f", {len(sizes)} sizes" if len(sizes) > 1 else "")
+        counts = (*category.counts, category.outlined)
+        table.add_row(category.name, *map(str, counts), size)
+    _console().print(table)
+
+
+def _list(options: argparse.Namespace) -> int:
+    from clbench.data.download import in_words
+    from clbench.data.published import datasets
+
+    for dataset in sorted(datasets().values(), key=lambda dataset: dataset.name):
+        train, good, defective = dataset.total
+        size = f", {in_words(dataset.bytes)}" if dataset.bytes else ""
+        print(
+            f"{dataset.name}: {dataset.title}, {train + good + defective:,} images{size}; {dataset.licence}"
+        )
+        print(f"    {dataset.page}")
+        print(f"    {f'clbench data get {dataset.name}' if dataset.url else dataset.how}")
+    return 0
+
+
+def _get(options: argparse.Namespace) -> int:
+    from clbench.data.download import fetch, in_words, verify
+    from clbench.data.published import named
+    from clbench.data.unpack import unpack
+
+    dataset = named(options.name)
+    root = options.root.expanduser().absolute()
+    folder = root / dataset.name
+    if folder.is_dir() and any(folder.iterdir()):
+        print(f"{folder} is there already; to download it anew, remove it first")
+        return _say_how(folder)
+    url = options.url or dataset.url
+    name = dataset.archive or (PurePosixPath(urlparse(url).path).name if url else "") or dataset.name
+    archive = root / name
+    by_hand = archive.is_file()
+    if not by_hand and url is None:
+        place = f"; or download it by hand to {archive}" if dataset.archive else f", in {folder}"
+        raise UserError(
+            f"{dataset.title} cannot be had from a plain address; see {dataset.page}: {dataset.how}{place}"
+        )
+    if not by_hand:
+        _ask(dataset, options.accept_licence)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--root={root} cannot be made ({error.strerror}): give another") from error
+    with _bar("downloading") as (progress, write):
+        if by_hand:
+            write(f"{archive} is there already")
+        else:
+            assert url is not None
+            fetch(url, archive, progress)
+            write(f"{archive}: {in_words(archive.stat().st_size)}")
+    with _bar("checking") as (progress, write):
+        expected = options.sha256 or dataset.sha256
+        try:
+            write(verify(archive, expected, progress))
+        except UserError:
+            if not by_hand:
+                archive.unlink()  # so that the next try is one
+            raise
+    with _bar("unpacking") as (progress, _):
+        unpack(archive, folder, progress)
+    if not options.keep_archive:
+        archive.unlink()
+    return _say_how(folder)
+
+
+def _ask(dataset: Published, accepted: bool) -> None:
+    """Show the licence, and go on if it is accepted.
+
+    Raises:
+        UserError: it is not.
+    """
+    print(f"{dataset.title} is under {dataset.licence}: {dataset.page}")
+    if accepted:
+        return
+    if sys.stdin.isatty() and input("Do you accept its terms? [y/N] ").strip().lower() in ("y", "yes"):
+        return
+    raise UserError(
+        f"nothing was downloaded: {dataset.title} needs its licence accepted; give --accept-licence"
+    )
+
+
+def _say_how(folder: Path) -> int:
+    from clbench.data.published import recognise
+
+    found = recognise(folder)
+    if found is None:
+        raise UserError(f"{folder} has the layout of no dataset that is known: was it the right archive?")
+    dataset, root = found
+    print(f"clbench data check {root}")
+    print(f"python train.py dataset={dataset.name} dataset.root={root}")
+    return 0
+
+
+@contextmanager
+def _bar(what: str) -> Iterator[tuple[Callable[[int, int | None], None], Callable[[str], None]]]:
+    """A progress bar where it is a terminal, and a way to print lines beside it."""
+    from rich.progress import Progress
+
+    console = _console()
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        row = bar.add_task(what, total=None)
+        yield (
+            lambda done, total: bar.update(row, completed=done, total=total),
+            lambda text: console.print(text, markup=False, highlight=False, soft_wrap=True),
+        )
+
+
+def _console():  # type: ignore[no-untyped-def]
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else 160)  # as in clbench.terminal: a log has no width

@@ -1,0 +1,148 @@
+"""What a dataset's folder holds, and all that is wrong with it."""
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from clbench.data.files import FileSample, read_image, read_mask_of
+from clbench.data.published import Counts, Published
+from clbench.data.samples import GOOD
+from clbench.errors import UserError
+
+Size = tuple[int, int]  # height, width
+
+
+@dataclass
+class Category:
+    """What is in a category."""
+
+    name: str
+    train: int = 0
+    good: int = 0
+    defective: int = 0
+    masks: int = 0  # mask files
+    outlined: int = 0  # defective images with a mask
+    sizes: Counter[Size] = field(default_factory=Counter)
+
+    @property
+    def counts(self) -> Counts:
+        return self.train, self.good, self.defective
+
+
+@dataclass
+class Report:
+    """What was found: problems make a dataset unusable or its results doubtful, notes are worth knowing."""
+
+    categories: list[Category] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def check(dataset: Published, root: Path, progress: Callable[[int, int], None]) -> Report:
+    """Read every image and mask of a dataset.
+
+    Args:
+        progress: told of images read, of how many.
+
+    Raises:
+        UserError: the root holds nothing that could be checked.
+    """
+    report = Report()
+    reader = dataset.layout(str(root), gap=lambda gap: report.problems.append(str(gap)))
+    found: list[tuple[Category, bool, FileSample]] = []
+    for name in reader.categories:
+        category = Category(name)
+        report.categories.append(category)
+        for split in ("train", "test"):
+            for sample in reader.samples(name, split):
+                assert isinstance(sample, FileSample)
+                found.append((category, split == "train", sample))
+    seen: dict[str, str] = {}  # content -> training image
+    tested: list[tuple[str, str]] = []
+    pool = ThreadPoolExecutor()
+    try:
+        read = pool.map(_read, [sample for _, _, sample in found])
+        for done, ((category, train, sample), (size, content, problems)) in enumerate(
+            zip(found, read, strict=True), start=1
+        ):
+            category.train += train
+            category.good += not train and sample.kind == GOOD
+            category.defective += sample.kind != GOOD
+            category.masks += len(sample.masks)
+            category.outlined += bool(sample.masks)
+            report.problems += problems
+            if size:
+                category.sizes[size] += 1
+            if content and train:
+                seen.setdefault(content, sample.name)
+            elif content:
+                tested.append((content, sample.name))
+            progress(done, len(found))
+    finally:  # Ctrl-C does not wait for a hundred thousand images
+        pool.shutdown(cancel_futures=True)
+    report.problems += [
+        f"{root / name} is the same file as {root / seen[content]}: a test image must not be learned from; "
+        "remove one of them"
+        for content, name in tested
+        if content in seen
+    ]
+    report.notes = [*_without_masks(report.categories), *_against_published(dataset, report.categories)]
+    return report
+
+
+def _read(sample: FileSample) -> tuple[Size | None, str | None, list[str]]:
+    """An image's size and the hash of its file, None where it cannot be read, and what is wrong with it."""
+    problems: list[str] = []
+    size, content = None, None
+    try:
+        height, width = read_image(sample.image).shape[:2]
+        size = height, width
+        content = hashlib.sha256(sample.image.read_bytes()).hexdigest()
+    except UserError as error:
+        problems.append(str(error))
+    for mask in sample.masks:
+        try:
+            read_mask_of(sample.image, mask, size)
+        except UserError as error:
+            problems.append(str(error))
+    return size, content, problems
+
+
+def _without_masks(categories: list[Category]) -> list[str]:
+    return [
+        f"{category.name}: {category.defective - category.outlined} of {category.defective} defective images "
+        "have no mask, as published: they count for image-level metrics, and pixel metrics are "
+        + ("over the rest" if category.outlined else "undefined")
+        for category in categories
+        if category.outlined < category.defective
+    ]
+
+
+def _against_published(dataset: Published, categories: list[Category]) -> list[str]:
+    """How the counts differ from the published ones; nothing where it is another dataset in the same layout."""
+    names = {category.name for category in categories}
+    if dataset.counts and not names <= set(dataset.counts):
+        own = sorted(names - set(dataset.counts))
+        return [f"{', '.join(own)}: not of {dataset.title}, so that no published counts are compared"]
+    notes = [
+        f"{category.name}: {_in_words(category.counts)}; published: {_in_words(published)}"
+        for category in categories
+        if category.counts != (published := tuple(dataset.counts.get(category.name, category.counts)))
+    ]
+    missing = [name for name in dataset.counts if name not in names]
+    if missing:
+        notes.append(f"not here, of {dataset.title}: {', '.join(missing)}")
+    here = tuple(map(sum, zip(*(category.counts for category in categories), strict=True)))
+    if notes or here != dataset.total:
+        notes.append(f"{dataset.title} as published: {_in_words(dataset.total)}; here: {_in_words(here)}")
+    else:
+        notes.append(f"as many images as published of {dataset.title}: {_in_words(here)}")
+    return notes
+
+
+def _in_words(counts: tuple[int, ...]) -> str:
+    train, good, defective = counts
+    return f"{train:,} to train on, {good:,} good and {defective:,} defective to test on"

@@ -1,0 +1,33 @@
+"""MVTec LOCO AD: logical and structural anomalies (Bergmann et al., IJCV 2022)."""
+
+from pathlib import Path
+
+from clbench.data.mvtec import MVTec
+from clbench.data.on_disk import folders
+
+KINDS = ("logical_anomalies", "structural_anomalies")
+
+
+class MVTecLOCO(MVTec):
+    """MVTec AD's layout, with a folder of masks an image: `ground_truth/<kind>/<stem>/000.png`, `001.png`, ...
+
+    Each mask is one anomaly, and marks its region with a value of its own; here they are merged into the one
+    mask of the image. `validation/good`, more normal images, is left out.
+
+    Its paper measures localisation by sPRO, in which a logical anomaly counts as found once a part of its
+    region is (the saturation area of `defects_config.json`): a missing part may be anywhere in its compartment.
+    AU-PRO, here as for all datasets, asks for the whole region instead. It can be compared between runs, but
+    is lower than sPRO, and not to be set beside published ones. The image-level metrics are the paper's.
+    """
+
+    name = "mvtec_loco"
+    mask = "{stem}/000.png"
+
+    @classmethod
+    def recognises(cls, root: Path) -> bool:
+        return super().recognises(root) and any(
+            (folder / "test" / kind).is_dir() for folder in folders(root) for kind in KINDS
+        )
+
+    def masks(self, folder: Path) -> dict[str, tuple[Path, ...]]:
+        return {inside.name: tuple(self.images_by_stem(inside).values()) for inside in folders(folder)}

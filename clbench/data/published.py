@@ -1,0 +1,81 @@
+"""What is published of the datasets that are known here: licence, where from, checksum, how many images."""
+
+import difflib
+from dataclasses import dataclass, field
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+from clbench.data.on_disk import OnDisk, folders
+from clbench.errors import UserError
+
+Counts = tuple[int, int, int]  # training images, good and defective test images
+
+
+@dataclass(frozen=True)
+class Published:
+    """An entry of published.yaml, which says what each field is."""
+
+    name: str
+    title: str
+    reader: str
+    licence: str
+    page: str
+    how: str = ""
+    url: str | None = None
+    archive: str | None = None
+    bytes: int | None = None
+    sha256: str | None = None
+    counts: dict[str, list[int]] = field(default_factory=dict)
+    totals: list[int] | None = None
+
+    @property
+    def layout(self) -> type[OnDisk]:
+        """The class that reads it."""
+        module, _, name = self.reader.rpartition(".")
+        return getattr(import_module(module), name)
+
+    @property
+    def total(self) -> Counts:
+        """Of all categories together."""
+        train, good, defective = self.totals or map(sum, zip(*self.counts.values(), strict=True))
+        return train, good, defective
+
+
+@cache
+def datasets() -> dict[str, Published]:
+    """All entries by name, the most particular layout first."""
+    entries = OmegaConf.to_container(OmegaConf.load(Path(__file__).with_name("published.yaml")))
+    assert isinstance(entries, dict)
+    return {str(name): Published(name=str(name), **entry) for name, entry in entries.items()}
+
+
+def named(name: str) -> Published:
+    """The entry of a dataset.
+
+    Raises:
+        UserError: there is none.
+    """
+    known = datasets()
+    if name not in known:
+        nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+        hint = f"nearest: {nearest[0]}; " if nearest else ""
+        raise UserError(f"there is no dataset '{name}'; {hint}there are: {', '.join(known)}")
+    return known[name]
+
+
+def recognise(root: Path) -> tuple[Published, Path] | None:
+    """The dataset that a folder holds, and its root: this folder, or one at most two deeper.
+
+    Archives often unpack to a folder of their own.
+    """
+    level = [root]
+    for _ in range(3):
+        for folder in level:
+            for entry in datasets().values():
+                if entry.layout.recognises(folder):
+                    return entry, folder
+        level = [inside for folder in level for inside in folders(folder)]
+    return None

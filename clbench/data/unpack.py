@@ -1,0 +1,116 @@
+"""Archives from elsewhere: files and folders come out of them, and only into the folder they are meant for."""
+
+import lzma
+import shutil
+import stat
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import IO
+
+from clbench.data.download import Progress, in_words, room
+from clbench.errors import UserError
+
+
+@dataclass(frozen=True)
+class _Member:
+    name: str
+    kind: str  # file, folder, or what it should not be
+    size: int  # bytes
+    open: Callable[[], IO[bytes]]
+
+
+def unpack(archive: Path, folder: Path, progress: Progress) -> None:
+    """Unpack a tar (also gzip, bzip2, xz) or a zip; the folder appears when it is whole.
+
+    Nothing but files and folders is taken, and nothing of an archive that holds anything else, or a path that
+    leads out of the folder.
+
+    Raises:
+        UserError: it holds what it should not, is damaged or no archive, or the disk is full.
+    """
+    part = folder.with_name(f".{folder.name}.unpacking")
+    shutil.rmtree(part, ignore_errors=True)  # of a process that was killed
+    total = archive.stat().st_size
+    try:
+        room(
+            archive.parent, total, f"unpacking {archive.name}"
+        )  # at the least: pictures are compressed already
+        part.mkdir(parents=True)
+        with open(archive, "rb") as raw:
+            for member in _members(raw, archive):
+                _write(member, part, archive)
+                progress(raw.tell(), total)
+        if not any(part.iterdir()):
+            raise UserError(f"{archive} is empty: download it again")
+        part.rename(folder)
+    except (
+        tarfile.TarError,
+        zipfile.BadZipFile,
+        EOFError,
+        lzma.LZMAError,
+        zlib.error,
+        RuntimeError,
+    ) as error:
+        reason = str(error).partition("\n")[0].rstrip(":")
+        raise UserError(f"{archive} is damaged, or no tar or zip ({reason}): download it again") from error
+    except OSError as error:
+        if error.errno is None:  # gzip's and bzip2's way to say that data are damaged
+            raise UserError(f"{archive} is damaged ({error}): download it again") from error
+        raise UserError(
+            f"{archive} cannot be unpacked to {folder} ({error.strerror}): free space there, or give another --root"
+        ) from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _members(raw: IO[bytes], archive: Path) -> Iterator[_Member]:
+    if zipfile.is_zipfile(raw):
+        raw.seek(0)
+        with zipfile.ZipFile(raw) as zipped:
+            listed = zipped.infolist()
+            room(archive.parent, sum(info.file_size for info in listed), f"unpacking {archive.name}")
+            for info in listed:
+                mode = stat.S_IFMT(info.external_attr >> 16)
+                kind = "file" if mode in (0, stat.S_IFREG) else "link or device"
+                if info.is_dir() or mode == stat.S_IFDIR:
+                    kind = "folder"
+                yield _Member(info.filename, kind, info.file_size, lambda info=info: zipped.open(info))  # type: ignore[misc]
+        return
+    raw.seek(0)
+    with tarfile.open(fileobj=raw, mode="r:*") as tar:
+        for entry in tar:
+            kind = "file" if entry.isreg() else "folder" if entry.isdir() else "link or device"
+            yield _Member(entry.name, kind, entry.size, lambda entry=entry: tar.extractfile(entry))  # type: ignore[misc,arg-type]
+
+
+def _write(member: _Member, folder: Path, archive: Path) -> None:
+    path = PurePosixPath(member.name.replace("\\", "/"))
+    if (
+        path.is_absolute()
+        or ".." in path.parts
+        or ":" in member.name.partition("/")[0]
+        or "\0" in member.name
+    ):
+        raise UserError(
+            f"{archive} holds '{member.name}', which leads out of its folder: do not trust this archive"
+        )
+    if member.kind not in ("file", "folder"):
+        raise UserError(f"{archive} holds '{member.name}', a {member.kind}: do not trust this archive")
+    target = folder / path
+    if member.kind == "folder":
+        target.mkdir(parents=True, exist_ok=True)
+        return
+    if member.size > shutil.disk_usage(folder).free:
+        raise UserError(
+            f"{archive} does not fit: '{member.name}' alone takes {in_words(member.size)}; free space, or give "
+            "another --root"
+        )
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with member.open() as source, open(target, "wb") as file:
+        shutil.copyfileobj(source, file, 1 << 20)
+    if target.stat().st_size != member.size:
+        raise UserError(f"{archive} is damaged: '{member.name}' ends too early; download it again")

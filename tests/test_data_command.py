@@ -1,0 +1,447 @@
+"""clbench data get: downloads that break, lie and stall; archives that should not be trusted."""
+
+import hashlib
+import io
+import stat
+import tarfile
+import threading
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from clbench.cli import main
+from clbench.data import download, published
+from clbench.data.download import fetch, verify
+from clbench.data.unpack import unpack
+from clbench.errors import UserError
+
+CONTENT = np.random.default_rng(0).integers(0, 255, 300_000, dtype=np.uint8).tobytes()
+
+
+def ignore(done: int, total: int | None) -> None:
+    """No progress is watched here."""
+
+
+class Server:
+    """Serves one file, as badly as told."""
+
+    def __init__(self) -> None:
+        self.content, self.etag = CONTENT, '"1"'
+        self.ranges: list[str | None] = []  # that were asked for
+        self.breaks = 0  # how many answers end in the middle
+        self.stalls = 0  # how many answers stop in the middle, and wait
+        self.ignores_range = False
+        self.length: int | None = None  # that is said, where it is a lie
+        self.chunked = False
+        self.type = "application/octet-stream"
+        self.statuses: list[int] = []  # of the next answers, where they are errors
+
+    def answer(self, request: BaseHTTPRequestHandler) -> None:
+        asked = request.headers.get("Range")
+        self.ranges.append(asked)
+        if self.statuses:
+            return request.send_error(self.statuses.pop(0))
+        begin = 0
+        if_range = request.headers.get("If-Range", self.etag)
+        if asked and not self.ignores_range and if_range == self.etag:
+            begin = int(asked.removeprefix("bytes=").removesuffix("-"))
+            if begin >= len(self.content):
+                request.send_response(416)
+                request.send_header("Content-Range", f"bytes */{len(self.content)}")
+                request.send_header("Content-Length", "0")
+                return request.end_headers()
+            request.send_response(206)
+            request.send_header("Content-Range", f"bytes {begin}-{len(self.content) - 1}/{len(self.content)}")
+        else:
+            request.send_response(200)
+        body = self.content[begin:]
+        if self.etag:
+            request.send_header("ETag", self.etag)
+        request.send_header("Content-Type", self.type)
+        if not self.chunked:
+            request.send_header("Content-Length", str(len(body) if self.length is None else self.length))
+        request.end_headers()
+        if self.breaks or self.stalls:
+            request.wfile.write(body[: len(body) // 2])
+            request.wfile.flush()
+            if self.stalls:
+                self.stalls -= 1
+                time.sleep(0.5)
+            else:
+                self.breaks -= 1
+        else:
+            request.wfile.write(body)
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Server, str]]:
+    monkeypatch.setattr(download, "_PAUSE_S", 0.01)
+    monkeypatch.setattr(download, "_TIMEOUT_S", 10)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    behaviour = Server()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            behaviour.answer(self)
+            self.close_connection = True
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http:
+        http.daemon_threads = True
+        threading.Thread(target=http.serve_forever, args=(0.01,), daemon=True).start()
+        yield behaviour, f"http://127.0.0.1:{http.server_port}/a.zip"
+        http.shutdown()
+
+
+def leftovers(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if ".part" in path.name or path.name.startswith("."))
+
+
+# Downloads
+
+
+def test_a_download_that_breaks_off_goes_on_from_there(server: tuple[Server, str], tmp_path: Path) -> None:
+    behaviour, url = server
+    behaviour.breaks = 3
+    told: list[tuple[int, int | None]] = []
+    fetch(url, tmp_path / "a.zip", lambda done, total: told.append((done, total)))
+    assert (tmp_path / "a.zip").read_bytes() == CONTENT and not leftovers(tmp_path)
+    assert behaviour.ranges == [None, "bytes=150000-", "bytes=225000-", "bytes=262500-"]
+    assert told[-1] == (len(CONTENT), len(CONTENT)) and told == sorted(told)
+
+
+def test_a_stalled_download_goes_on_too(
+    server: tuple[Server, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    behaviour, url = server
+    behaviour.stalls = 1
+    monkeypatch.setattr(download, "_TIMEOUT_S", 0.2)
+    fetch(url, tmp_path / "a.zip", ignore)
+    assert (tmp_path / "a.zip").read_bytes() == CONTENT and behaviour.ranges[:2] == [None, "bytes=150000-"]
+
+
+def test_the_next_command_goes_on_where_the_last_gave_up(server: tuple[Server, str], tmp_path: Path) -> None:
+    behaviour, url = server
+    behaviour.breaks = 1
+
+    def interrupted(done: int, total: int | None) -> None:
+        if done >= 150_000:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fetch(url, tmp_path / "a.zip", interrupted)
+    behaviour.breaks = 0
+    kept = (tmp_path / "a.zip.part").stat().st_size
+    assert kept >= 150_000 and not (tmp_path / "a.zip").exists()
+    fetch(url, tmp_path / "a.zip", ignore)
+    assert (tmp_path / "a.zip").read_bytes() == CONTENT and behaviour.ranges[1] == f"bytes={kept}-"
+
+
+@pytest.mark.parametrize("etag", ['"1"', ""])
+def test_a_server_that_ignores_ranges_is_asked_for_the_whole(
+    server: tuple[Server, str], tmp_path: Path, etag: str
+) -> None:
+    behaviour, url = server
+    behaviour.ignores_range, behaviour.breaks, behaviour.etag = True, 2, etag
+    fetch(url, tmp_path / "a.zip", ignore)
+    assert (tmp_path / "a.zip").read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize("etag", ['"2"', ""])
+def test_a_file_that_changed_is_begun_again(server: tuple[Server, str], tmp_path: Path, etag: str) -> None:
+    behaviour, url = server
+    if not etag:
+        behaviour.etag = ""  # the size alone tells
+    behaviour.breaks = 1
+
+    def change(done: int, total: int | None) -> None:
+        behaviour.content, behaviour.etag = CONTENT[::-1] + b"!", etag
+
+    fetch(url, tmp_path / "a.zip", change)
+    assert (tmp_path / "a.zip").read_bytes() == CONTENT[::-1] + b"!"
+
+
+def test_a_part_that_is_whole_already_is_taken(server: tuple[Server, str], tmp_path: Path) -> None:
+    behaviour, url = server
+    behaviour.length, behaviour.ignores_range = len(CONTENT) + 100, True  # a lie: it ends before
+    with pytest.raises(
+        UserError, match=r"ended after 300,000 of 300,100 bytes.*go on from 0.3 MB, or download"
+    ):
+        fetch(url, tmp_path / "b.zip", ignore)
+    behaviour.length, behaviour.ignores_range = None, False
+    fetch(url, tmp_path / "b.zip", ignore)  # nothing comes after what is here
+    assert (tmp_path / "b.zip").read_bytes() == CONTENT and behaviour.ranges[-1] == "bytes=300000-"
+
+
+def test_a_length_that_is_too_small_gives_a_file_that_is_refused(
+    server: tuple[Server, str], tmp_path: Path
+) -> None:
+    behaviour, url = server
+    behaviour.length = 1000
+    fetch(url, tmp_path / "a.zip", ignore)
+    with pytest.raises(UserError, match="has the SHA-256 checksum .*download it again"):
+        verify(tmp_path / "a.zip", hashlib.sha256(CONTENT).hexdigest(), ignore)
+
+
+def test_a_server_that_gives_no_length_is_believed(server: tuple[Server, str], tmp_path: Path) -> None:
+    behaviour, url = server
+    behaviour.chunked = True
+    fetch(url, tmp_path / "a.zip", ignore)
+    assert (tmp_path / "a.zip").read_bytes() == CONTENT
+
+
+def test_errors_say_what_to_do(
+    server: tuple[Server, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    behaviour, url = server
+    by_hand = r"download it by hand to \S*/a.zip and repeat the command, or give .*--url"
+    behaviour.statuses = [404]
+    with pytest.raises(UserError, match=rf"a.zip answers 404 Not Found: {by_hand}"):
+        fetch(url, tmp_path / "a.zip", ignore)
+    assert len(behaviour.ranges) == 1  # once is enough
+    behaviour.statuses = [503, 500]  # twice is bad luck
+    fetch(url, tmp_path / "a.zip", ignore)
+    behaviour.statuses = [503] * 5
+    with pytest.raises(UserError, match=rf"a.zip answers 503 .*: {by_hand}"):
+        fetch(url, tmp_path / "a.zip", ignore)
+    behaviour.stalls, behaviour.content = 99, CONTENT[:8]
+    with monkeypatch.context() as patient:
+        patient.setattr(download, "_TIMEOUT_S", 0.1)
+        with pytest.raises(
+            UserError, match=r"timed out.*repeat the command to go on from 7 bytes, or download"
+        ):
+            fetch(url, tmp_path / "a.zip", ignore)
+    behaviour.stalls, behaviour.type = 0, "text/html; charset=utf-8"
+    with pytest.raises(UserError, match="is a web page, not an archive; the link may be out of date"):
+        fetch(url, tmp_path / "a.zip", ignore)
+    with pytest.raises(UserError, match=rf"cannot be downloaded \(.*refused.*\): {by_hand}"):
+        fetch("http://127.0.0.1:9/a.zip", tmp_path / "c" / ".." / "a.zip", ignore)
+    with pytest.raises(UserError, match="--url=file:///etc/passwd is no address"):
+        fetch("file:///etc/passwd", tmp_path / "a.zip", ignore)
+
+
+def test_a_disk_without_room_is_told_before(
+    server: tuple[Server, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = download.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(download.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(UserError, match=r"the archive needs 0.3 MB, but \S+ has 1,000 bytes left.*--root"):
+        fetch(server[1], tmp_path / "a.zip", ignore)
+
+
+# Checksums
+
+
+def test_without_a_published_checksum_the_first_download_is_remembered(tmp_path: Path) -> None:
+    path = tmp_path / "a.zip"
+    path.write_bytes(CONTENT)
+    assert "no checksum is published: that of this first download is kept in" in verify(path, None, ignore)
+    assert (tmp_path / "a.zip.sha256").read_text() == f"{hashlib.sha256(CONTENT).hexdigest()}  a.zip\n"
+    assert "checksum is as in" in verify(path, None, ignore)
+    path.write_bytes(CONTENT[:-1])
+    with pytest.raises(UserError, match=r"is in \S+a.zip.sha256: it was damaged, or is another file"):
+        verify(path, None, ignore)
+
+
+# Archives
+
+
+def make_zip(path: Path, *members: tuple[str | zipfile.ZipInfo, bytes]) -> Path:
+    with zipfile.ZipFile(path, "w") as file:
+        for name, data in members:
+            file.writestr(name, data)
+    return path
+
+
+def make_tar(path: Path, *members: tuple[tarfile.TarInfo, bytes], mode: str = "w") -> Path:
+    with tarfile.open(path, mode) as file:  # type: ignore[call-overload]
+        for info, data in members:
+            info.size = len(data)
+            file.addfile(info, io.BytesIO(data))
+    return path
+
+
+def tar_info(name: str, kind: bytes = tarfile.REGTYPE, link: str = "") -> tarfile.TarInfo:
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname = kind, link
+    return info
+
+
+@pytest.mark.parametrize("mode", ["zip", "w", "w:gz", "w:bz2", "w:xz"])
+def test_archives_are_unpacked_whatever_their_name(tmp_path: Path, mode: str) -> None:
+    path = tmp_path / "archive"
+    if mode == "zip":
+        make_zip(path, ("a/", b""), ("a/b/c.txt", b"hello"))
+    else:
+        make_tar(path, (tar_info("a", tarfile.DIRTYPE), b""), (tar_info("./a/b/c.txt"), b"hello"), mode=mode)
+    unpack(path, tmp_path / "out", ignore)
+    assert (tmp_path / "out/a/b/c.txt").read_text() == "hello" and not leftovers(tmp_path)
+
+
+def link(name: str) -> zipfile.ZipInfo:
+    info = zipfile.ZipInfo(name)
+    info.external_attr = (stat.S_IFLNK | 0o777) << 16
+    return info
+
+
+OUT = "leads out of its folder: do not trust this archive"
+EVIL: dict[str, tuple[Callable[[Path], Path], str]] = {
+    "zip, up": (lambda path: make_zip(path, ("a.txt", b"1"), ("../evil", b"2")), OUT),
+    "zip, deep up": (lambda path: make_zip(path, ("a/../../evil", b"2")), OUT),
+    "zip, absolute": (lambda path: make_zip(path, ("/tmp/evil", b"2")), OUT),
+    "zip, backslashes": (lambda path: make_zip(path, ("..\\evil", b"2")), OUT),
+    "zip, drive": (lambda path: make_zip(path, ("C:/evil", b"2")), OUT),
+    "zip, link": (lambda path: make_zip(path, (link("a"), b"/etc")), "a link or device"),
+    "tar, up": (lambda path: make_tar(path, (tar_info("../evil"), b"2")), OUT),
+    "tar, absolute": (lambda path: make_tar(path, (tar_info("/tmp/evil"), b"2")), OUT),
+    "tar, link": (
+        lambda path: make_tar(path, (tar_info("a", tarfile.SYMTYPE, ".."), b""), (tar_info("a/evil"), b"2")),
+        "holds 'a', a link or device",
+    ),
+    "tar, hard link": (
+        lambda path: make_tar(path, (tar_info("a", tarfile.LNKTYPE, "/etc/passwd"), b"")),
+        "link or device",
+    ),
+    "tar, device": (lambda path: make_tar(path, (tar_info("a", tarfile.CHRTYPE), b"")), "link or device"),
+    "tar, pipe": (lambda path: make_tar(path, (tar_info("a", tarfile.FIFOTYPE), b"")), "link or device"),
+    "empty": (lambda path: make_zip(path), "is empty: download it again"),
+}
+
+
+@pytest.mark.parametrize("case", EVIL)
+def test_an_archive_that_reaches_out_is_refused_whole(tmp_path: Path, case: str) -> None:
+    build, message = EVIL[case]
+    inside = tmp_path / "inside"
+    inside.mkdir()
+    archive = build(inside / "archive")
+    with pytest.raises(UserError, match=message):
+        unpack(archive, inside / "out", ignore)
+    assert [path.name for path in inside.iterdir()] == ["archive"]
+    assert [path.name for path in tmp_path.iterdir()] == ["inside"] and not Path("/tmp/evil").exists()
+
+
+@pytest.mark.parametrize("kind", ["zip", "w", "w:gz", "w:xz", "text"])
+def test_a_damaged_archive_is_refused_whole(tmp_path: Path, kind: str) -> None:
+    archive = tmp_path / "archive"
+    if kind == "zip":
+        make_zip(archive, ("a", CONTENT))
+    elif kind == "text":
+        archive.write_text("<html>")
+    else:
+        make_tar(archive, (tar_info("a"), CONTENT), mode=kind)
+    data = archive.read_bytes()
+    archive.write_bytes(data[: len(data) // 2] if kind != "zip" else data.replace(CONTENT[:9], b"123456789"))
+    (tmp_path / ".out.unpacking").mkdir()  # of a process that was killed
+    with pytest.raises(UserError, match=r"archive is damaged.*download it again"):
+        unpack(archive, tmp_path / "out", ignore)
+    assert [path.name for path in tmp_path.iterdir()] == ["archive"]
+
+
+# The command
+
+
+@pytest.fixture
+def archive() -> bytes:
+    """A zip of a BTAD of one category, in a folder of its own, as the real one is."""
+    random = np.random.default_rng(0)
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as file:
+        for name in ("train/ok/0", "train/ok/1", "test/ok/0", "test/ko/0", "ground_truth/ko/0"):
+            picture = cv2.imencode(".png", random.integers(1, 255, (16, 16, 3), dtype=np.uint8))[1]
+            file.writestr(f"BTech_Dataset_transformed/01/{name}.png", picture.tobytes())
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def btad(
+    server: tuple[Server, str], archive: bytes, monkeypatch: pytest.MonkeyPatch
+) -> tuple[Server, published.Published]:
+    """The server has it, and its entry says so."""
+    behaviour, url = server
+    behaviour.content = archive
+    sha256 = hashlib.sha256(archive).hexdigest()
+    entry = replace(published.named("btad"), url=url, sha256=sha256)
+    monkeypatch.setitem(published.datasets(), "btad", entry)
+    return behaviour, entry
+
+
+def test_get_downloads_checks_unpacks_and_says_how_to_go_on(
+    btad: tuple[Server, published.Published], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    btad[0].breaks = 2
+    words = ["data", "get", "btad", "--root", str(tmp_path / "new" / "data")]
+    assert main(words) == 1
+    said = capsys.readouterr()
+    assert "BTAD is under CC BY-NC-SA 4.0" in said.out and "give --accept-licence" in said.err
+    assert not btad[0].ranges and not (tmp_path / "new").exists()
+    assert main([*words, "--accept-licence"]) == 0
+    root = tmp_path / "new" / "data" / "btad" / "BTech_Dataset_transformed"
+    said = capsys.readouterr()
+    assert "its SHA-256 checksum is as expected" in said.out
+    assert f"python train.py dataset=btad dataset.root={root}" in said.out
+    assert [path.name for path in root.parents[1].iterdir()] == ["btad"]
+    assert main(["data", "check", str(root)]) == 0
+    assert main(words) == 0 and "is there already" in capsys.readouterr().out
+
+
+def test_get_asks_on_a_terminal(
+    btad: tuple[Server, published.Published], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["data", "get", "btad", "--root", str(tmp_path), "--keep-archive"]
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    monkeypatch.setattr("builtins.input", lambda question: "")
+    assert main(words) == 1 and not btad[0].ranges
+    monkeypatch.setattr("builtins.input", lambda question: "y")
+    assert main(words) == 0 and (tmp_path / "btad.zip").exists()
+
+
+def test_get_refuses_other_bytes_and_forgets_them(
+    btad: tuple[Server, published.Published], archive: bytes, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    behaviour, entry = btad
+    behaviour.content = archive + b"more"
+    words = ["data", "get", "btad", "--root", str(tmp_path), "--accept-licence"]
+    assert main(words) == 1
+    assert f"but {entry.sha256} is expected" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+    assert main([*words, "--sha256", hashlib.sha256(behaviour.content).hexdigest().upper()]) == 0
+
+
+def test_get_takes_an_archive_that_was_downloaded_by_hand(
+    btad: tuple[Server, published.Published], archive: bytes, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "btad.zip").write_bytes(archive[:-1])
+    assert main(["data", "get", "btad", "--root", str(tmp_path)]) == 1
+    assert "is expected" in capsys.readouterr().err and (tmp_path / "btad.zip").exists()
+    (tmp_path / "btad.zip").write_bytes(archive)
+    assert main(["data", "get", "btad", "--root", str(tmp_path)]) == 0 and not btad[0].ranges
+
+
+def test_get_of_what_needs_a_form_says_where_to_go_and_takes_its_link(
+    server: tuple[Server, str], archive: bytes, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    for name, page in (("mvtec", "mvtec.com"), ("real_iad", "huggingface.co"), ("mpdd", "stepanje/MPDD")):
+        assert main(["data", "get", name, "--root", str(tmp_path)]) == 1
+        error = capsys.readouterr().err
+        assert "cannot be had from a plain address" in error and page in error and str(tmp_path) in error
+    behaviour, url = server
+    behaviour.content = archive
+    assert main(["data", "get", "mpdd", "--root", str(tmp_path), "--url", url, "--accept-licence"]) == 0
+    assert (tmp_path / "mpdd/BTech_Dataset_transformed").is_dir() and (tmp_path / "a.zip.sha256").exists()
+
+
+def test_list_has_all_with_licence_and_where_from(capsys: pytest.CaptureFixture) -> None:
+    assert main(["data", "list"]) == 0
+    told = capsys.readouterr().out
+    for entry in published.datasets().values():
+        assert f"{entry.name}: {entry.title}, " in told and entry.licence in told and entry.page in told
+    assert "clbench data get visa" in told and "clbench data get mvtec\n" not in told
