@@ -1,9 +1,10 @@
 """PaDiM: a Gaussian of patch features at every position (Defard et al., 2021)."""
 
 import itertools
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+from annotated_types import Ge, Lt
 from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor
 from torch.nn import functional as F
@@ -31,6 +32,7 @@ class PaDiM(Detector):
             (scatter within and between tasks, Chan et al., 1979), `per_task` keeps one map of Gaussians
             per task, and an image is judged by the one it is nearest to on average.
         sigma: of the map's smoothing, pixels.
+        held_out: share of normal images that the Gaussians are not of, for thresholds, see `Detector`.
         seed: of the choice of channels.
 
     Buffers, with K = 1, or the number of tasks under `per_task`, and P positions:
@@ -55,6 +57,7 @@ class PaDiM(Detector):
         epsilon: PositiveFloat = 0.01,
         update: Literal["average", "pooled", "per_task"] = "average",
         sigma: Sigma = 4.0,
+        held_out: Annotated[float, Ge(0), Lt(1)] = 0.0,
         seed: int = 0,
     ):
         super().__init__()
@@ -62,6 +65,7 @@ class PaDiM(Detector):
         self.epsilon = epsilon
         self.update = update
         self.sigma = sigma
+        self.held_out = held_out
         available = sum(self.pyramid.channels)
         order = torch.randperm(available, generator=generator(seed, "padim channels"))
         bounds = [0]

@@ -4,7 +4,7 @@ import tempfile
 from typing import Annotated
 
 import torch
-from annotated_types import Gt, Lt
+from annotated_types import Ge, Gt, Lt
 from pydantic import PositiveInt
 from torch import Tensor
 
@@ -31,6 +31,7 @@ class PatchCore(Detector):
         epsilon: relative error allowed to the random projection that coresets are selected in.
         neighbours: memorised patches that the image score is weighted with.
         sigma: of the map's smoothing, pixels.
+        held_out: share of normal images that are not memorised, for thresholds, see `Detector`.
         seed: of the projection and of each coreset's first patch.
 
     Buffers:
@@ -52,6 +53,7 @@ class PatchCore(Detector):
         epsilon: Annotated[float, Gt(0), Lt(1)] = 0.9,
         neighbours: PositiveInt = 3,
         sigma: Sigma = 4.0,
+        held_out: Annotated[float, Ge(0), Lt(1)] = 0.0,
         seed: int = 0,
     ):
         super().__init__()
@@ -60,6 +62,7 @@ class PatchCore(Detector):
         self.epsilon = epsilon
         self.neighbours = neighbours
         self.sigma = sigma
+        self.held_out = held_out
         self.seed = seed
         self.register_buffer("bank", torch.empty(0, sum(self.pyramid.channels)))
         self.register_buffer("bank_sizes", torch.empty(0, dtype=torch.int64))
