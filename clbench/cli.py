@@ -18,6 +18,10 @@ COMMANDS = {
         "a trained detector on files: scores, decisions, masks and heat maps",
         "clbench predict outputs/default/RUN parts/bracket/test --false-positive-rate 0.001",
     ),
+    "export": (
+        "a trained detector as an ONNX and a torch.export file, checked against itself",
+        "clbench export outputs/default/RUN --output bracket",
+    ),
 }
 
 

@@ -7,7 +7,7 @@ were (`method.held_out`), else on some that were learned from, which the detecto
 import bisect
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -52,6 +52,15 @@ class Thresholds:
             UserError: a rate is out of range.
         """
         return self.pixel[_place(rate)], self.image[_place(image_rate)]
+
+    def by_rate(self) -> dict[str, Any]:
+        """All of it as plain data: false-positive rate -> threshold, of pixels and of images."""
+        rates = [f"{rate:.10f}".rstrip("0") for rate in RATES]
+        return {
+            **asdict(self),
+            "pixel": dict(zip(rates, self.pixel, strict=True)),
+            "image": dict(zip(rates, self.image, strict=True)),
+        }
 
     @property
     def finest(self) -> float:

@@ -112,7 +112,7 @@ class CFA(Detector):
         distances, _ = k_nearest(described.flatten(0, 1), self.centroids, self.attracted)
         distances = distances.sqrt()
         weighted = torch.softmax(-distances, 1)[:, 0] * distances[:, 0]
-        maps = to_image_size(weighted.view(len(images), *self._grid), images.shape[-2:], self.sigma)
+        maps = to_image_size(weighted.view(images.shape[0], *self._grid), images.shape[-2:], self.sigma)
         return Prediction(maps, maps.amax((1, 2)))
 
     def describe(self, images: Tensor) -> Tensor:

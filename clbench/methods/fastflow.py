@@ -103,7 +103,7 @@ class Flow(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [B, C, h, w] -> z of the same shape, and the log-determinant of the Jacobian [B]."""
-        total = x.new_zeros(len(x))
+        total = x.new_zeros(x.shape[0])
         for coupling in self.couplings:
             x, log_determinant = coupling(x)
             total = total + log_determinant
