@@ -36,6 +36,8 @@ def main(options: argparse.Namespace) -> int:
     from clbench.loading import load
     from clbench.terminal import Display
 
+    if "onnx" in options.formats:
+        exporting.require_onnx()
     trained = load(options.run, task=options.task, device="cpu", gpu={"precision": "fp32", "compile": False})
     if trained.image_size is None:
         raise UserError(
