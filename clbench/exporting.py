@@ -135,7 +135,7 @@ def write_onnx(program: ExportedProgram, path: Path, threads: int | None = None)
 
 @torch.no_grad()
 def difference(ours: Prediction, theirs: Runtime, images: Tensor, any_number: bool) -> float:
-    """The largest difference of maps and scores, relative to the range of our maps.
+    """The largest difference of maps and scores, relative to the range of our maps, or to 1 % of their values.
 
     Args:
         any_number: whether the runtime takes all images at once, as well as one.
@@ -150,7 +150,9 @@ def difference(ours: Prediction, theirs: Runtime, images: Tensor, any_number: bo
         max(float((maps - ours.maps[:count]).abs().max()), float((scores - ours.scores[:count]).abs().max()))
         for maps, scores, count in pairs
     )
-    return largest / max(float(ours.maps.max() - ours.maps.min()), 1e-12)
+    # Where maps are nearly even, single precision resolves no small part of their range.
+    low, high = float(ours.maps.min()), float(ours.maps.max())
+    return largest / max(high - low, 0.01 * max(abs(low), abs(high)), 1e-12)
 
 
 def _impossible(what: str, error: Exception) -> UserError:

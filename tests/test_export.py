@@ -56,7 +56,12 @@ METHODS: dict[str, Callable[[str], Detector]] = {
         teacher="random", width=8, penalty_count=3, epochs=1, batch_size=2, cache=cache
     ),
     "draem": lambda cache: DRAEM(
-        reconstructive_width=4, discriminative_width=4, texture_count=3, epochs=1, cache=cache
+        reconstructive_width=8,
+        discriminative_width=8,
+        texture_count=3,
+        epochs=3,
+        learning_rate=0.01,
+        cache=cache,
     ),
     "fastflow": lambda cache: FastFlow(resnet(), layers=[1, 2, 3], steps=2, epochs=1, batch_size=4),
     "fastflow on deit": lambda cache: flow(transformer("deit_tiny_distilled_patch16_224")),

@@ -192,7 +192,7 @@ def test_a_map_goes_back_to_where_the_image_had_it(resize: int | None, crop: int
     rows, columns = np.mgrid[: size[0], : size[1]].astype(np.float32)
     ramp = 3 * rows + columns  # linear: resizing and interpolating keep it
     geometry = Geometry(resize, crop)
-    back = geometry.restore(geometry.image(ramp[:, :, None])[..., 0] if crop or resize else ramp, size)
+    back = geometry.restore(geometry.image(ramp), size)
     assert back.shape == size and back.dtype == np.float32
     share = [1.0, 1.0] if crop is None else [crop / (resize or side) for side in size]
     known = np.isfinite(back)
