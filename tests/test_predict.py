@@ -302,7 +302,7 @@ def test_predict_writes_what_it_finds_and_names_what_it_cannot_read(train: Train
         cv2.imread(str(tmp_path / "stream/brick/ground_truth/blot/001_mask.png"), cv2.IMREAD_UNCHANGED) > 0
     )
     found = cv2.imread(str(output / "masks/given/blot/001.png"), cv2.IMREAD_UNCHANGED) > 0
-    assert found[truth].mean() > 0.5 > found[~truth].mean()
+    assert found[truth].mean() > 0.9 > found[~truth].mean()  # maps of so few pixels are smooth
 
     again = clbench(*words)
     assert again.returncode == 1 and "holds predictions" in again.stderr

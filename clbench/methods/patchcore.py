@@ -138,24 +138,26 @@ class PatchCore(Detector):
         maps = to_image_size(chosen.view(batch, height, width), images.shape[-2:], self.sigma)
         highest, where = chosen.max(1)
         farthest, matched = patches.view(batch, -1, size)[each, where], self.bank[rows[each, where]]
-        weights = torch.stack([self._weight(bank, farthest, matched) for bank in self.bank.split(sizes)])
+        weights = torch.stack(
+            [self._weight(bank, farthest, matched, highest) for bank in self.bank.split(sizes)]
+        )
         return Prediction(maps, highest * weights[selected, each])
 
-    def _weight(self, bank: Tensor, farthest: Tensor, matched: Tensor) -> Tensor:
+    def _weight(self, bank: Tensor, farthest: Tensor, matched: Tensor, highest: Tensor) -> Tensor:
         """Weights [B] of image scores by Roth et al., 2022, eq. 7: less where the matched patch is itself a rare one.
 
         Args:
-            bank: [M, D], that `matched` [B, D] are of, as far as the weights are to be used.
-            farthest: each image's patch that is farthest from the bank, [B, D].
+            bank: [M, D]; only the weights of images that it was selected for are to be used.
+            farthest, matched: each image's patch that is farthest from its bank, and the nearest there, [B, D].
+            highest: the distance between them, [B].
         """
         count = min(self.neighbours, len(bank))
         if count < 2:
             return torch.ones_like(farthest[:, 0])
         around = torch.addmm(bank.square().sum(1), matched, bank.T, alpha=-2).topk(count, largest=False)
         to_test = (bank[around.indices] - farthest[:, None]).square().sum(2).sqrt()
-        # exp(highest) / sum(exp(to_test)), as a softmax so that it cannot overflow; the nearest of
-        # the neighbours is the matched patch itself, at the highest distance.
-        return 1 - torch.softmax(to_test, 1)[:, 0]
+        # 1 - exp(highest) / sum(exp(to_test)), so that it cannot overflow: `matched` is one of its own neighbours.
+        return 1 - (highest - to_test.logsumexp(1)).exp()
 
     def patches(self, images: Tensor) -> Tensor:
         """Patch features [B, h, w, D] of images."""
