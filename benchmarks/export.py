@@ -30,7 +30,8 @@ def table(checkpoint: str | None = None, root: str | None = None) -> Table:
         "difference",
         title=f"Images of {_SIZE} pixels in batches of {_BATCH}, the demo's networks, {threads} threads",
     )
-    images = training_images(root, 24, _SIZE)
+    images = training_images(root, 24 + _BATCH, _SIZE)
+    batch = images[24:]
     register_resolvers()
     for method in METHODS:
         overrides = [f"method={method}", "gpu=cpu"]
@@ -38,15 +39,14 @@ def table(checkpoint: str | None = None, root: str | None = None) -> Table:
         with initialize_config_dir(str(CONF.absolute()), version_base="1.3"):
             settings = check(compose("config", overrides))
         detector = instantiation.detector(settings)
-        train(detector, 0, images, [], 0)
+        train(detector, 0, images[:24], [], 0)
         detector.eval()
-        batch = images[:_BATCH]
         with torch.no_grad(), detector.uncached(), tempfile.TemporaryDirectory() as folder:
             ours = detector(batch)
-            own = seconds(lambda detector=detector, batch=batch: detector(batch), repeats=3)
+            own = seconds(lambda detector=detector: detector(batch))
             program, any_number = exporting.trace(detector, batch)
             runtime = exporting.write_onnx(program, Path(folder) / "model.onnx", threads)
-            other = seconds(lambda runtime=runtime, batch=batch: runtime(batch), repeats=3)
+            other = seconds(lambda runtime=runtime: runtime(batch))
             off = exporting.difference(ours, runtime, batch, any_number)
         own, other = (1000 * time / _BATCH for time in (own, other))
         shown.add_row(method, f"{own:.1f}", f"{other:.1f}", f"{own / other:.2f}", f"{off:.0e}")
