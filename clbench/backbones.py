@@ -321,6 +321,10 @@ class FeaturePyramid(nn.Module):
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Images, uint8 or float in [0, 1], [B, 3, H, W] -> levels, float32 [B, C_l, H_l, W_l]."""
+        if torch.compiler.is_compiling():  # a traced graph takes batches of any size, and keeps nothing
+            return self.network(self.normalisation(images))
+        if self.store.paused:
+            return self.compute(images)
         keys = self.store.keys(images)
         found = [self.store.get(key) for key in keys]
         missing = [index for index, levels in enumerate(found) if levels is None]

@@ -14,6 +14,14 @@ COMMANDS = {
         "one run or a sweep: what train.py does",
         "clbench run -m method=patchcore,padim replay.size=100,300",
     ),
+    "predict": (
+        "a trained detector on files: scores, decisions, masks and heat maps",
+        "clbench predict outputs/default/RUN parts/bracket/test --false-positive-rate 0.001",
+    ),
+    "export": (
+        "a trained detector as an ONNX and a torch.export file, checked against itself",
+        "clbench export outputs/default/RUN --output bracket",
+    ),
     "data": (
         "which datasets there are, how to come by them, and whether a folder of one is sound",
         "clbench data get visa --root data\n  clbench data check data/visa",

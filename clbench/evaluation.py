@@ -1,9 +1,11 @@
 """Anomaly maps of a task's test images, and what they are worth."""
 
 import time
+from collections.abc import Iterator
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from clbench.data.images import ImageSet
 from clbench.data.stream import Task
@@ -16,7 +18,6 @@ BATCH_SIZE = 16
 _TIMED_IMAGES = 32
 
 
-@torch.no_grad()
 def predict(
     strategy: Strategy, images: ImageSet, task: int, device: torch.device, progress: Progress
 ) -> Prediction:
@@ -25,17 +26,29 @@ def predict(
     Raises:
         Diverged: one is no number.
     """
-    strategy.detector.eval()
-    count = len(images)
+    count, done = len(images), 0
     maps, scores = torch.empty(images.masks.shape), torch.empty(count)
-    for begin in range(0, count, BATCH_SIZE):
-        rows = slice(begin, begin + BATCH_SIZE)
-        prediction = strategy.predict(images.images[rows].to(device), task)
-        maps[rows], scores[rows] = prediction.maps.cpu(), prediction.scores.cpu()
-        progress("evaluating", min(begin + BATCH_SIZE, count), count)
-    if not (maps.isfinite().all() and scores.isfinite().all()):
-        raise Diverged(f"maps or scores became no numbers: {CALMER}")
+    for part in predictions(strategy, images.images, task, device):
+        rows = slice(done, done + len(part.scores))
+        maps[rows], scores[rows] = part
+        done = rows.stop
+        progress("evaluating", done, count)
     return Prediction(maps, scores)
+
+
+@torch.no_grad()
+def predictions(strategy: Strategy, images: Tensor, task: int, device: torch.device) -> Iterator[Prediction]:
+    """Maps and scores of a task's images, uint8 [N, 3, H, W], batch by batch, on the CPU.
+
+    Raises:
+        Diverged: one is no number.
+    """
+    strategy.detector.eval()
+    for part in images.split(BATCH_SIZE):
+        maps, scores = (found.cpu() for found in strategy.predict(part.to(device), task))
+        if not (maps.isfinite().all() and scores.isfinite().all()):
+            raise Diverged(f"maps or scores became no numbers: {CALMER}")
+        yield Prediction(maps, scores)
 
 
 def measure(prediction: Prediction, images: ImageSet) -> dict[str, float | None]:

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import torch
 
-from clbench import evaluation, footprint, heat_maps
+from clbench import evaluation, footprint, heat_maps, thresholds
 from clbench.data.stream import Task
 from clbench.errors import UserError
 from clbench.footprint import memory_named
@@ -128,6 +128,8 @@ def run(
     matrices = {metric: _matrix(rows, metric, len(stages), len(tasks)) for metric in METRICS}
     time_and_peak = spent.so_far()
     peak_mb = time_and_peak.pop("peak_mb")
+    with memory_named("setting thresholds", "backbone.batch_size"):
+        directory.write_thresholds(thresholds.calibrate(strategy, tasks, device, progress))
     summary = {
         **identity,
         "status": "complete",

@@ -68,13 +68,22 @@ def parts(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Image, mask and the map over the image, with the mask's outline: three BGR pictures [H, W, 3]."""
     picture = cv2.cvtColor(np.ascontiguousarray(image.transpose(1, 2, 0)), cv2.COLOR_RGB2BGR)
-    scaled = np.clip((heat - low) / max(high - low, 1e-12), 0, 1)
-    colours = cv2.applyColorMap((255 * scaled).astype(np.uint8), cv2.COLORMAP_INFERNO)
-    overlay = cv2.addWeighted(picture, 0.5, colours, 0.5, 0)
-    outlines, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
-    cv2.drawContours(overlay, outlines, -1, (255, 255, 255), 1)
     white = np.repeat(255 * mask[:, :, None].astype(np.uint8), 3, axis=2)
-    return picture, white, overlay
+    return picture, white, overlay(picture, mask, heat, low, high)
+
+
+def overlay(picture: np.ndarray, mask: np.ndarray, heat: np.ndarray, low: float, high: float) -> np.ndarray:
+    """A BGR picture [H, W, 3] in the colours of a map [H, W], a mask's outlines in white.
+
+    Where the map is NaN, nothing is known, and the picture stays as it is.
+    """
+    known = np.isfinite(heat)
+    scaled = np.clip((np.where(known, heat, low) - low) / max(high - low, 1e-12), 0, 1)
+    colours = cv2.applyColorMap((255 * scaled).astype(np.uint8), cv2.COLORMAP_INFERNO)
+    coloured = np.where(known[:, :, None], cv2.addWeighted(picture, 0.5, colours, 0.5, 0), picture)
+    outlines, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
+    cv2.drawContours(coloured, outlines, -1, (255, 255, 255), max(1, min(mask.shape) // 400))
+    return coloured
 
 
 def _write(path: Path, picture: np.ndarray) -> None:

@@ -1,46 +1,217 @@
 """A finished run's detector, for use elsewhere."""
 
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from clbench import instantiation
+import numpy as np
+import torch
+from torch import Tensor
+
+from clbench import instantiation, thresholds
+from clbench.data.files import find_images, read_image
+from clbench.data.samples import Geometry
 from clbench.errors import UserError
-from clbench.methods.base import Detector
+from clbench.evaluation import BATCH_SIZE
+from clbench.methods.base import Detector, Prediction
 from clbench.recording.checkpoint import Checkpoints
 from clbench.recording.run_directory import RunDirectory
+from clbench.thresholds import Thresholds
 
 
-def load(run_directory: Path | str, *, task: str | None = None, device: str = "auto") -> Detector:
-    """The detector that a run has trained so far: call it on images to get maps and scores.
+@dataclass(frozen=True)
+class Found:
+    """What a detector found in an image file.
+
+    Args:
+        path: the file.
+        score: of the image; higher is more anomalous.
+        anomalous: whether the score is above the image threshold; None where the run has no thresholds.
+        size: of the image, (H, W) in pixels.
+        grid: the anomaly map at the run's size, float32 [h, w].
+    """
+
+    path: Path
+    score: float
+    anomalous: bool | None
+    size: tuple[int, int]
+    grid: np.ndarray
+    geometry: Geometry
+    threshold: float | None
+
+    @property
+    def map(self) -> np.ndarray:
+        """The anomaly map on the image's own pixels, float32 [H, W]; NaN outside the run's centre crop."""
+        return self.geometry.restore(self.grid, self.size)
+
+    @property
+    def mask(self) -> np.ndarray:
+        """Where the map is above the pixel threshold, bool [H, W].
+
+        Raises:
+            UserError: the run has no thresholds.
+        """
+        if self.threshold is None:
+            raise UserError(_NO_THRESHOLDS)
+        return self.map > self.threshold
+
+
+_NO_THRESHOLDS = (
+    "the run has no thresholds (thresholds.json), which are set when it ends: repeat its command, "
+    "with overwrite=true where it was finished by an older clbench"
+)
+
+
+class TrainedDetector:
+    """A trained detector: call it on images of the run's size, or let it `predict` files of any size.
+
+    Attributes:
+        detector: itself, in evaluation mode.
+        geometry: how images are brought to the run's size.
+        image_size: that size, (H, W); None where the run kept its files' size and is of an older clbench.
+        thresholds: of its maps and scores; None where the run has not ended.
+    """
+
+    def __init__(
+        self,
+        detector: Detector,
+        geometry: Geometry,
+        image_size: tuple[int, int] | None,
+        thresholds: Thresholds | None,
+    ):
+        self.detector = detector
+        self.geometry = geometry
+        self.image_size = image_size
+        self.thresholds = thresholds
+        self.device = next((tensor.device for tensor in detector.buffers()), torch.device("cpu"))
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Prediction:
+        """Images, uint8 or float in [0, 1], [B, 3, H, W] of the run's size -> maps [B, H, W] and scores [B]."""
+        with self.detector.uncached():
+            return self.detector(images.to(self.device))
+
+    def predict(
+        self,
+        images: str | Path | Iterable[str | Path],
+        *,
+        false_positive_rate: float = 0.01,
+        image_false_positive_rate: float | None = None,
+        batch_size: int = BATCH_SIZE,
+        unreadable: Callable[[Path, UserError], None] | None = None,
+    ) -> Iterator[Found]:
+        """What it finds in each image; few are in memory at a time.
+
+        Args:
+            images: files, folders (with those inside them) and patterns such as `parts/*.png`.
+            false_positive_rate: share of normal pixels that masks may mark.
+            image_false_positive_rate: share of normal images that may be called anomalous; None: the same.
+            batch_size: images at a time.
+            unreadable: told of each file that is no image or has the wrong size, which is passed over then;
+                None: it raises.
+
+        Raises:
+            UserError: a file cannot be read, or a rate is out of range.
+        """
+        pixel = image = None
+        if image_false_positive_rate is None:
+            image_false_positive_rate = false_positive_rate
+        if self.thresholds is not None:
+            pixel, image = self.thresholds.at(false_positive_rate, image_false_positive_rate)
+        given = [images] if isinstance(images, str | Path) else list(images)
+        paths = find_images(given)
+        batches = [paths[begin : begin + batch_size] for begin in range(0, len(paths), batch_size)]
+        with ThreadPoolExecutor(min(8, batch_size)) as pool:
+            ahead = [pool.submit(self._read, path) for path in batches[0]] if batches else []
+            for number, batch in enumerate(batches):
+                reading = ahead
+                following = batches[number + 1] if number + 1 < len(batches) else []
+                ahead = [pool.submit(self._read, path) for path in following]
+                read = []
+                for path, future in zip(batch, reading, strict=True):
+                    try:
+                        read.append((path, *future.result()))
+                    except UserError as error:
+                        if unreadable is None:
+                            pool.shutdown(cancel_futures=True)
+                            raise
+                        unreadable(path, error)
+                if not read:
+                    continue
+                maps, scores = self(torch.from_numpy(np.stack([pixels for _, pixels, _ in read])))
+                for (path, _, size), grid, score in zip(
+                    read, maps.cpu().numpy(), scores.tolist(), strict=True
+                ):
+                    anomalous = None if image is None else score > image
+                    yield Found(path, score, anomalous, size, grid, self.geometry, pixel)
+
+    def _read(self, path: Path) -> tuple[np.ndarray, tuple[int, int]]:
+        """An image at the run's size, uint8 [3, h, w], and its own size (H, W).
+
+        Raises:
+            UserError: it cannot be read, or cannot be brought to the run's size.
+        """
+        picture = read_image(path)
+        height, width = picture.shape[:2]
+        try:
+            pixels = self.geometry.image(picture)
+        except UserError as error:
+            raise UserError(f"image file {path}: {error}") from error
+        if self.image_size not in (None, pixels.shape[:2]):
+            wanted = f"{self.image_size[1]}x{self.image_size[0]}"  # type: ignore[index]
+            raise UserError(
+                f"image file {path} is {width}x{height}, and the run learned from images of {wanted}: "
+                "bring it to that size, or train with dataset.resize=..."
+            )
+        return np.ascontiguousarray(pixels.transpose(2, 0, 1)), (height, width)
+
+
+def load(
+    run_directory: Path | str,
+    *,
+    task: str | None = None,
+    device: str = "auto",
+    gpu: dict[str, Any] | None = None,
+) -> TrainedDetector:
+    """The detector that a run has trained so far, to call on images or to `predict` files.
 
     Args:
         run_directory: outputs/<experiment>/<run>.
         task: whose model, under `strategy=single`, which has one for each.
         device: `auto`, `cpu`, `cuda` or `cuda:1`.
-
-    Returns:
-        A detector in evaluation mode. It takes images, uint8 or float in [0, 1], [B, 3, H, W], of the size
-        that the run was trained at, and gives `maps` [B, H, W] and `scores` [B].
+        gpu: settings of the group that are to be others than the run's, as `precision`.
 
     Raises:
         UserError: the directory holds no trained run, or the task is not one of its tasks.
     """
     directory = RunDirectory(run_directory)
     config, summary = directory.config(), directory.summary()
-    chosen = instantiation.device(
-        {"deterministic": False, "threads": None, **(config or {}).get("gpu", {}), "device": device}
-    )
+    settings = {"deterministic": False, "threads": None, **(config or {}).get("gpu", {}), **(gpu or {})}
+    chosen = instantiation.device({**settings, "device": device})
     saved = Checkpoints(directory.path / "checkpoint", str(chosen)).load_stage()
     if config is None or summary is None or saved is None:
         raise UserError(
             f"{directory.path} holds no trained detector (config.yaml, summary.json and checkpoint/): "
             "give the directory of a run, outputs/<experiment>/<run>"
         )
-    strategy = instantiation.strategy(config, instantiation.detector(config).to(chosen))
+    strategy = instantiation.strategy(config, instantiation.detector({**config, "gpu": settings}).to(chosen))
     stage, tensors, _ = saved
     strategy.restore(tensors)
     tasks = summary["tasks"][: stage + 1]
-    if config["strategy"]["name"] != "single":
+    if not strategy.task_known:
         task = tasks[0]
-    if task not in tasks:
-        raise UserError(f"load(task={task!r}): this run has a model for each of {', '.join(tasks)}")
-    return strategy.detector_for(tasks.index(task)).eval()
+    if task is None or task not in tasks:
+        which = "no task is given" if task is None else f"task '{task}' is not one of this run's"
+        raise UserError(f"{which}: {directory.path} has a model for each of {', '.join(tasks)}; name one")
+    stored = directory.thresholds() or {}
+    geometry = Geometry(config["dataset"]["resize"], config["dataset"]["crop"])
+    side = geometry.crop or geometry.resize
+    size = tuple(stored.get("image_size") or ([side, side] if side else []))
+    return TrainedDetector(
+        strategy.detector_for(tasks.index(task)).eval(),
+        geometry,
+        (size[0], size[1]) if size else None,
+        thresholds.read(stored, task) if stored else None,
+    )

@@ -275,11 +275,17 @@ def _batches(counts: Sequence[int], size: int, stage: int, epoch: int, seed: int
 
 def split(images: Tensor, share: float, seed: int, stage: int) -> tuple[Tensor, Tensor]:
     """A stage's images to learn from, and those held out: at least one of each, where there are two and a share."""
-    count = held_out(len(images), share)
-    if not count:
+    learned, held = split_rows(len(images), share, seed, stage)
+    if not len(held):
         return images, images[:0]
-    order = torch.randperm(len(images), generator=generator(seed, "held out", stage)).to(images.device)
-    return images[order[count:].sort().values], images[order[:count].sort().values]
+    return images[learned.to(images.device)], images[held.to(images.device)]
+
+
+def split_rows(count: int, share: float, seed: int, stage: int) -> tuple[Tensor, Tensor]:
+    """Which of a stage's images are learned from, and which are held out: both ascending."""
+    size = held_out(count, share)
+    order = torch.randperm(count, generator=generator(seed, "held out", stage))
+    return order[size:].sort().values, order[:size].sort().values
 
 
 def held_out(count: int, share: float) -> int:

@@ -1,6 +1,8 @@
 """Image and mask files on disk: decoded whole, or refused."""
 
+import glob
 import io
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +18,32 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 
 _WHITE_IS_ZERO = 0  # TIFF tag 262, photometric interpretation
 _SEPARATE_PLANES = 2  # TIFF tag 284, planar configuration
+
+
+def find_images(given: Iterable[Path | str], without: Path | None = None) -> list[Path]:
+    """Image files, absolute, in the order given, each once.
+
+    Args:
+        given: files, whatever they are called; folders, of which and of those in which image files are taken,
+            sorted; and patterns such as `parts/*.png`. What does not exist is given back as it is.
+        without: a folder from which none is taken, unless it is named.
+    """
+    found: dict[Path, None] = {}
+    for each in given:
+        path = Path(each).expanduser().absolute()
+        pattern = not path.exists() and glob.has_magic(str(path))
+        matches = sorted(map(Path, glob.glob(str(path), recursive=True))) if pattern else []
+        for match in matches or [path]:
+            if not match.is_dir():
+                found[match] = None
+                continue
+            for file in sorted(match.rglob("*")):
+                inside = file.relative_to(match).parts
+                hidden = any(part.startswith(".") for part in inside)
+                left_out = without is not None and without.absolute() in file.parents
+                if file.suffix.lower() in SUFFIXES and file.is_file() and not (hidden or left_out):
+                    found[file] = None
+    return list(found)
 
 
 @dataclass(frozen=True)

@@ -97,6 +97,24 @@ class Geometry:
             mask = _resized(mask.astype(np.uint8), size, cv2.INTER_NEAREST_EXACT).astype(bool)
         return self._cropped(mask)
 
+    def restore(self, grid: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+        """A map of the image that `image` gave, back on the original's pixels.
+
+        Args:
+            grid: float32 [h, w].
+            size: of the original, (H, W).
+
+        Returns:
+            float32 [H, W], interpolated linearly; NaN outside of the crop, where nothing is known.
+        """
+        rows, columns = (
+            _weights(original, self.resize or original, known)
+            for original, known in zip(size, grid.shape, strict=True)
+        )
+        for low, high, share in (rows, columns):
+            grid = (grid[low] * (1 - share) + grid[high] * share).T
+        return np.ascontiguousarray(grid)
+
     def _cropped(self, array: np.ndarray) -> np.ndarray:
         if self.crop is None:
             return array
@@ -108,6 +126,16 @@ class Geometry:
             )
         top, left = (height - self.crop) // 2, (width - self.crop) // 2
         return array[top : top + self.crop, left : left + self.crop]
+
+
+def _weights(original: int, resized: int, known: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """For each of `original` pixels along a side that was resized and cut to its middle `known` ones: the two of
+    those that it lies between, int [N], and the second one's share, float32 [N, 1]; NaN outside."""
+    centre = (np.arange(original) + 0.5) * (resized / original) - 0.5 - (resized - known) // 2
+    within = np.clip(centre, 0, known - 1)
+    low = within.astype(np.int64)
+    share = np.where((centre >= -0.5) & (centre < known - 0.5), within - low, np.nan)
+    return low, np.minimum(low + 1, known - 1), share.astype(np.float32)[:, None]
 
 
 def _resized(array: np.ndarray, size: tuple[int, int], interpolation: int) -> np.ndarray:

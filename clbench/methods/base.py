@@ -93,6 +93,9 @@ class Detector(nn.Module):
         """Images, uint8 or float in [0, 1], [B, 3, H, W] -> maps [B, H, W] and scores [B], no task given."""
         raise NotImplementedError
 
+    def for_export(self) -> None:
+        """Bring what was learned into the form that a traced `forward` takes; nothing more is learned after it."""
+
     def check(self, images: Tensor) -> None:
         """Try an image, uint8 [1, 3, H, W], before anything is learned.
 

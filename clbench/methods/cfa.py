@@ -1,6 +1,9 @@
 """CFA: patches drawn to centroids of normal ones, by coupled hyperspheres (Lee et al., 2022)."""
 
+from typing import Annotated
+
 import torch
+from annotated_types import Ge, Lt
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
@@ -24,6 +27,7 @@ class CFA(Detector):
         nu: of the soft boundary: the smaller, the more a patch outside its hypersphere costs.
         sigma: of the map's smoothing, pixels.
         epochs, batch_size, learning_rate, weight_decay: of AdamW with AMSGrad.
+        held_out: share of normal images that no step sees, for thresholds, see `Detector`.
         seed: of the descriptor's first weights.
 
     Buffers:
@@ -51,6 +55,7 @@ class CFA(Detector):
         batch_size: PositiveInt = 4,
         learning_rate: PositiveFloat = 1e-3,
         weight_decay: NonNegativeFloat = 5e-4,
+        held_out: Annotated[float, Ge(0), Lt(1)] = 0.0,
         seed: int = 0,
     ):
         super().__init__()
@@ -59,6 +64,7 @@ class CFA(Detector):
         self.alpha, self.nu, self.sigma = alpha, nu, sigma
         self.epochs, self.batch_size = epochs, batch_size
         self.learning_rate, self.weight_decay = learning_rate, weight_decay
+        self.held_out = held_out
         size = sum(self.pyramid.channels)
         torch.manual_seed(seed_for(seed, "cfa weights"))
         self.descriptor = nn.Linear(size + 2, size)  # a 1x1 convolution over features and their coordinates
@@ -106,7 +112,7 @@ class CFA(Detector):
         distances, _ = k_nearest(described.flatten(0, 1), self.centroids, self.attracted)
         distances = distances.sqrt()
         weighted = torch.softmax(-distances, 1)[:, 0] * distances[:, 0]
-        maps = to_image_size(weighted.view(len(images), *self._grid), images.shape[-2:], self.sigma)
+        maps = to_image_size(weighted.view(images.shape[0], *self._grid), images.shape[-2:], self.sigma)
         return Prediction(maps, maps.amax((1, 2)))
 
     def describe(self, images: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ import itertools
 from typing import Annotated
 
 import torch
-from annotated_types import Ge, Le
+from annotated_types import Ge, Le, Lt
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -31,6 +31,7 @@ class DRAEM(Detector):
         rotated_share: of the normal images, turned by up to 90 degrees.
         similarity: weight of the structural dissimilarity beside the squared error.
         epochs, batch_size, learning_rate: of Adam; the rate falls to a fifth after 80 % and 90 % of the steps.
+        held_out: share of normal images that no step sees, for thresholds, see `Detector`.
         seed: of the first weights and the choice of textures.
         cache: where decoded pictures are kept.
     """
@@ -47,6 +48,7 @@ class DRAEM(Detector):
         epochs: PositiveInt = 50,
         batch_size: PositiveInt = 4,
         learning_rate: PositiveFloat = 1e-4,
+        held_out: Annotated[float, Ge(0), Lt(1)] = 0.0,
         seed: int = 0,
         cache: str,
     ):
@@ -54,6 +56,7 @@ class DRAEM(Detector):
         self.pictures = Pictures(textures, texture_count, "method.textures", seed, cache)
         self.rotated_share, self.similarity = rotated_share, similarity
         self.epochs, self.batch_size, self.learning_rate = epochs, batch_size, learning_rate
+        self.held_out = held_out
         torch.manual_seed(seed_for(seed, "draem weights"))
         self.reconstructive = Reconstructive(reconstructive_width)
         self.discriminative = Discriminative(discriminative_width)

@@ -4,7 +4,7 @@ import math
 from typing import Annotated
 
 import torch
-from annotated_types import Gt
+from annotated_types import Ge, Gt, Lt
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -27,6 +27,7 @@ class FastFlow(Detector):
         steps: couplings of a flow; 8 for convolutional backbones, 20 for transformers.
         hidden_ratio: channels inside a subnetwork, relative to those it sees.
         epochs, batch_size, learning_rate, weight_decay: of Adam.
+        held_out: share of normal images that no step sees, for thresholds, see `Detector`.
         seed: of the flows' permutations and first weights.
     """
 
@@ -41,6 +42,7 @@ class FastFlow(Detector):
         batch_size: PositiveInt = 32,
         learning_rate: PositiveFloat = 1e-3,
         weight_decay: NonNegativeFloat = 1e-5,
+        held_out: Annotated[float, Ge(0), Lt(1)] = 0.0,
         seed: int = 0,
     ):
         super().__init__()
@@ -57,6 +59,7 @@ class FastFlow(Detector):
         )
         self.epochs, self.batch_size = epochs, batch_size
         self.learning_rate, self.weight_decay = learning_rate, weight_decay
+        self.held_out = held_out
 
     def optimizer(self) -> torch.optim.Optimizer:
         return torch.optim.Adam(
@@ -100,7 +103,7 @@ class Flow(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [B, C, h, w] -> z of the same shape, and the log-determinant of the Jacobian [B]."""
-        total = x.new_zeros(len(x))
+        total = x.new_zeros(x.shape[0])
         for coupling in self.couplings:
             x, log_determinant = coupling(x)
             total = total + log_determinant

@@ -1,4 +1,7 @@
-"""Nearest neighbours in memory banks: matrix products and minima, never a whole distance matrix."""
+"""Nearest neighbours in memory banks: matrix products and minima, never a whole distance matrix.
+
+But where they are traced for export, whose runtimes have no use for blocks.
+"""
 
 import math
 from typing import Any
@@ -22,6 +25,8 @@ def nearest(queries: Tensor, bank: Tensor, sizes: list[int]) -> tuple[Tensor, Te
     Returns:
         Euclidean distances float32 [K, Q] and rows of `bank` int64 [K, Q].
     """
+    if torch.compiler.is_compiling():
+        return _nearest_traced(queries, bank, sizes)
     norms = bank.square().sum(1)
     distances = torch.empty(len(sizes), len(queries), device=queries.device)
     rows = torch.empty(len(sizes), len(queries), dtype=torch.int64, device=queries.device)
@@ -47,6 +52,17 @@ def nearest(queries: Tensor, bank: Tensor, sizes: list[int]) -> tuple[Tensor, Te
     return distances, rows
 
 
+def _nearest_traced(queries: Tensor, bank: Tensor, sizes: list[int]) -> tuple[Tensor, Tensor]:
+    distances, rows = [], []
+    begin = 0
+    for entries in bank.split(sizes):
+        found = torch.addmm(entries.square().sum(1), queries, entries.T, alpha=-2).argmin(1)
+        distances.append((queries - entries[found]).square().sum(1).sqrt())
+        rows.append(found + begin)
+        begin += len(entries)
+    return torch.stack(distances), torch.stack(rows)
+
+
 def k_nearest(queries: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k nearest entries of a bank for each query, nearest first; queries get gradients, the bank does not.
 
@@ -57,6 +73,10 @@ def k_nearest(queries: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:
     Returns:
         Squared Euclidean distances float32 [Q, k] and rows of `bank` int64 [Q, k].
     """
+    if torch.compiler.is_compiling():
+        products = torch.addmm(bank.square().sum(1), queries, bank.T, alpha=-2)
+        smallest, rows = products.topk(k, largest=False)
+        return (smallest + queries.square().sum(1, keepdim=True)).clamp_min(0), rows
     distances, rows = _KNearest.apply(queries, bank, k)
     return distances, rows
 

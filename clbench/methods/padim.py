@@ -1,9 +1,10 @@
 """PaDiM: a Gaussian of patch features at every position (Defard et al., 2021)."""
 
 import itertools
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+from annotated_types import Ge, Lt
 from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor
 from torch.nn import functional as F
@@ -31,6 +32,7 @@ class PaDiM(Detector):
             (scatter within and between tasks, Chan et al., 1979), `per_task` keeps one map of Gaussians
             per task, and an image is judged by the one it is nearest to on average.
         sigma: of the map's smoothing, pixels.
+        held_out: share of normal images that the Gaussians are not of, for thresholds, see `Detector`.
         seed: of the choice of channels.
 
     Buffers, with K = 1, or the number of tasks under `per_task`, and P positions:
@@ -55,6 +57,7 @@ class PaDiM(Detector):
         epsilon: PositiveFloat = 0.01,
         update: Literal["average", "pooled", "per_task"] = "average",
         sigma: Sigma = 4.0,
+        held_out: Annotated[float, Ge(0), Lt(1)] = 0.0,
         seed: int = 0,
     ):
         super().__init__()
@@ -62,6 +65,7 @@ class PaDiM(Detector):
         self.epsilon = epsilon
         self.update = update
         self.sigma = sigma
+        self.held_out = held_out
         available = sum(self.pyramid.channels)
         order = torch.randperm(available, generator=generator(seed, "padim channels"))
         bounds = [0]
@@ -146,17 +150,22 @@ class PaDiM(Detector):
         scatter += (seen * count / total) * between[:, :, None] * between[:, None]
         return scatter / (total - 1) + identity
 
+    def for_export(self) -> None:
+        """Factors are inverted, as no runtime solves triangular systems."""
+        identity = torch.eye(self.factor.shape[-1], dtype=torch.float64, device=self.factor.device)
+        for chunk in self.factor.flatten(0, 1).split(_positions(identity.device, identity.numel() * 8)):
+            chunk.copy_(torch.linalg.solve_triangular(chunk.double(), identity, upper=False))
+
     def forward(self, images: Tensor) -> Prediction:
         embedding = self.embedding(images)
+        distance = _by_inverse if torch.compiler.is_compiling() else mahalanobis
         distances = torch.stack(
-            [
-                mahalanobis(embedding, mean, factor)
-                for mean, factor in zip(self.mean, self.factor, strict=True)
-            ]
+            [distance(embedding, mean, factor) for mean, factor in zip(self.mean, self.factor, strict=True)]
         )  # eq. (2): [K, P, B]
         nearest = distances.mean(1).argmin(0)
-        selected = distances.permute(0, 2, 1)[nearest, torch.arange(len(images), device=images.device)]
-        maps = to_image_size(selected.view(len(images), *self._grid), images.shape[-2:], self.sigma)
+        batch = images.shape[0]  # not len(), which would fix it where it is traced
+        selected = distances.permute(0, 2, 1)[nearest, torch.arange(batch, device=images.device)]
+        maps = to_image_size(selected.view(batch, *self._grid), images.shape[-2:], self.sigma)
         return Prediction(maps, maps.amax((1, 2)))
 
     def embedding(self, images: Tensor) -> Tensor:
@@ -185,6 +194,11 @@ def mahalanobis(embedding: Tensor, mean: Tensor, factor: Tensor) -> Tensor:
         solved = torch.linalg.solve_triangular(factor[rows], difference, upper=False)
         torch.linalg.vector_norm(solved, dim=1, out=distances[rows])
     return distances
+
+
+def _by_inverse(embedding: Tensor, mean: Tensor, inverse: Tensor) -> Tensor:
+    """`mahalanobis`, with the inverses of the Cholesky factors."""
+    return torch.linalg.vector_norm(inverse @ (embedding - mean[:, :, None]), dim=1)
 
 
 def _positions(device: torch.device, size: int) -> int:

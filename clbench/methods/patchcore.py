@@ -4,7 +4,7 @@ import tempfile
 from typing import Annotated
 
 import torch
-from annotated_types import Gt, Lt
+from annotated_types import Ge, Gt, Lt
 from pydantic import PositiveInt
 from torch import Tensor
 
@@ -31,6 +31,7 @@ class PatchCore(Detector):
         epsilon: relative error allowed to the random projection that coresets are selected in.
         neighbours: memorised patches that the image score is weighted with.
         sigma: of the map's smoothing, pixels.
+        held_out: share of normal images that are not memorised, for thresholds, see `Detector`.
         seed: of the projection and of each coreset's first patch.
 
     Buffers:
@@ -52,6 +53,7 @@ class PatchCore(Detector):
         epsilon: Annotated[float, Gt(0), Lt(1)] = 0.9,
         neighbours: PositiveInt = 3,
         sigma: Sigma = 4.0,
+        held_out: Annotated[float, Ge(0), Lt(1)] = 0.0,
         seed: int = 0,
     ):
         super().__init__()
@@ -60,6 +62,7 @@ class PatchCore(Detector):
         self.epsilon = epsilon
         self.neighbours = neighbours
         self.sigma = sigma
+        self.held_out = held_out
         self.seed = seed
         self.register_buffer("bank", torch.empty(0, sum(self.pyramid.channels)))
         self.register_buffer("bank_sizes", torch.empty(0, dtype=torch.int64))
@@ -118,40 +121,43 @@ class PatchCore(Detector):
         self.bank_sizes = torch.tensor([len(part) for part in (*kept, chosen)], device=self.bank.device)
         del self._patches
 
+    def for_export(self) -> None:
+        """The banks' sizes become part of the graph, which knows a buffer's shape and not what it holds."""
+        self._sizes = self.bank_sizes.tolist()
+
     def forward(self, images: Tensor) -> Prediction:
+        sizes = self._sizes if torch.compiler.is_compiling() else self.bank_sizes.tolist()
         patches = self.patches(images)
         batch, height, width, size = patches.shape
-        distances, rows = nearest(patches.flatten(0, 2), self.bank, self.bank_sizes.tolist())
+        distances, rows = nearest(patches.flatten(0, 2), self.bank, sizes)
         distances, rows = distances.view(-1, batch, height * width), rows.view(-1, batch, height * width)
         # The task is unknown: take the bank that the image is nearest to on average (supplement, 1.2.4).
         selected = distances.mean(2).argmin(0)
-        images_index = torch.arange(batch, device=patches.device)
-        chosen, rows = distances[selected, images_index], rows[selected, images_index]
+        each = torch.arange(batch, device=patches.device)
+        chosen, rows = distances[selected, each], rows[selected, each]
         maps = to_image_size(chosen.view(batch, height, width), images.shape[-2:], self.sigma)
-        scores = self._weighted(patches.view(batch, -1, size), chosen, rows, selected)
-        return Prediction(maps, scores)
+        highest, where = chosen.max(1)
+        farthest, matched = patches.view(batch, -1, size)[each, where], self.bank[rows[each, where]]
+        weights = torch.stack(
+            [self._weight(bank, farthest, matched, highest) for bank in self.bank.split(sizes)]
+        )
+        return Prediction(maps, highest * weights[selected, each])
 
-    def _weighted(self, patches: Tensor, distances: Tensor, rows: Tensor, selected: Tensor) -> Tensor:
-        """Image scores [B] by Roth et al., 2022, eq. 7: less where the matched patch is itself a rare one.
+    def _weight(self, bank: Tensor, farthest: Tensor, matched: Tensor, highest: Tensor) -> Tensor:
+        """Weights [B] of image scores by Roth et al., 2022, eq. 7: less where the matched patch is itself a rare one.
 
         Args:
-            patches: [B, P, D].
-            distances, rows: to and of the nearest patch in the selected bank, [B, P].
-            selected: bank of each image, [B].
+            bank: [M, D]; only the weights of images that it was selected for are to be used.
+            farthest, matched: each image's patch that is farthest from its bank, and the nearest there, [B, D].
+            highest: the distance between them, [B].
         """
-        highest, where = distances.max(1)
-        scores = highest.clone()
-        ends = self.bank_sizes.cumsum(0).tolist()
-        for index, task in enumerate(selected.tolist()):
-            bank = self.bank[ends[task] - int(self.bank_sizes[task]) : ends[task]]
-            matched = self.bank[rows[index, where[index]]]
-            around = (bank - matched).square().sum(1).topk(min(self.neighbours, len(bank)), largest=False)
-            to_test = (bank[around.indices] - patches[index, where[index]]).square().sum(1).sqrt()
-            if len(to_test) > 1:
-                # exp(highest) / sum(exp(to_test)), as a softmax so that it cannot overflow; the nearest of
-                # the neighbours is the matched patch itself, at the highest distance.
-                scores[index] *= 1 - torch.softmax(to_test, 0)[0]
-        return scores
+        count = min(self.neighbours, len(bank))
+        if count < 2:
+            return torch.ones_like(farthest[:, 0])
+        around = torch.addmm(bank.square().sum(1), matched, bank.T, alpha=-2).topk(count, largest=False)
+        to_test = (bank[around.indices] - farthest[:, None]).square().sum(2).sqrt()
+        # 1 - exp(highest) / sum(exp(to_test)), so that it cannot overflow: `matched` is one of its own neighbours.
+        return 1 - (highest - to_test.logsumexp(1)).exp()
 
     def patches(self, images: Tensor) -> Tensor:
         """Patch features [B, h, w, D] of images."""

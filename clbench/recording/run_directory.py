@@ -22,7 +22,7 @@ State = Literal["finished", "failed", "unfinished", "missing"]
 
 
 class RunDirectory:
-    """outputs/<experiment>/<run>: config.yaml, metrics.csv, summary.json, checkpoint/, maps/."""
+    """outputs/<experiment>/<run>: config.yaml, metrics.csv, summary.json, thresholds.json, checkpoint/, maps/."""
 
     def __init__(self, path: Path | str):
         self.path = Path(path)
@@ -132,7 +132,7 @@ class RunDirectory:
 
     def clear(self) -> None:
         """Remove the results of an earlier run."""
-        for name in ("summary.json", "config.yaml", "metrics.csv"):
+        for name in ("summary.json", "config.yaml", "metrics.csv", "thresholds.json"):
             (self.path / name).unlink(missing_ok=True)
         for name in ("checkpoint", "maps"):
             shutil.rmtree(self.path / name, ignore_errors=True)
@@ -194,6 +194,16 @@ class RunDirectory:
 
     def write_job(self, job: Mapping[str, Any]) -> None:
         self._write("job.json", json.dumps(dict(job)) + "\n")
+
+    def thresholds(self) -> dict[str, Any] | None:
+        """What `clbench.thresholds.calibrate` gave at the end of the run; None where it is not there, or damaged."""
+        text = self._read("thresholds.json")
+        with suppress(json.JSONDecodeError):
+            return json.loads(text) if text is not None else None
+        return None
+
+    def write_thresholds(self, thresholds: Mapping[str, Any]) -> None:
+        self._write("thresholds.json", json.dumps(dict(thresholds)) + "\n")
 
     def write_config(self, config: Mapping[str, Any], made_by: Mapping[str, Any]) -> None:
         text = yaml.safe_dump({**config, "made_by": dict(made_by)}, sort_keys=False)

@@ -23,9 +23,11 @@ class Strategy:
     Attributes:
         bookmark: where a training under way is kept and continued from, if anywhere.
         on_epoch: told of every epoch: stage, epoch, mean loss.
+        task_known: whether an image comes with its task, so that each has a model of its own.
     """
 
     replays = False
+    task_known = False
 
     def __init__(self, detector: Detector, *, seed: int = 0, replay_size: int | None = None):
         self.detector = detector

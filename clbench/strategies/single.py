@@ -12,6 +12,8 @@ from clbench.strategies.base import Strategy, fresh, part
 class Single(Strategy):
     """Each stage learns a fresh detector of its own; only the frozen networks are shared."""
 
+    task_known = True
+
     def __init__(self, detector: Detector, **settings: Any):
         super().__init__(detector, **settings)
         self._untrained = fresh(detector)

@@ -1,0 +1,93 @@
+"""clbench export: a trained detector as a file for other runtimes, checked against itself."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+
+from clbench.errors import UserError
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", help="a run's directory, outputs/<experiment>/<run>")
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help="(RUN/export)")
+    parser.add_argument(
+        "--formats",
+        nargs="+",
+        choices=["onnx", "torch"],
+        default=["onnx", "torch"],
+        help="model.onnx, for ONNX Runtime and others; model.pt2, of torch.export (both)",
+    )
+    parser.add_argument(
+        "--input",
+        choices=["uint8", "float32"],
+        default="uint8",
+        help="what images are given as: 0 to 255, or 0 to 1 (uint8)",
+    )
+    parser.add_argument("--task", help="whose model, under strategy=single, which has one for each")
+
+
+def main(options: argparse.Namespace) -> int:
+    """Write the detector's graph; 1 where what was written does not agree with the detector, and is not kept."""
+    from clbench import exporting
+    from clbench.backbones import unit
+    from clbench.loading import load
+    from clbench.terminal import Display
+
+    if "onnx" in options.formats:
+        exporting.require_onnx()
+    trained = load(options.run, task=options.task, device="cpu", gpu={"precision": "fp32", "compile": False})
+    if trained.image_size is None:
+        raise UserError(
+            f"{options.run} kept its files' size and has no thresholds.json that says which: a graph is of one "
+            "size, so repeat the run's command, or train with dataset.resize=..."
+        )
+    height, width = trained.image_size
+    output = options.output or Path(options.run) / "export"
+    images = exporting.pictures(height, width)
+    images = images if options.input == "uint8" else unit(images)
+    with Display("export") as display:
+        display.heading(Path(options.run).name)
+        steps = 1 + len(options.formats)
+        display.progress("tracing", 0, steps)
+        ours = trained(images)
+        program, any_number = exporting.trace(trained.detector, images)
+        output.mkdir(parents=True, exist_ok=True)
+        found = {}
+        with tempfile.TemporaryDirectory(prefix=".clbench-", dir=output) as folder:
+            for step, name in enumerate(options.formats):
+                display.progress(f"writing {name}", 1 + step, steps)
+                if name == "onnx":
+                    runtime = exporting.write_onnx(program, Path(folder) / "model.onnx")
+                else:
+                    runtime = exporting.write_torch(program, Path(folder) / "model.pt2")
+                found[name] = exporting.difference(ours, runtime, images, any_number)
+                if not found[name] <= exporting.TOLERANCE:
+                    raise UserError(
+                        f"what was written for {name} differs from the detector by {found[name]:.1e} of the maps' "
+                        f"range, more than {exporting.TOLERANCE:g}, and is not kept: please report it"
+                    )
+            about = {
+                "run": str(Path(options.run).absolute()),
+                "task": options.task,
+                "input": {
+                    "images": [None if any_number else 1, 3, height, width],
+                    "type": options.input,
+                    "resize": trained.geometry.resize,
+                    "crop": trained.geometry.crop,
+                },
+                "difference": found,
+                "thresholds": trained.thresholds and trained.thresholds.by_rate(),
+            }
+            (Path(folder) / "model.json").write_text(json.dumps(about, indent=2) + "\n")
+            for file in sorted(Path(folder).iterdir()):
+                file.replace(output / file.name)
+        batch = "any number of" if any_number else "one"
+        display.line(f"{output}: takes {batch} {options.input} RGB images of {width}x{height} at a time")
+        for name, relative in found.items():
+            runtime_name = {"onnx": "model.onnx in ONNX Runtime", "torch": "model.pt2"}[name]
+            display.line(f"{runtime_name} agrees with the detector to {relative:.1e} of the maps' range")
+        display.line("model.json says how images are prepared, and which thresholds go with which rate")
+    return 0

@@ -1,0 +1,244 @@
+"""clbench predict: a trained detector on image files: scores, decisions, masks and heat maps."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import json
+import os
+import sys
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from clbench.errors import UserError
+
+if TYPE_CHECKING:
+    from clbench.loading import Found, TrainedDetector
+
+_THREADS = min(8, os.cpu_count() or 1)
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", help="a run's directory, outputs/<experiment>/<run>")
+    parser.add_argument(
+        "images", nargs="+", metavar="IMAGES", help="files, folders with those in them, or 'patterns*.png'"
+    )
+    parser.add_argument(
+        "--output", type=Path, default=Path("predictions"), metavar="FOLDER", help="(./predictions)"
+    )
+    parser.add_argument(
+        "--false-positive-rate",
+        type=float,
+        default=0.01,
+        metavar="RATE",
+        help="share of normal pixels that masks may mark (0.01)",
+    )
+    parser.add_argument(
+        "--image-false-positive-rate",
+        type=float,
+        metavar="RATE",
+        help="share of normal images that may be called anomalous (the same)",
+    )
+    parser.add_argument("--only-scores", action="store_true", help="write no overlays and masks")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace what FOLDER holds of an earlier one"
+    )
+    parser.add_argument("--task", help="whose model, under strategy=single, which has one for each")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:1 (auto)")
+    parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="images at a time (16)")
+
+
+def main(options: argparse.Namespace) -> int:
+    """Predict the images and write what was found; 1 where a file could not be read."""
+    image_rate = options.image_false_positive_rate
+    if image_rate is None:
+        image_rate = options.false_positive_rate
+    if options.batch_size < 1:
+        raise UserError(f"--batch-size {options.batch_size} is no number of images: give at least 1")
+    scores = options.output / "scores.csv"
+    if scores.exists() and not options.overwrite:
+        raise UserError(
+            f"{options.output} holds predictions: give another --output FOLDER, or --overwrite to replace them"
+        )
+
+    from clbench.data.files import find_images
+    from clbench.loading import load
+    from clbench.terminal import Display
+
+    files = find_images(options.images, without=options.output)
+    if not files:
+        raise UserError(f"{' '.join(options.images)} holds no image: name files, folders or patterns")
+    folder = _common(options.images, files)
+    pictures = {} if options.only_scores else _pictures(files, folder)
+    trained = load(options.run, task=options.task, device=options.device)
+    if trained.thresholds is None:
+        raise UserError(
+            f"{options.run} has no thresholds.json, which is written when a run ends: repeat its command, with "
+            "overwrite=true where it was finished by an older clbench"
+        )
+    pixel, image = trained.thresholds.at(options.false_positive_rate, image_rate)
+
+    rows: list[dict[str, Any]] = []
+    unreadable: list[dict[str, str]] = []
+    with Display("predict") as display:
+        display.heading(Path(options.run).name)
+
+        def pass_over(path: Path, error: UserError) -> None:
+            unreadable.append({"image": _name(path, folder), "reason": str(error)})
+            print(f"passed over: {error}", file=sys.stderr)
+
+        found = trained.predict(
+            files,
+            false_positive_rate=options.false_positive_rate,
+            image_false_positive_rate=image_rate,
+            batch_size=options.batch_size,
+            unreadable=pass_over,
+        )
+        try:
+            for row in _written(found, trained, folder, options.output, pictures):
+                rows.append(row)
+                display.progress("predicting", len(rows) + len(unreadable), len(files))
+        finally:  # also of one that was interrupted
+            _write_tables(
+                options.output,
+                {
+                    "run": str(Path(options.run).absolute()),
+                    "task": options.task,
+                    "folder": str(folder),
+                    "false_positive_rate": options.false_positive_rate,
+                    "image_false_positive_rate": image_rate,
+                    "pixel_threshold": pixel,
+                    "image_threshold": image,
+                    "thresholds_held_out": trained.thresholds.held_out,
+                    "images": rows,
+                    "unreadable": unreadable,
+                },
+            )
+        anomalous = sum(row["anomalous"] for row in rows)
+        what = "scores" if options.only_scores else "scores, overlays and masks"
+        display.line(f"{anomalous} of {len(rows)} images are anomalous: {what} in {options.output}")
+        for line in _about(trained, options.false_positive_rate, image_rate, pixel, image):
+            display.line(line)
+    if unreadable:
+        print(f"error: {len(unreadable)} of {len(files)} files were passed over", file=sys.stderr)
+    return 1 if unreadable else 0
+
+
+def _about(
+    trained: TrainedDetector, rate: float, image_rate: float, pixel: float, image: float
+) -> Iterator[str]:
+    """What the decisions rest on."""
+    thresholds = trained.thresholds
+    assert thresholds is not None
+    yield (
+        f"thresholds: {pixel:.6g} for pixels and {image:.6g} for images, for false-positive rates of {100 * rate:g} % "
+        f"and {100 * image_rate:g} %; set on {thresholds.images} normal training images "
+        + ("held out of learning" if thresholds.held_out else "that the detector learned from")
+    )
+    if not thresholds.held_out:
+        yield (
+            "on new images the false-positive rates will be higher, as on those learned from a detector is too sure: "
+            "training with method.held_out=0.1 keeps some out for thresholds"
+        )
+    if image_rate < thresholds.finest:
+        yield (
+            f"{thresholds.images} images cannot tell an image rate below {100 * thresholds.finest:.2g} %: the "
+            "threshold is their highest score, and so good for that rate"
+        )
+
+
+def _common(given: list[str], files: list[Path]) -> Path:
+    """The folder that what is written has its names from: of those given, or the nearest that holds them all."""
+    roots = [path for path in (Path(each).expanduser().absolute() for each in given) if path.is_dir()]
+    others = [file.parent for file in files if not any(root in file.parents for root in roots)]
+    return Path(os.path.commonpath([*roots, *others]))
+
+
+def _name(path: Path, folder: Path) -> str:
+    return path.relative_to(folder).as_posix()
+
+
+def _pictures(files: list[Path], folder: Path) -> dict[Path, str]:
+    """The name of each file's overlay and mask.
+
+    Raises:
+        UserError: two have the same.
+    """
+    by_name: dict[str, Path] = {}
+    for file in files:
+        name = _name(file, folder)
+        name = name if file.suffix.lower() == ".png" else f"{name}.png"
+        if name in by_name:
+            raise UserError(f"{by_name[name]} and {file} would both be written as {name}: rename one of them")
+        by_name[name] = file
+    return {file: name for name, file in by_name.items()}
+
+
+def _written(
+    found: Iterator[Found],
+    trained: TrainedDetector,
+    folder: Path,
+    output: Path,
+    pictures: dict[Path, str],
+) -> Iterator[dict[str, Any]]:
+    """The rows of the tables in order, each when its pictures are written, by a few threads a few images ahead."""
+
+    def write(one: Found) -> dict[str, Any]:
+        heat = one.map
+        assert one.threshold is not None and trained.thresholds is not None
+        mask = heat > one.threshold
+        if pictures:
+            _write_pictures(one, heat, mask, output, pictures[one.path], trained.thresholds.pixel[-1])
+        return {
+            "image": _name(one.path, folder),
+            "score": one.score,
+            "anomalous": bool(one.anomalous),
+            "anomalous_pixels": int(mask.sum()),
+        }
+
+    pending: deque[Future[dict[str, Any]]] = deque()
+    with ThreadPoolExecutor(_THREADS) as pool:
+        for one in found:
+            pending.append(pool.submit(write, one))
+            if len(pending) > 2 * _THREADS:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+
+
+def _write_pictures(one: Found, heat: Any, mask: Any, output: Path, name: str, low: float) -> None:
+    """The overlay, in whose colours the threshold is the middle and `low` the beginning, and the mask."""
+    import cv2
+    import numpy as np
+
+    from clbench.data.files import read_image
+    from clbench.heat_maps import overlay
+    from clbench.recording.run_directory import write_whole
+
+    assert one.threshold is not None
+    picture = cv2.cvtColor(read_image(one.path), cv2.COLOR_RGB2BGR)  # once more: memory holds no large ones
+    high = low + 2 * (one.threshold - low)
+    written = (
+        ("overlays", overlay(picture, mask, heat, low, high)),
+        ("masks", 255 * mask.astype(np.uint8)),
+    )
+    for kind, pixels in written:
+        _, encoded = cv2.imencode(".png", pixels)
+        data = encoded.tobytes()
+        write_whole(output / kind / name, lambda part, data=data: part.write_bytes(data))  # type: ignore[misc]
+
+
+def _write_tables(output: Path, results: dict[str, Any]) -> None:
+    """scores.json, all of it, and scores.csv, a row an image."""
+    from clbench.recording.run_directory import write_whole
+
+    text = io.StringIO()
+    writer = csv.DictWriter(text, ("image", "score", "anomalous", "anomalous_pixels"), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({**row, "anomalous": int(row["anomalous"])} for row in results["images"])
+    write_whole(output / "scores.csv", lambda part: part.write_text(text.getvalue()))
+    write_whole(output / "scores.json", lambda part: part.write_text(json.dumps(results, indent=2) + "\n"))

@@ -1,0 +1,177 @@
+"""A trained detector as one graph, for other runtimes: ONNX and torch.export, each checked against the detector.
+
+A graph has one path for all images: where a detector works in blocks, remembers features or solves triangular
+systems, its numerics have another form for `torch.compiler.is_compiling()`, in the same files.
+"""
+
+import importlib.util
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from clbench.backbones import FeaturePyramid
+from clbench.data.textures import texture
+from clbench.errors import UserError
+from clbench.methods.base import Detector, Prediction
+
+TOLERANCE = 1e-4  # of the range of the maps
+_PICTURES = 5
+
+Runtime = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
+class Graph(nn.Module):
+    """What is traced: plain tensors in and out."""
+
+    def __init__(self, detector: Detector):
+        super().__init__()
+        self.detector = detector
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Images, uint8 or float in [0, 1], [B, 3, H, W] -> maps [B, H, W] and scores [B]."""
+        maps, scores = self.detector(images)
+        return maps, scores
+
+
+def pictures(height: int, width: int) -> Tensor:
+    """Procedural textures to compare on, uint8 [5, 3, H, W]."""
+    side = max(height, width)
+    drawn = torch.stack([texture(number, 0, side) for number in range(_PICTURES)])
+    return drawn[..., :height, :width].mul(255).byte()
+
+
+@torch.no_grad()
+def trace(detector: Detector, images: Tensor) -> tuple[ExportedProgram, bool]:
+    """The detector's graph, for images of this size and type, and whether it takes any number of them at a time.
+
+    The detector is good for nothing else afterwards. Where its network fixes the number, that is 1.
+
+    Args:
+        images: as `Graph` takes them, at least 2.
+
+    Raises:
+        UserError: it cannot be traced.
+    """
+    for module in detector.modules():
+        if isinstance(module, FeaturePyramid):
+            module.dtype = None
+    detector.eval().requires_grad_(False).for_export()
+    graph = Graph(detector)
+    with _quiet():
+        try:
+            return torch.export.export(graph, (images[:2],), dynamic_shapes=({0: Dim("batch")},)), True
+        except (RuntimeError, ValueError, TypeError, AssertionError):
+            any_number = False  # somewhere, the number of images is a number
+        try:
+            return torch.export.export(graph, (images[:1],)), any_number
+        except (
+            Exception
+        ) as error:  # torch.export's own, and whatever the network's code makes of being traced
+            raise _impossible("torch.export", error) from error
+
+
+def write_torch(program: ExportedProgram, path: Path) -> Runtime:
+    """Write the graph as a .pt2 file, and give what runs it."""
+    with _quiet():
+        torch.export.save(program, path)
+        return torch.export.load(path).module()
+
+
+def require_onnx() -> None:
+    """Whether the packages that ONNX needs are here.
+
+    Raises:
+        UserError: one is not.
+    """
+    for name in ("onnx", "onnxscript", "onnxruntime"):
+        if importlib.util.find_spec(name) is None:
+            raise UserError(f"ONNX needs {name}, which is not installed: pip install -e '.[export]'")
+
+
+def write_onnx(program: ExportedProgram, path: Path, threads: int | None = None) -> Runtime:
+    """Write the graph as an ONNX file, weights beyond 2 GB beside it, and give what runs it in ONNX Runtime.
+
+    Args:
+        threads: of ONNX Runtime; None for as many as torch has.
+
+    Raises:
+        UserError: packages are missing, or the graph has what ONNX has not.
+    """
+    require_onnx()
+    import onnxruntime
+
+    try:
+        with _quiet():
+            written = torch.onnx.export(
+                program,
+                (),
+                dynamo=True,
+                verbose=False,
+                input_names=["images"],
+                output_names=["maps", "scores"],
+            )
+            assert written is not None
+            written.save(str(path))
+    except Exception as error:
+        raise _impossible("ONNX", error) from error
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads or torch.get_num_threads()
+    options.log_severity_level = 3  # errors
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+    def run(images: Tensor) -> tuple[Tensor, Tensor]:
+        maps, scores = session.run(["maps", "scores"], {"images": images.numpy()})
+        return torch.from_numpy(np.asarray(maps)), torch.from_numpy(np.asarray(scores))
+
+    return run
+
+
+@torch.no_grad()
+def difference(ours: Prediction, theirs: Runtime, images: Tensor, any_number: bool) -> float:
+    """The largest difference of maps and scores, relative to the range of our maps, or to 1 % of their values.
+
+    Args:
+        any_number: whether the runtime takes all images at once, as well as one.
+    """
+    parts = [images[:1], images] if any_number else list(images.split(1))
+    found = [theirs(part) for part in parts]
+    if any_number:
+        pairs = [(maps, scores, len(maps)) for maps, scores in found]
+    else:
+        pairs = [(torch.cat([m for m, _ in found]), torch.cat([s for _, s in found]), len(images))]
+    largest = max(
+        max(float((maps - ours.maps[:count]).abs().max()), float((scores - ours.scores[:count]).abs().max()))
+        for maps, scores, count in pairs
+    )
+    # Where maps are nearly even, single precision resolves no small part of their range.
+    low, high = float(ours.maps.min()), float(ours.maps.max())
+    return largest / max(high - low, 0.01 * max(abs(low), abs(high)), 1e-12)
+
+
+def _impossible(what: str, error: Exception) -> UserError:
+    lines = [line.strip() for line in str(error.__cause__ or error).splitlines() if line.strip()]
+    reason = lines[0] if lines else type(error).__name__
+    return UserError(f"this detector cannot be written for {what}: {type(error).__name__}: {reason}")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Inside, what the exporters say of their own workings is not shown."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
