@@ -108,7 +108,7 @@ class Sweep(_Strict):
     """What a sweep's runs share, and is no part of their results."""
 
     outputs: Annotated[str, Field(min_length=1)]
-    maps: bool
+    maps: bool | Literal["few"]
     overwrite: bool
     only: Literal["failed", "missing"] | None
     dry_run: bool

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -35,7 +35,7 @@ def run(
     recorder: Recorder,
     *,
     evaluate: str,
-    maps: bool,
+    maps: bool | Literal["few"],
     checkpoint_s: float,
 ) -> dict[str, Any]:
     """Learn the stream and evaluate it after every stage, from where the run was left if it was begun.
@@ -45,7 +45,8 @@ def run(
         interruption: looked for wherever the run can be left.
         recorder: told of everything found.
         evaluate: `seen` tasks after each stage, or `all`.
-        maps: write heat maps after the stage that learns a task, and after the last.
+        maps: write heat maps: `few` test images of each task after every stage that changes them; or, beside these,
+            all after the stage that learns a task, and after the last.
         checkpoint_s: seconds between two checkpoints of a training under way.
 
     Returns:
@@ -101,7 +102,7 @@ def run(
             if done or (learned[index] > stage and evaluate == "seen"):
                 continue
             with spent.on("eval_s"), memory_named(f"evaluating {task.name}", "backbone.batch_size"):
-                if stage > 0 and strategy.unchanged(stage, learned[index]) and not maps:
+                if stage > 0 and strategy.unchanged(stage, learned[index]) and maps is not True:
                     result = {m: v for s, i, _, m, v in rows if (s, i) == (stage - 1, index)}
                 else:
                     display.heading(f"{title}, {task.name}")
@@ -109,8 +110,11 @@ def run(
                         prediction = evaluation.predict(strategy, task.test, index, device, progress)
                     result = evaluation.measure(prediction, task.test)
                     recorder.pictures(stage, task.name, heat_maps.few(prediction, task.test))
-                    if maps and stage in (learned[index], len(stages) - 1):
-                        heat_maps.write(prediction, task.test, directory.path / "maps" / task.name, stage)
+                    pictures = directory.path / "maps" / task.name
+                    if maps:
+                        heat_maps.write_few(prediction, task.test, pictures / "few", stage)
+                    if maps is True and stage in (learned[index], len(stages) - 1):
+                        heat_maps.write(prediction, task.test, pictures, stage)
             rows += [(stage, index, task.name, metric, result[metric]) for metric in METRICS]
             checkpoints.update_stage(stage, {"rows": rows})
         directory.write_metrics(rows)

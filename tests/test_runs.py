@@ -161,8 +161,20 @@ def test_a_list_of_lists_makes_tasks_of_several_categories(train: Train, tmp_pat
     assert about["tasks"] == ["plate", "brick+cloth"]
     assert len(rows(directory)) == 2 * 2 * len(METRICS)
     assert about["forward_transfer"]["pixel_auroc"] is not None
-    pictures = sorted(path.name for path in (directory / "maps" / "plate").iterdir())
+    pictures = sorted(path.name for path in (directory / "maps" / "plate").glob("*.png"))
     assert len(pictures) == 2 * 4 and pictures[0] == "blot-000-stage-00.png"
+
+
+@pytest.mark.parametrize(("strategy", "stages"), [("finetune", {0, 1, 2}), ("single", {0})])
+def test_few_maps_are_small_pictures_after_every_stage_that_changes_them(
+    strategy: str, stages: set[int], train: Train, tmp_path: Path
+) -> None:
+    assert train("maps=few", f"strategy={strategy}").returncode == 0
+    (directory,) = run_directories(tmp_path)
+    names = {path.name for path in (directory / "maps" / "brick" / "few").iterdir()}
+    of_one = {"blot-000.jpg", "blot-000-mask.png", *(f"blot-000-stage-{stage:02d}.jpg" for stage in stages)}
+    assert names == of_one | {name.replace("000", "001") for name in of_one}
+    assert not list((directory / "maps" / "brick").glob("*.png"))
 
 
 def test_random_order_is_a_function_of_the_seed(train: Train, tmp_path: Path) -> None:
