@@ -47,7 +47,9 @@ def few(prediction: Prediction, images: ImageSet) -> list[np.ndarray]:
     """Panels of a few of a task's test images, always the same."""
     maps = prediction.maps.numpy()
     low, high = float(maps.min()), float(maps.max())
-    return [panel(images.images[i].numpy(), images.masks[i].numpy(), maps[i], low, high) for i in chosen(images)]
+    return [
+        panel(images.images[i].numpy(), images.masks[i].numpy(), maps[i], low, high) for i in chosen(images)
+    ]
 
 
 def chosen(images: ImageSet, count: int = 2) -> list[int]:
@@ -77,6 +79,7 @@ def parts(
 
 def _write(path: Path, picture: np.ndarray) -> None:
     """A BGR picture, in the format that its name ends in."""
-    _, encoded = cv2.imencode(path.suffix, picture, [cv2.IMWRITE_JPEG_QUALITY, _QUALITY])
+    quality = [cv2.IMWRITE_JPEG_QUALITY, _QUALITY] if path.suffix == ".jpg" else []
+    _, encoded = cv2.imencode(path.suffix, picture, quality)
     data = encoded.tobytes()
     write_whole(path, lambda part: part.write_bytes(data))
