@@ -2,7 +2,7 @@
 
     python -m benchmarks [NAME ...] [--checkpoint FILE] [--root FOLDER]
 
-NAME: coreset, metrics, kernels, phases, footprints, backbones, startup, sweeps; all of them where none is given.
+NAME: coreset, metrics, kernels, phases, footprints, backbones, startup, sweeps, reports; all of them where none is given.
 Absolute times are this machine's; the ratios within a table are what carries over. A checkpoint (of timm's
 resnet18) and a root (an MVTec AD layout) replace random weights and synthetic images where a table takes features
 of images.
@@ -13,7 +13,7 @@ import importlib
 
 from rich.console import Console
 
-NAMES = ("coreset", "metrics", "kernels", "phases", "footprints", "backbones", "startup", "sweeps")
+NAMES = ("coreset", "metrics", "kernels", "phases", "footprints", "backbones", "startup", "sweeps", "reports")
 
 
 def main() -> None:

@@ -154,7 +154,9 @@ def _ways(group: Group) -> dict[str, tuple[str, list[int], str]]:
 def _how(group: Group, channel: Any, part: int, **more: Any) -> Any:
     ways = _ways(group)
     scale = alt.Scale(domain=list(ways), range=[way[part] for way in ways.values()])
-    return channel("how:N", scale=scale, title="strategy", sort=list(ways), **more)
+    return channel(
+        "how:N", scale=scale, title="strategy", sort=list(ways), legend=alt.Legend(symbolOpacity=1, **more)
+    )
 
 
 def _titles(rows: Sequence[Row]) -> list[str]:
@@ -212,7 +214,7 @@ def _over_stages(group: Group, rows: list[Row]) -> Figure | None:
     chart = (
         alt.layer(band, joint, line, points.add_params(picked))
         .properties(width=250, height=200)
-        .facet(alt.Facet("title:N", title=None, sort=_titles(rows)), columns=3, data=alt.Data(values=data))
+        .facet(alt.Facet("title:N", title=None, sort=_titles(rows)), columns=4, data=alt.Data(values=data))
         .transform_filter(_FILTER)
     )
     return Figure(
@@ -230,8 +232,13 @@ def _against_memory(group: Group, rows: list[Row]) -> Figure | None:
     positive = [value for value in kept.values() if value > 0]
     if not shown:
         return None
-    floor = 10 ** (math.floor(math.log10(min(positive))) - 1) if positive else 0.1
-    ceiling = max([*positive, floor]) * 1.6
+    # A log scale has no place for nothing: it stands a decade below the least.
+    floor = 10.0 ** (math.floor(math.log10(min(positive))) - 1) if positive else 0.1
+    low = floor if len(positive) < len(shown) else min(positive) / 1.6
+    high = max([*positive, floor]) * 2.5
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    few = len(decades) <= 3
+    ticks = [f * 10.0**d for d in decades for f in ((1, 2, 5) if few else (1,)) if low <= f * 10.0**d <= high]
     data = [
         {
             **_about(row),
@@ -244,10 +251,10 @@ def _against_memory(group: Group, rows: list[Row]) -> Figure | None:
     ]
     x = alt.X(
         "at:Q",
-        title="kept between tasks, MB (log scale; nothing at the left end)",
-        scale=alt.Scale(type="log", domain=[floor, ceiling], nice=False),
+        title="kept between tasks, MB (log scale)",
+        scale=alt.Scale(type="log", domain=[low, high], nice=False),
         axis=alt.Axis(
-            labelExpr=f"datum.value <= {floor} ? '0' : format(datum.value, '~g')", tickCount=6, grid=False
+            values=ticks, labelExpr=f"datum.value <= {floor} ? '0' : format(datum.value, '~f')", grid=False
         ),
     )
     y = alt.Y("f1:Q", title="pixel F1 after the last task", scale=alt.Scale(zero=True))
@@ -264,25 +271,25 @@ def _against_memory(group: Group, rows: list[Row]) -> Figure | None:
     front = (
         base.transform_filter(f"indexof({list(CONTINUAL)}, datum.strategy) >= 0")
         .transform_window(
-            before="max(f1)",
-            frame=[None, -1],
+            best="max(f1)",
+            frame=[None, 0],
             sort=[alt.SortField("at", order="ascending"), alt.SortField("f1", order="descending")],
         )
-        .transform_filter("!isValid(datum.before) || datum.f1 > datum.before")
+        .transform_filter("datum.f1 >= datum.best")
     )
     steps = front.mark_line(
         interpolate="step-after", strokeWidth=1.5, strokeDash=[4, 3], color="#8a8a8a"
     ).encode(x=x, y=y, order="at:Q")
-    words = (
+    names_on_front = (
         front.transform_calculate(label="datum.title + ', ' + datum.how")
-        .mark_text(align="left", dx=9, dy=-9, fontSize=11, fill="currentColor")
+        .mark_text(align="left", dx=9, dy=-10, fontSize=12, fontWeight=600, fill="currentColor")
         .encode(x=x, y=y, text="label:N")
     )
     points = base.mark_point(filled=True, size=120, opacity=0.95).encode(
         x=x,
         y=y,
         color=colour,
-        shape=_how(group, alt.Shape, 2),
+        shape=_how(group, alt.Shape, 2, symbolFillColor="currentColor", symbolStrokeColor="currentColor"),
         tooltip=[
             alt.Tooltip("title:N", title="method"),
             alt.Tooltip("how:N", title="strategy"),
@@ -297,7 +304,7 @@ def _against_memory(group: Group, rows: list[Row]) -> Figure | None:
         "Quality against memory",
         "The dashed steps are the Pareto front: the best pixel F1 for what is kept, among the rows that learn task by "
         f"task and are not told the task. {_holds(shown)}.",
-        _finished(alt.layer(steps, points, words).properties(width=640, height=320)),
+        _finished(alt.layer(steps, points, names_on_front).properties(width=720, height=340)),
     )
 
 

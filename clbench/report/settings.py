@@ -45,11 +45,16 @@ def departures(config: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, str
 def _plain(config: Mapping[str, Any]) -> dict[str, str]:
     seed = config["seed"]
     return {
-        key: "the run's" if key.endswith(".seed") and value == seed else str(value)
+        key: "the run's" if key.endswith(".seed") and value == seed else _words(value)
         for key, value in flat(config)
         if key.split(".")[0] not in NOT_IN_RESULTS
         and not any(key == name or key.startswith(f"{name}.") for name in _OF_A_ROW)
     }
+
+
+def _words(value: Any) -> str:
+    """A value as the command line takes it."""
+    return f"[{','.join(map(_words, value))}]" if isinstance(value, list) else str(value)
 
 
 @lru_cache
