@@ -233,7 +233,9 @@ class Group:
     @property
     def title(self) -> str:
         tasks = f"{len(self.tasks)} task" + ("s" if len(self.tasks) != 1 else "")
-        return f"{self.dataset}, {tasks}, benchmark={self.benchmark}"
+        sizes = {_size(run) for run in self.runs}
+        size = f", {sizes.pop()} pixels" if len(sizes) == 1 else ""
+        return f"{self.dataset}, {tasks}{size}, benchmark={self.benchmark}"
 
     @property
     def notes(self) -> list[str]:
