@@ -20,7 +20,6 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output", type=Path, help="the report's folder; left out: report/ in the first of them"
     )
-    parser.add_argument("--title", help="of the page; left out: the experiments' names")
 
 
 def main(options: argparse.Namespace) -> int:
@@ -30,7 +29,7 @@ def main(options: argparse.Namespace) -> int:
         UserError: a folder is not there or has no runs, or the report cannot be written.
     """
     runs = read(options.folders)
-    title = options.title or ", ".join(dict.fromkeys(path.resolve().name for path in options.folders))
+    title = ", ".join(dict.fromkeys(path.resolve().name for path in options.folders))
     report = page.write(runs, page.output_folder(options.folders, options.output), title)
     console = Console()
     console = Console(width=None if console.is_terminal else 200)  # a log has no width of its own

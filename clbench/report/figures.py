@@ -7,7 +7,7 @@ names that are shown, or null for all, which the page sets. Text takes its colou
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -189,7 +189,9 @@ def _over_stages(group: Group, rows: list[Row]) -> Figure | None:
         axis=alt.Axis(tickMinStep=1, format="d", grid=False),
         scale=alt.Scale(domain=[1, max(stages, 2)], nice=False),
     )
-    y = alt.Y("f1:Q", title="pixel F1, mean over tasks seen", scale=alt.Scale(zero=True))
+    y = alt.Y(
+        "f1:Q", title="pixel F1, mean over tasks seen", scale=_from_nothing(entry["high"] for entry in data)
+    )
     tooltip = [
         alt.Tooltip("title:N", title="method"),
         alt.Tooltip("how:N", title="strategy"),
@@ -257,7 +259,9 @@ def _against_memory(group: Group, rows: list[Row]) -> Figure | None:
             values=ticks, labelExpr=f"datum.value <= {floor} ? '0' : format(datum.value, '~f')", grid=False
         ),
     )
-    y = alt.Y("f1:Q", title="pixel F1 after the last task", scale=alt.Scale(zero=True))
+    y = alt.Y(
+        "f1:Q", title="pixel F1 after the last task", scale=_from_nothing(entry["f1"] for entry in data)
+    )
     methods = [row.variant.method for row in shown]
     names = _titles(shown)
     of = dict(zip((row.variant.method_title for row in shown), methods, strict=True))
@@ -323,6 +327,7 @@ def _matrices(group: Group, rows: list[Row]) -> Figure | None:
     if not data:
         return None
     side = 30 if len(group.tasks) > 6 else 38
+    highest = max(entry["f1"] for entry in data) or 1
     x = alt.X(
         "task:N", title=None, sort=list(group.tasks), axis=alt.Axis(labelAngle=-40, domain=False, ticks=False)
     )
@@ -333,7 +338,7 @@ def _matrices(group: Group, rows: list[Row]) -> Figure | None:
         .encode(
             x=x,
             y=y,
-            color=alt.Color("f1:Q", title="pixel F1", scale=alt.Scale(scheme="cividis", zero=True)),
+            color=alt.Color("f1:Q", title="pixel F1", scale=alt.Scale(scheme="cividis", domain=[0, highest])),
             tooltip=[
                 alt.Tooltip("row:N", title="row"),
                 alt.Tooltip("stage:O", title="after stage"),
@@ -343,7 +348,6 @@ def _matrices(group: Group, rows: list[Row]) -> Figure | None:
             ],
         )
     )
-    middle = (min(entry["f1"] for entry in data + [{"f1": 0.0}]) + max(entry["f1"] for entry in data)) / 2
     words = (
         alt.Chart()
         .mark_text(fontSize=10)
@@ -351,7 +355,7 @@ def _matrices(group: Group, rows: list[Row]) -> Figure | None:
             x=x,
             y=y,
             text=alt.Text("f1:Q", format=".2f"),
-            color=alt.condition(f"datum.f1 > {middle}", alt.value("#111"), alt.value("#fff")),
+            color=alt.condition(f"datum.f1 > {highest / 2}", alt.value("#111"), alt.value("#fff")),
         )
     )
     chart = (
@@ -478,6 +482,11 @@ def _time(group: Group, rows: list[Row]) -> Figure | None:
         f"Training and evaluation over all stages, on {', '.join(machines)}. {_holds(rows)}.",
         _finished(chart),
     )
+
+
+def _from_nothing(values: Iterable[float]) -> Any:
+    """A scale from 0 to above the highest; fixed, so that what the page hides moves nothing."""
+    return alt.Scale(domain=[0, 1.06 * max(values) or 1], nice=False)
 
 
 def _short(value: float | None) -> float | None:

@@ -53,7 +53,7 @@ function show() {
       row.hidden = !passes(row) || !words.every((word) => text.includes(word));
     }
     const left = rows.filter((row) => !row.hidden).length;
-    part.querySelector(".count").textContent = left === rows.length ? `${left} rows` : `${left} of ${rows.length} rows`;
+    part.querySelector(".count").textContent = `${left === rows.length ? "" : `${left} of `}${rows.length} row${rows.length === 1 ? "" : "s"}`;
   }
   for (const row of all(".strips tbody tr")) row.hidden = !passes(row);
   const task = document.getElementById("task");

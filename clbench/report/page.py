@@ -125,7 +125,7 @@ def _page(report: Report, sections: Sequence[_Section], run_list: Table, title: 
         ],
         strategies=[name for name in [*STRATEGIES, *sorted(ways - set(STRATEGIES))] if name in ways],
         continual=CONTINUAL,
-        without_figures=len(sections) - _MOST_FIGURES,
+        most_figures=_MOST_FIGURES,
         specs={f"figure-{s.group.number}-{f.name}": f.spec() for s in sections for f in s.figures},
         style=_file("page.css"),
         script=_file("page.js"),

@@ -148,9 +148,7 @@ def forgetting(group: Group) -> Table:
                     [
                         *_who(row),
                         Cell(task, task),
-                        Cell(number(at, 0), None if at.mean is None else at.mean + 1, at.deviation)
-                        if at.mean is None
-                        else Cell(number(Spread(at.mean + 1, at.deviation), 0), at.mean + 1, at.deviation),
+                        Cell(number(at, 0), at.mean, at.deviation),
                         *(
                             Cell(number(s, d), s.mean, s.deviation)
                             for s, d in ((just, 3), (final, 3), (lost, 1))
@@ -164,13 +162,13 @@ def forgetting(group: Group) -> Table:
 
 
 def task_forgetting(row: Row, task: str) -> tuple[Spread, Spread, Spread, Spread]:
-    """Of a task, over seeds: the stage that learned it, its pixel F1 then and at the end, and percent lost."""
+    """Of a task, over seeds: the stage that learned it, from 1, its pixel F1 then and at the end, and percent lost."""
     stages: list[float | None] = []
     befores: list[float | None] = []
     afters: list[float | None] = []
     for run in row.runs:
         index = run.tasks.index(task)
-        stages.append(run.learned[index])
+        stages.append(run.learned[index] + 1)
         befores.append(run.R["pixel_f1"][run.learned[index]][index])
         afters.append(run.R["pixel_f1"][-1][index])
     lost = [
