@@ -132,6 +132,12 @@ def test_runs_of_other_settings_are_another_group(setting: str, tmp_path: Path) 
     assert any(setting.partition("=")[0].split(".")[0] in text for text in groups[1].differs_in)
 
 
+def test_a_fixed_seed_of_the_data_leaves_all_seeds_in_one_group(tmp_path: Path) -> None:
+    for seed in (0, 1, 2):
+        make(tmp_path, "method=padim", "strategy=native", "dataset.seed=0", f"seed={seed}")
+    assert only_group(tmp_path).rows[0].seeds == [0, 1, 2]
+
+
 def test_a_run_that_is_there_twice_counts_once(tmp_path: Path) -> None:
     make(tmp_path / "old", "method=padim", "strategy=native")
     time.sleep(0.02)

@@ -331,6 +331,7 @@ def grouped(runs: Sequence[Run]) -> list[Group]:
         tasks = tuple(sorted(run.tasks) if drawn else run.tasks)
         key = (benchmark, run.summary["dataset"], tasks, tuple(apart.items()))
         groups.setdefault(key, Group(benchmark, run.summary["dataset"], tasks, apart)).runs.append(run)
+    _join_fixed_seeds(groups)
     found = sorted(
         groups.values(), key=lambda group: (-len(group.runs), group.title, sorted(group.apart.items()))
     )
@@ -339,6 +340,18 @@ def grouped(runs: Sequence[Run]) -> list[Group]:
         _count_each_seed_once(group.runs)
     _say_what_differs(found)
     return found
+
+
+def _join_fixed_seeds(groups: dict[Any, Group]) -> None:
+    """Where a part's seed is fixed, as with `dataset.seed=0 seed=0,1,2`, the run whose own seed is the same joins in."""
+    for group in list(groups.values()):
+        fixed = {key: value for key, value in group.apart.items() if key.endswith(".seed")}
+        others = {key: value for key, value in group.apart.items() if key not in fixed}
+        key = (group.benchmark, group.dataset, group.tasks, tuple(others.items()))
+        alike = groups.get(key) if fixed else None
+        if alike and all({str(run.summary["seed"])} == set(fixed.values()) for run in alike.runs):
+            group.runs += alike.runs
+            del groups[key]
 
 
 def _count_each_seed_once(runs: list[Run]) -> None:
