@@ -109,6 +109,15 @@ def test_seeds_make_a_mean_and_a_sample_deviation(tmp_path: Path) -> None:
     assert tables.number(spread, 3) == "0.400 ± 0.200"
 
 
+def test_a_gap_is_taken_seed_by_seed(tmp_path: Path) -> None:
+    for seed, easier in enumerate((0.0, 0.3)):
+        one = ("method=padim", f"seed={seed}")
+        make(tmp_path, *one, "strategy=native", R=[[0.5], [0.2 + easier, 0.2 + easier]], tasks="ab")
+        make(tmp_path, *one, "strategy=joint", R=[[0.3 + easier, 0.3 + easier]], tasks="ab")
+    spread = values(only_group(tmp_path), "native", "relative_gap_pct")
+    assert (spread.mean, spread.deviation) == (pytest.approx(10), pytest.approx(0, abs=1e-9))
+
+
 def test_a_gap_is_taken_from_the_joint_run_of_the_same_settings_alone(tmp_path: Path) -> None:
     make(tmp_path, "method=stfpm", "strategy=finetune", "method.epochs=1")
     make(tmp_path, "method=stfpm", "strategy=joint", "method.epochs=2", R=JOINT)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -80,7 +80,7 @@ QUANTITIES = (
         "gap to joint",
         2,
         "lower",
-        "pixel F1 of the joint run of the same method and settings, its mean over seeds, minus this one's; in points",
+        "pixel F1 of the joint run of the same method, settings and seed, minus this one's; in points",
     ),
     Quantity(
         "average_forgetting_pct",
@@ -192,12 +192,16 @@ class Group:
             if run.state == "finished":
                 found[variant(run)].append(run)
         joint = {
-            (of.method, of.given): Spread.of(run.summary["final"]["pixel_f1"] for run in runs).mean
+            (of.method, of.given): {run.summary["seed"]: run.summary["final"]["pixel_f1"] for run in runs}
             for of, runs in found.items()
             if of.strategy == "joint"
         }
         rows = [
-            Row(of, runs, _values(runs, None if of.strategy == "joint" else joint.get((of.method, of.given))))
+            Row(
+                of,
+                runs,
+                _values(runs, {} if of.strategy == "joint" else joint.get((of.method, of.given), {})),
+            )
             for of, runs in sorted(found.items(), key=lambda one: one[0].order)
         ]
         return [beside for row in rows for beside in (row, *self._published(row))]
@@ -382,12 +386,14 @@ def _say_what_differs(groups: Sequence[Group]) -> None:
                 group.differs_in.append(f"{key}={value}" if value is not None else f"{key} as usual")
 
 
-def _values(runs: Sequence[Run], joint_f1: float | None) -> dict[str, Spread]:
+def _values(runs: Sequence[Run], joint: Mapping[int, float | None]) -> dict[str, Spread]:
     """Every quantity over seeds.
 
     Args:
-        joint_f1: what the relative gap is measured from: the joint runs' mean.
+        joint: final pixel F1 of the joint runs, by seed: the relative gap is measured from the same seed's, or from
+            their mean where that seed has none.
     """
+    mean = Spread.of(joint.values()).mean
     of: dict[str, Callable[[Run], float | None]] = {
         "training_time_min": lambda run: run.summary["time"]["train_s"] / 60,
         "architecture_mb": lambda run: run.summary["memory"]["architecture_mb"],
@@ -395,7 +401,9 @@ def _values(runs: Sequence[Run], joint_f1: float | None) -> dict[str, Spread]:
         "average_forgetting_pct": lambda run: continual.average_forgetting_pct(
             run.R["pixel_f1"], run.learned
         ),
-        "relative_gap_pct": lambda run: _gap(joint_f1, run.summary["final"]["pixel_f1"]),
+        "relative_gap_pct": lambda run: _gap(
+            joint.get(run.summary["seed"], mean), run.summary["final"]["pixel_f1"]
+        ),
     }
     return {
         quantity.key: Spread.of(
