@@ -3,8 +3,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 SLURM_TESTS ?=  # of pytest -k
+EXPERIMENT ?= demo
 
-.PHONY: install demo test test-slurm lint bench clean
+.PHONY: install demo report pictures test test-slurm lint bench clean
 .DEFAULT_GOAL := demo
 
 $(INSTALLED): pyproject.toml
@@ -16,6 +17,16 @@ install: $(INSTALLED)
 
 demo: install  ## two detectors, with and without continual learning, on the synthetic stream
 	$(BIN)/python train.py -m experiment=demo method=patchcore,padim strategy=native,finetune
+
+report: install  ## a page, tables and figures of outputs/$(EXPERIMENT), in its folder report/
+	$(BIN)/clbench report outputs/$(EXPERIMENT)
+
+# Debian: apt-get install chromium chromium-driver
+pictures: install  ## the README's picture of a report, of runs on the synthetic stream
+	$(BIN)/python train.py -m experiment=pictures maps=few method=patchcore,padim strategy=native,finetune,joint,single \
+	  'task_order.tasks=[bottle_top,circuit,gear,leather,washer]'
+	$(BIN)/clbench report outputs/pictures
+	$(BIN)/python scripts/draw_report.py outputs/pictures/report/index.html docs/report.jpg
 
 test: install
 	$(BIN)/python -m pytest -q

@@ -2,7 +2,8 @@
 
     python -m benchmarks [NAME ...] [--checkpoint FILE] [--root FOLDER]
 
-NAME: coreset, metrics, kernels, phases, footprints, backbones, startup, sweeps, network, export; all of them where none is given.
+NAME: coreset, metrics, kernels, phases, footprints, backbones, startup, sweeps, network, export,
+reports; all of them where none is given.
 Absolute times are this machine's; the ratios within a table are what carries over. A checkpoint (of timm's
 resnet18) and a root (an MVTec AD layout) replace random weights and synthetic images where a table takes features
 of images.
@@ -24,6 +25,7 @@ NAMES = (
     "sweeps",
     "network",
     "export",
+    "reports",
 )
 
 

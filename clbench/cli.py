@@ -14,6 +14,10 @@ COMMANDS = {
         "one run or a sweep: what train.py does",
         "clbench run -m method=patchcore,padim replay.size=100,300",
     ),
+    "report": (
+        "a page, tables and figures that compare the runs of experiments",
+        "clbench report outputs/demo",
+    ),
     "predict": (
         "a trained detector on files: scores, decisions, masks and heat maps",
         "clbench predict outputs/default/RUN parts/bracket/test --false-positive-rate 0.001",

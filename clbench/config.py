@@ -24,7 +24,7 @@ from clbench.data.samples import Geometry
 from clbench.errors import UserError
 
 # Settings that change where results go or how a run is watched, but not what they are.
-_NOT_IN_RESULTS = (
+NOT_IN_RESULTS = (
     "experiment",
     "outputs",
     "cache",
@@ -393,7 +393,7 @@ def _first_line(error: Exception) -> str:
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """What differs between two checked configs and changes results, as `key: old -> new`."""
     before, after = (
-        {key: value for key, value in _flat(config) if key.split(".")[0] not in _NOT_IN_RESULTS}
+        {key: value for key, value in flat(config) if key.split(".")[0] not in NOT_IN_RESULTS}
         for config in (old, new)
     )
     return [
@@ -403,11 +403,12 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _flat(node: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+def flat(node: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """The values of a config, each under its whole key: `gpu.threads`."""
     pairs: list[tuple[str, Any]] = []
     for key, value in node.items():
         if isinstance(value, dict) and value:
-            pairs += _flat(value, f"{prefix}{key}.")
+            pairs += flat(value, f"{prefix}{key}.")
         else:
             pairs.append((f"{prefix}{key}", value))
     return pairs
@@ -415,7 +416,7 @@ def _flat(node: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
 
 def in_results(override: str) -> bool:
     """Whether an override can change what a run's results are."""
-    return re.split(r"[.=/@]", override.lstrip("+~"), maxsplit=1)[0] not in _NOT_IN_RESULTS
+    return re.split(r"[.=/@]", override.lstrip("+~"), maxsplit=1)[0] not in NOT_IN_RESULTS
 
 
 _FIRST = ("method", "strategy", "replay", "replay.size", "backbone", "dataset", "task_order", "seed")

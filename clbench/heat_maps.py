@@ -88,6 +88,7 @@ def overlay(picture: np.ndarray, mask: np.ndarray, heat: np.ndarray, low: float,
 
 def _write(path: Path, picture: np.ndarray) -> None:
     """A BGR picture, in the format that its name ends in."""
-    _, encoded = cv2.imencode(path.suffix, picture, [cv2.IMWRITE_JPEG_QUALITY, _QUALITY])
+    quality = [cv2.IMWRITE_JPEG_QUALITY, _QUALITY] if path.suffix == ".jpg" else []
+    _, encoded = cv2.imencode(path.suffix, picture, quality)
     data = encoded.tobytes()
     write_whole(path, lambda part: part.write_bytes(data))

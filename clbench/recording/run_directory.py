@@ -20,6 +20,8 @@ from clbench.errors import UserError
 
 State = Literal["finished", "failed", "unfinished", "missing"]
 
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast, where PyYAML has it
+
 
 class RunDirectory:
     """outputs/<experiment>/<run>: config.yaml, metrics.csv, summary.json, thresholds.json, checkpoint/, maps/."""
@@ -48,7 +50,7 @@ class RunDirectory:
         if text is None:
             return None
         try:
-            stored = yaml.safe_load(text)
+            stored = yaml.load(text, Loader=_LOADER)
         except yaml.YAMLError:
             stored = None
         if not isinstance(stored, dict):

@@ -1,0 +1,50 @@
+"""clbench report: from run directories to a page, tables and figures."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+
+from clbench.report import page, tables
+from clbench.report.reading import read
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """What the command takes."""
+    parser.add_argument(
+        "folders", nargs="+", type=Path, metavar="outputs/EXPERIMENT", help="of finished runs"
+    )
+    parser.add_argument(
+        "--output", type=Path, help="the report's folder; left out: report/ in the first of them"
+    )
+
+
+def main(options: argparse.Namespace) -> int:
+    """Write the report, print its main table, and say where the page is.
+
+    Raises:
+        UserError: a folder is not there or has no runs, or the report cannot be written.
+    """
+    runs = read(options.folders)
+    title = ", ".join(dict.fromkeys(path.resolve().name for path in options.folders))
+    report = page.write(runs, page.output_folder(options.folders, options.output), title)
+    console = Console()
+    console = Console(width=None if console.is_terminal else 200)  # a log has no width of its own
+    for group in report.groups:
+        if group.own:
+            console.print(tables.for_terminal(group))
+        if group.differs_in:
+            console.print(f"   it differs from the other groups: {escape('; '.join(group.differs_in))}\n")
+    for run in runs:
+        if run.state != "finished":
+            console.print(f"[yellow]{run.state}[/] {escape(run.name)}: {escape(run.reason)}", soft_wrap=True)
+    console.print(
+        f"{sum(run.state == 'finished' for run in runs)} of {len(runs)} runs are finished; "
+        f"the page, and {report.files} tables and figures beside it:\n{escape(str(report.page))}",
+        soft_wrap=True,
+        highlight=False,
+    )
+    return 0

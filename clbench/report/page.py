@@ -1,0 +1,159 @@
+"""The page and the files beside it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from importlib import resources
+from pathlib import Path
+
+import jinja2
+
+from clbench.errors import UserError
+from clbench.recording.run_directory import write_whole
+from clbench.report import tables
+from clbench.report.comparison import CONTINUAL, METHODS, STRATEGIES, Group, grouped
+from clbench.report.figures import Figure, figures, png
+from clbench.report.gallery import gallery
+from clbench.report.reading import Run
+from clbench.report.tables import Table
+
+_MOST_FIGURES = 12  # groups that get figures: each group's take about three seconds
+_MOST_PICTURES = 24_000_000  # bytes in the page
+_LOCAL_TABLES = (tables.comparison, tables.forgetting)  # in the page; the others are files alone
+
+
+@dataclass
+class Report:
+    """What was written.
+
+    Attributes:
+        page: its path.
+        files: how many, beside it.
+    """
+
+    page: Path
+    groups: list[Group]
+    runs: list[Run]
+    files: int = 0
+
+
+@dataclass
+class _Section:
+    """A group as the page shows it."""
+
+    group: Group
+    comparison: Table
+    forgetting: Table
+    figures: list[Figure] = field(default_factory=list)
+
+
+def write(runs: Sequence[Run], folder: Path, title: str) -> Report:
+    """The page, tables and figures of runs, into a folder.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    groups = grouped(runs)
+    report = Report(folder / "index.html", groups, list(runs))
+    for name in ("tables", "figures"):  # of an earlier report, that may have had other groups
+        shutil.rmtree(folder / name, ignore_errors=True)
+
+    def text(name: str, content: str | bytes) -> None:
+        data = content.encode() if isinstance(content, str) else content
+        write_whole(folder / name, lambda part: part.write_bytes(data))
+        report.files += 1
+
+    with_runs = [group for group in groups if group.own]
+    sections: list[_Section] = []
+    for group in with_runs:
+        section = _Section(group, tables.comparison(group), tables.forgetting(group))
+        if len(sections) < _MOST_FIGURES:
+            section.figures = figures(group)
+        sections.append(section)
+    run_list = tables.run_list(runs, groups)
+    text("tables/runs.csv", tables.as_csv([(0, run_list)]))
+    for make in (tables.comparison, tables.forgetting, tables.stages, tables.matrices):
+        made = [(group.number, make(group)) for group in with_runs]
+        if not made:
+            continue
+        name = made[0][1].name
+        text(f"tables/{name}.csv", tables.as_csv(made))
+        if make in _LOCAL_TABLES:
+            text(f"tables/{name}.md", "\n".join(f"## Group {n}\n\n{tables.as_markdown(t)}" for n, t in made))
+            text(f"tables/{name}.tex", "\n".join(tables.as_latex(table) for _, table in made))
+    for section in sections:
+        for figure in section.figures:
+            svg = figure.svg()
+            text(f"figures/group-{section.group.number}-{figure.name}.svg", svg)
+            text(f"figures/group-{section.group.number}-{figure.name}.png", png(svg))
+    page = _page(report, sections, run_list, title)
+    write_whole(report.page, lambda part: part.write_text(page, encoding="utf-8"))
+    return report
+
+
+def _page(report: Report, sections: Sequence[_Section], run_list: Table, title: str) -> str:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("clbench", "report"),
+        autoescape=True,  # names of tasks and settings are a user's text
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    drawn = [figure for section in sections for figure in section.figures]
+    found = {run.summary["method"]: run for run in report.runs if run.summary}
+    ways = {run.summary["strategy"] for run in report.runs if run.summary}
+    counts = {state: sum(run.state == state for run in report.runs) for state in _STATES}
+    return environment.get_template("page.html.jinja").render(
+        title=title,
+        made=f"{datetime.now():%Y-%m-%d %H:%M}",
+        version=importlib.metadata.version("clbench"),
+        counts={state: count for state, count in counts.items() if count},
+        runs=report.runs,
+        groups=report.groups,
+        sections=sections,
+        not_counted=[run for run in report.runs if run.state != "finished"],
+        run_list=run_list,
+        gallery=gallery([section.group for section in sections], _MOST_PICTURES),
+        methods=[
+            (name, METHODS.get(name, name))
+            for name in [*METHODS, *sorted(set(found) - set(METHODS))]
+            if name in found
+        ],
+        strategies=[name for name in [*STRATEGIES, *sorted(ways - set(STRATEGIES))] if name in ways],
+        continual=CONTINUAL,
+        most_figures=_MOST_FIGURES,
+        specs={f"figure-{s.group.number}-{f.name}": f.spec() for s in sections for f in s.figures},
+        style=_file("page.css"),
+        script=_file("page.js"),
+        vega=_vega() if drawn else "",
+    )
+
+
+_STATES = ("finished", "failed", "unfinished", "damaged", "repeated")
+
+
+def _file(name: str) -> str:
+    return resources.files("clbench.report").joinpath(name).read_text(encoding="utf-8")
+
+
+def _vega() -> str:
+    """Vega, Vega-Lite and Vega-Embed in one script, so that the page asks no network for them."""
+    import vl_convert
+
+    return vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;").replace("</script", "<\\/script")
+
+
+def output_folder(folders: Sequence[Path], output: Path | None) -> Path:
+    """Where the report goes: as told, or into the first experiment's folder.
+
+    Raises:
+        UserError: a file is in the way.
+    """
+    folder = output or folders[0] / "report"
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--output {folder} is a file: give a folder, or a name that is free")
+    return folder

@@ -1,0 +1,408 @@
+"""The report says of runs what can be worked out of them by hand, and its page works in a browser without network."""
+
+import csv
+import io
+import json
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT, Train
+from hydra import compose, initialize_config_dir
+
+from clbench import cli
+from clbench.config import check, register_resolvers
+from clbench.errors import UserError
+from clbench.metrics import continual
+from clbench.metrics.curves import METRICS
+from clbench.recording.run_directory import RunDirectory
+from clbench.report import page, tables
+from clbench.report.comparison import PAPER_TASKS, Group, grouped, marks
+from clbench.report.reading import Run, read
+
+Matrix = Sequence[Sequence[float | None]]
+JUST_AND_FINAL: Matrix = [[0.6], [0.3, 0.5], [0.15, 0.4, 0.45]]  # a mean of 1/3 after the last of three tasks
+JOINT: Matrix = [[0.5, 0.6, 0.7]]
+
+
+@cache
+def composed(*overrides: str) -> str:
+    register_resolvers()
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        return json.dumps(check(compose("config", list(overrides))))
+
+
+def make(
+    experiment: Path,
+    *overrides: str,
+    R: Matrix = JUST_AND_FINAL,
+    tasks: Sequence[str] = ("cap", "nut", "pin"),
+    status: str = "complete",
+    name: str | None = None,
+) -> Path:
+    """A run directory whose every metric has the matrix R."""
+    path = experiment / (name or ",".join(text.replace("/", "-") for text in overrides))
+    directory = RunDirectory(path)
+    directory.create()
+    config = json.loads(composed(*overrides))
+    rows = [
+        (stage, task, tasks[task], metric, value)
+        for stage, values in enumerate(R)
+        for task, value in enumerate(values)
+        for metric in METRICS
+    ]
+    directory.write_config(config, {"device": "cpu (by hand)", "git_revision": "0"})
+    directory.write_metrics(rows)
+    identity = {
+        "status": status,
+        "method": config["method"]["name"],
+        "strategy": config["strategy"]["name"],
+        "replay_size": config["replay"]["size"],
+        "backbone": "resnet18",
+        "dataset": config["dataset"]["name"],
+        "tasks": list(tasks),
+        "seed": config["seed"],
+    }
+    results = {
+        "final": {metric: continual.final_mean(R) for metric in METRICS},
+        "memory": {"architecture_mb": 20.0, "executed_mb": 9.0, "additional_mb": 30.0, "peak_mb": 800.0},
+        "time": {"train_s": 90.0, "eval_s": 30.0, "inference_ms_per_image": 5.0},
+    }
+    ends = {"complete": results, "failed": {"reason": "ValueError: <it> broke & said so"}, "running": {}}
+    directory.write_summary({**identity, **ends[status]})
+    return path
+
+
+def only_group(experiment: Path) -> Group:
+    (group,) = grouped(read([experiment]))
+    return group
+
+
+def values(group: Group, how: str, key: str) -> Any:
+    (row,) = (row for row in group.rows if row.variant.how == how and not row.published)
+    return row.values[key]
+
+
+def test_gap_and_forgetting_are_what_the_paper_defines(tmp_path: Path) -> None:
+    make(tmp_path, "method=padim", "strategy=native")
+    make(tmp_path, "method=padim", "strategy=joint", R=JOINT)
+    group = only_group(tmp_path)
+    assert values(group, "native", "pixel_f1").mean == pytest.approx((0.15 + 0.4 + 0.45) / 3)
+    assert values(group, "native", "relative_gap_pct").mean == pytest.approx(100 * (0.6 - 1 / 3))
+    assert values(group, "native", "average_forgetting_pct").mean == pytest.approx((75 + 20) / 2)
+    assert values(group, "joint", "relative_gap_pct").mean is None
+    assert values(group, "joint", "average_forgetting_pct").mean is None
+    assert values(group, "native", "training_time_min").mean == 1.5
+
+
+def test_seeds_make_a_mean_and_a_sample_deviation(tmp_path: Path) -> None:
+    for seed, final in enumerate((0.2, 0.4, 0.6)):
+        make(
+            tmp_path, "method=padim", "strategy=native", f"seed={seed}", R=[[0.5], [final, final]], tasks="ab"
+        )
+    spread = values(only_group(tmp_path), "native", "pixel_f1")
+    assert (spread.mean, spread.deviation, spread.count) == (pytest.approx(0.4), pytest.approx(0.2), 3)
+    assert tables.number(spread, 3) == "0.400 ± 0.200"
+
+
+def test_a_gap_is_taken_seed_by_seed(tmp_path: Path) -> None:
+    for seed, easier in enumerate((0.0, 0.3)):
+        one = ("method=padim", f"seed={seed}")
+        make(tmp_path, *one, "strategy=native", R=[[0.5], [0.2 + easier, 0.2 + easier]], tasks="ab")
+        make(tmp_path, *one, "strategy=joint", R=[[0.3 + easier, 0.3 + easier]], tasks="ab")
+    spread = values(only_group(tmp_path), "native", "relative_gap_pct")
+    assert (spread.mean, spread.deviation) == (pytest.approx(10), pytest.approx(0, abs=1e-9))
+
+
+def test_a_gap_is_taken_from_the_joint_run_of_the_same_settings_alone(tmp_path: Path) -> None:
+    make(tmp_path, "method=stfpm", "strategy=finetune", "method.epochs=1")
+    make(tmp_path, "method=stfpm", "strategy=joint", "method.epochs=2", R=JOINT)
+    make(tmp_path, "method=padim", "strategy=joint", "method.features=7", R=JOINT)
+    groups = grouped(read([tmp_path]))
+    assert len(groups) == 3
+    assert all(row.values["relative_gap_pct"].mean is None for group in groups for row in group.rows)
+    said = [text for group in groups for text in group.differs_in]
+    assert "method.epochs=1" in said and "method.epochs=2" in said and "method.features=7" in said
+
+
+@pytest.mark.parametrize(
+    "setting", ["dataset.resize=64", "gpu.precision=bf16", "backbone.checkpoint=null", "task_order=random"]
+)
+def test_runs_of_other_settings_are_another_group(setting: str, tmp_path: Path) -> None:
+    make(tmp_path, "method=padim", "strategy=native")
+    make(tmp_path, "method=patchcore", "strategy=finetune", "seed=3")
+    make(tmp_path, "method=padim", "strategy=native", setting)
+    groups = grouped(read([tmp_path]))
+    assert [len(group.runs) for group in groups] == [2, 1]
+    assert any(setting.partition("=")[0].split(".")[0] in text for text in groups[1].differs_in)
+
+
+def test_a_fixed_seed_of_the_data_leaves_all_seeds_in_one_group(tmp_path: Path) -> None:
+    for seed in (0, 1, 2):
+        make(tmp_path, "method=padim", "strategy=native", "dataset.seed=0", f"seed={seed}")
+    assert only_group(tmp_path).rows[0].seeds == [0, 1, 2]
+
+
+def test_a_run_that_is_there_twice_counts_once(tmp_path: Path) -> None:
+    make(tmp_path / "old", "method=padim", "strategy=native")
+    time.sleep(0.02)
+    make(tmp_path / "new", "method=padim", "strategy=native")
+    runs = read([tmp_path / "old", tmp_path / "new"])
+    (group,) = grouped(runs)
+    assert [run.state for run in runs] == ["repeated", "finished"]
+    assert len(group.rows[0].runs) == 1
+
+
+def test_best_and_worst_are_among_those_that_learn_task_by_task(tmp_path: Path) -> None:
+    make(tmp_path, "method=padim", "strategy=native", R=[[0.5], [0.4, 0.4]], tasks="ab")
+    make(tmp_path, "method=padim", "strategy=finetune", R=[[0.5], [0.1, 0.3]], tasks="ab")
+    make(tmp_path, "method=padim", "strategy=joint", R=[[0.9, 0.9]], tasks="ab")
+    rows = only_group(tmp_path).rows
+    marked = {(rows[index].variant.how, key): mark for (index, key), mark in marks(rows).items()}
+    assert marked["native", "pixel_f1"] == "best" and marked["finetune", "pixel_f1"] == "worst"
+    assert marked["native", "average_forgetting_pct"] == "best"  # where less is better
+    assert ("joint", "pixel_f1") not in marked
+    assert not any(key == "additional_mb" for _, key in marked)  # all alike
+
+
+@pytest.fixture
+def mixed(tmp_path: Path) -> Path:
+    """An experiment in which everything that can be wrong is."""
+    make(tmp_path, "method=padim", "strategy=native", R=[[0.5], [None, 0.25]], tasks=("<b>a&b</b>", "50%_$x"))
+    make(tmp_path, "method=padim", "strategy=finetune", R=[[0.5]], status="failed")
+    make(tmp_path, "method=padim", "strategy=joint", R=[], status="running")
+    make(tmp_path, "method=patchcore", "strategy=native", R=[[0.5]], tasks=["alone"])
+    make(
+        tmp_path, "method=stfpm", "strategy=finetune", R=[[None], [None, None]], tasks="ab", name="undefined"
+    )
+    cut = make(tmp_path, "method=cfa", "strategy=finetune")
+    (cut / "metrics.csv").write_text((cut / "metrics.csv").read_text()[:300])
+    torn = make(tmp_path, "method=cfa", "strategy=joint", R=JOINT)
+    (torn / "summary.json").write_text("{")
+    strange = make(tmp_path, "method=cfa", "strategy=single")
+    (strange / "config.yaml").write_text("a: [")
+    (tmp_path / "submitted").mkdir()
+    (tmp_path / "submitted" / "run.lock").touch()
+    return tmp_path
+
+
+def test_what_is_not_finished_is_listed_with_its_reason(mixed: Path) -> None:
+    runs = read([mixed])
+    states = {run.path.name: run.state for run in runs}
+    assert states["method=padim,strategy=finetune"] == "failed"
+    assert states["method=padim,strategy=joint"] == "unfinished" == states["submitted"]
+    assert {name for name, state in states.items() if state == "damaged"} == {
+        "method=cfa,strategy=finetune",
+        "method=cfa,strategy=joint",
+        "method=cfa,strategy=single",
+    }
+    report = page.write(runs, mixed / "report", "mixed")
+    text = report.page.read_text()
+    assert "ValueError: &lt;it&gt; broke &amp; said so" in text and "&lt;b&gt;a&amp;b&lt;/b&gt;" in text
+    assert "<b>a&b</b>" not in text and "<it>" not in text
+    for run in runs:
+        assert run.state == "finished" or f"<code>{mixed.name}/{run.path.name}</code>" in text
+
+
+def test_what_others_let_expect_is_said_to_be_absent(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        make(tmp_path, "method=stfpm", "strategy=finetune", f"seed={seed}")
+    make(tmp_path, "method=cfa", "strategy=finetune", "seed=1")
+    make(tmp_path, "method=cfa", "strategy=joint", "seed=1", R=JOINT)
+    assert only_group(tmp_path).absent == [
+        "CFA, finetune: seed 0",
+        "CFA, joint: seed 0",
+        "STFPM, joint: no run",
+    ]
+
+
+def test_csv_markdown_and_latex_say_the_same(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        make(
+            tmp_path,
+            "method=padim",
+            "strategy=native",
+            f"seed={seed}",
+            R=[[0.5], [0.1 + seed, 0.4]],
+            tasks="ab",
+        )
+    make(tmp_path, "method=padim", "strategy=finetune", R=[[0.5], [0.2, 0.25]], tasks="ab")
+    assert cli.main(["report", str(tmp_path)]) == 0
+    folder = tmp_path / "report" / "tables"
+    as_csv = list(csv.DictReader(io.StringIO((folder / "comparison.csv").read_text())))
+    markdown = [
+        [cell.strip().strip("*") for cell in line.strip("|\n").split("|")]
+        for line in (folder / "comparison.md").read_text().splitlines()
+        if line.startswith("| PaDiM")
+    ]
+    latex = [
+        line.removesuffix(r" \\").split(" & ")
+        for line in (folder / "comparison.tex").read_text().splitlines()
+        if line.startswith("PaDiM")
+    ]
+    assert len(as_csv) == len(markdown) == len(latex) == 2
+    for one, two, three in zip(as_csv, markdown, latex, strict=True):
+        shown = f"{float(one['pixel_f1']):.3f}"
+        if one["pixel_f1_deviation"]:
+            shown += f" ± {float(one['pixel_f1_deviation']):.3f}"
+        plain = (
+            three[6]
+            .replace(r"\textbf{", "")
+            .replace(r"\underline{", "")
+            .replace("}", "")
+            .replace(r"$\pm$", "±")
+        )
+        assert two[6] == shown == plain
+    assert "**" in (folder / "comparison.md").read_text()
+    assert r"\textbf{" in (folder / "comparison.tex").read_text()
+
+
+def test_a_users_words_stay_words_in_latex_and_markdown() -> None:
+    cell = tables.Cell(r"50%_$x & {a} | <b>\#", "x")
+    table = tables.Table("t", "of_all", [tables.Column("k", "k")], [tables.Line([cell])])
+    assert r"50\%\_\$x \& \{a\} | <b>\textbackslash{}\#" in tables.as_latex(table)
+    assert r"50%\_$x & {a} \| \<b\>\\\#" in tables.as_markdown(table)
+
+
+def test_the_published_row_stands_beside_ours_where_the_setting_is_the_papers(tmp_path: Path) -> None:
+    R = [[0.5] * (stage + 1) for stage in range(10)]
+    paper = ("benchmark=paper", "dataset.root=/somewhere", "method=padim")
+    make(tmp_path, *paper, R=R, tasks=PAPER_TASKS)
+    ours, theirs = only_group(tmp_path).rows
+    assert (ours.published, theirs.published) == (False, True)
+    assert theirs.values["average_forgetting_pct"].mean == 19.12 and theirs.values["pixel_f1"].mean == 0.17
+    assert not any(index == 1 for index, _ in marks([ours, theirs]))
+    make(tmp_path / "other", *paper, "method.features=100", R=R, tasks=PAPER_TASKS)
+    assert not any(row.published for row in only_group(tmp_path / "other").rows)
+
+
+def test_methods_compare_each_at_the_papers_size_and_backbone_which_is_said(tmp_path: Path) -> None:
+    paper = ("benchmark=paper", "dataset.root=/somewhere", "strategy=finetune")
+    weights = tmp_path / "w.safetensors"
+    make(tmp_path, *paper, "method=padim", f"backbone.checkpoint={weights}", tasks="abc")
+    make(tmp_path, *paper, "method=stfpm", tasks="abc")
+    group = only_group(tmp_path)
+    assert any("256 cropped to 224 (PaDiM)" in note and "256 (STFPM)" in note for note in group.notes)
+    assert any(f"PaDiM backbone.checkpoint={weights}" in note for note in group.notes)
+
+
+@pytest.mark.parametrize("case", ["absent", "empty", "run", "file"])
+def test_a_folder_that_is_none_of_an_experiment_is_one_line(
+    case: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    run = make(tmp_path / "there", "method=padim", "strategy=native")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").touch()
+    given = {"absent": tmp_path / "ther", "empty": tmp_path / "empty", "run": run, "file": tmp_path / "file"}[
+        case
+    ]
+    assert cli.main(["report", str(given)]) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and str(given) in error and "give " in error
+
+
+def test_a_report_of_nothing_finished_says_so(tmp_path: Path) -> None:
+    make(tmp_path, "method=padim", "strategy=native", R=[[0.5]], status="failed")
+    report = page.write(read([tmp_path]), tmp_path / "report", "none")
+    assert "No run is finished yet" in report.page.read_text()
+
+
+def test_output_that_is_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "taken").touch()
+    with pytest.raises(UserError, match="is a file"):
+        page.output_folder([tmp_path], tmp_path / "taken")
+
+
+def test_damaged_runs_are_in_no_group(mixed: Path) -> None:
+    runs: list[Run] = read([mixed])
+    groups = grouped(runs)
+    assert not {run.path for run in runs if run.state == "damaged"} & {r.path for g in groups for r in g.runs}
+
+
+# The page, in a real browser.
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+DRIVER = shutil.which("chromedriver")
+
+
+@pytest.fixture
+def browser() -> Iterator[Any]:
+    if not (CHROMIUM and DRIVER):
+        pytest.skip(
+            "Chromium and its driver are not installed (Debian: apt-get install chromium chromium-driver)"
+        )
+    from selenium import webdriver
+    from selenium.webdriver.chrome.service import Service
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=1400,1000"):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    driver = webdriver.Chrome(options=options, service=Service(DRIVER))
+    yield driver
+    driver.quit()
+
+
+def until(condition: Any, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not come about"
+        time.sleep(0.1)
+
+
+def test_the_page_sorts_filters_enlarges_and_asks_no_network(
+    browser: Any, train: Train, tmp_path: Path
+) -> None:
+    result = train("-m", "maps=few", "method=patchcore,padim", "strategy=native,finetune,joint")
+    assert result.returncode == 0, result.stderr
+    assert cli.main(["report", str(tmp_path / "outputs" / "default")]) == 0
+    browser.get((tmp_path / "outputs" / "default" / "report" / "index.html").as_uri())
+    until(lambda: browser.execute_script("return document.documentElement.dataset.drawn"))
+
+    def find(selector: str) -> list[Any]:
+        return browser.find_elements("css selector", selector)
+
+    assert len(find(".chart svg")) == 5
+    assert all(svg.size["width"] > 100 for svg in find(".chart svg"))
+
+    def column(number: int) -> list[str]:
+        cells = find(f"#group-1 > .table tbody tr td:nth-child({number})")
+        return [cell.get_attribute("data-value") for cell in cells if cell.is_displayed()]
+
+    title = find("#group-1 > .table th")[6]
+    assert title.text == "pixel F1"
+    for direction, backwards in (("descending", True), ("ascending", False)):
+        title.find_element("css selector", "button").send_keys("\n")  # by keyboard
+        assert title.get_attribute("aria-sort") == direction
+        assert column(7) == sorted(column(7), key=float, reverse=backwards) and len(column(7)) == 6
+
+    find("input[value=padim] + span")[0].click()
+    assert set(column(1)) == {"PatchCore"}
+    until(lambda: "PaDiM" not in find("#figure-1-time svg")[0].get_attribute("textContent"))
+    find("button[type=reset]")[0].click()
+    until(lambda: set(column(1)) == {"PatchCore", "PaDiM"})
+    find("#group-1 > .table input")[0].send_keys("padim joint")
+    assert column(1) == ["PaDiM"]
+
+    shown = [button for button in find(".enlarge") if button.is_displayed()]
+    assert len(shown) == 2 * 2 * (3 + 3 + 1) and all(
+        browser.execute_script("return arguments[0].naturalWidth", image) == 48
+        for image in find(".enlarge img")
+    )
+    browser.execute_script("arguments[0].scrollIntoView({block: 'center', behavior: 'instant'})", shown[1])
+    shown[1].click()
+    (words,) = find("dialog[open] .words")
+    assert words.text == "PatchCore, native: brick (blot) after stage 2"
+    browser.switch_to.active_element.send_keys("\ue014")  # the right arrow
+    assert words.text.endswith("after stage 3")
+    assert browser.get_screenshot_as_png().startswith(b"\x89PNG")
+
+    assert [entry for entry in browser.get_log("browser") if entry["level"] != "INFO"] == []
+    events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    asked = [e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"]
+    assert asked and all(address.startswith(("file:", "data:")) for address in asked)
