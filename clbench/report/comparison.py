@@ -114,17 +114,25 @@ class Variant:
     """What a row of a comparison is of.
 
     Attributes:
-        given: settings that the method had to be given, `key=value`.
+        changed: settings of the method that are not its benchmark's, `key=value`.
+        given: settings that it had to be given, `key=value`.
     """
 
     method: str
     strategy: str
     replay_size: int | None
+    changed: tuple[str, ...] = ()
     given: tuple[str, ...] = ()
 
     @property
+    def learner(self) -> tuple[Any, ...]:
+        """All but how it met the stream."""
+        return self.method, self.changed, self.given
+
+    @property
     def method_title(self) -> str:
-        return METHODS.get(self.method, self.method)
+        """The method, with what it was changed in."""
+        return ", ".join((METHODS.get(self.method, self.method), *self.changed))
 
     @property
     def how(self) -> str:
@@ -134,7 +142,7 @@ class Variant:
     @property
     def order(self) -> tuple[Any, ...]:
         """Methods as the paper lists them, then strategies."""
-        return (_place(METHODS, self.method), self.method, self.given, *self.how_order)
+        return (_place(METHODS, self.method), *self.learner, *self.how_order)
 
     @property
     def how_order(self) -> tuple[Any, ...]:
@@ -170,7 +178,7 @@ class Row:
 
 @dataclass
 class Group:
-    """Runs that differ in method, strategy, replay size and seed, and in nothing else.
+    """Runs that differ in method and its settings, strategy, replay size and seed, and in nothing else.
 
     Attributes:
         apart: settings that are not what the benchmark gives the method.
@@ -192,7 +200,7 @@ class Group:
             if run.state == "finished":
                 found[variant(run)].append(run)
         joint = {
-            (of.method, of.given): {run.summary["seed"]: run.summary["final"]["pixel_f1"] for run in runs}
+            of.learner: {run.summary["seed"]: run.summary["final"]["pixel_f1"] for run in runs}
             for of, runs in found.items()
             if of.strategy == "joint"
         }
@@ -200,7 +208,7 @@ class Group:
             Row(
                 of,
                 runs,
-                _values(runs, {} if of.strategy == "joint" else joint.get((of.method, of.given), {})),
+                _values(runs, {} if of.strategy == "joint" else joint.get(of.learner, {})),
             )
             for of, runs in sorted(found.items(), key=lambda one: one[0].order)
         ]
@@ -220,8 +228,8 @@ class Group:
 
     @property
     def is_papers(self) -> bool:
-        """Whether this is the paper's setting: its benchmark, tasks and hyper-parameters, wherever the images are."""
-        free = ("dataset.root", "gpu.", "evaluate", "backbone.feature_", "backbone.batch_size")
+        """Whether this is the paper's setting: its benchmark and tasks, wherever the images are."""
+        free = ("dataset.root", "evaluate")
         changed = [key for key in self.apart if not key.startswith(free)]
         return self.benchmark == "paper" and list(self.tasks) == PAPER_TASKS and not changed
 
@@ -231,7 +239,7 @@ class Group:
         return [
             Row(row.variant, [], values, published=True)
             for of, values in published()
-            if of == _bare(row.variant)
+            if of == _bare(row.variant) and not row.variant.changed
         ]
 
     @property
@@ -267,14 +275,8 @@ class Group:
         )
         if given:
             notes.append(f"given from files: {', '.join(given)}")
-        joint = {
-            (row.variant.method, row.variant.given) for row in self.own if row.variant.strategy == "joint"
-        }
-        without = {
-            row.variant.method_title
-            for row in self.own
-            if (row.variant.method, row.variant.given) not in joint
-        }
+        joint = {row.variant.learner for row in self.own if row.variant.strategy == "joint"}
+        without = {row.variant.method_title for row in self.own if row.variant.learner not in joint}
         if without and self.own:
             notes.append(
                 f"no finished joint run, so no gap to it: {', '.join(sorted(without))} (strategy=joint makes it)"
@@ -309,11 +311,9 @@ class Group:
 
 def variant(run: Run) -> Variant:
     """What a run is of."""
-    about = run.summary
-    _, given = run.departures
-    return Variant(
-        about["method"], about["strategy"], about["replay_size"], tuple(f"{k}={v}" for k, v in given.items())
-    )
+    about, own = run.summary, run.departures
+    changed, given = (tuple(f"{k}={v}" for k, v in part.items()) for part in (own.changed, own.given))
+    return Variant(about["method"], about["strategy"], about["replay_size"], changed, given)
 
 
 def grouped(runs: Sequence[Run]) -> list[Group]:
@@ -326,7 +326,7 @@ def grouped(runs: Sequence[Run]) -> list[Group]:
         if run.state == "damaged" or not run.summary:
             continue
         try:
-            apart, _ = run.departures
+            apart = run.departures.apart
             drawn = run.config["task_order"]["kind"] == "random"
             benchmark = str(run.config["benchmark"])
         except (KeyError, TypeError, AttributeError):

@@ -14,7 +14,7 @@ from clbench.errors import UserError
 from clbench.metrics import continual
 from clbench.metrics.continual import Matrix
 from clbench.recording.run_directory import RunDirectory
-from clbench.report.settings import departures
+from clbench.report.settings import Departures, departures
 
 METRICS = ("image_auroc", "image_f1", "pixel_auroc", "pixel_f1", "pixel_ap", "aupro", "image_ap")
 
@@ -56,7 +56,7 @@ class Run:
         return [0] * len(self.tasks) if self.summary["strategy"] == "joint" else list(range(len(self.tasks)))
 
     @cached_property
-    def departures(self) -> tuple[dict[str, str], dict[str, str]]:
+    def departures(self) -> Departures:
         """See `settings.departures`."""
         return departures(self.config)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -10,36 +11,60 @@ from typing import Any
 from clbench.config import NOT_IN_RESULTS, flat
 
 _CONF = Path(__file__).parents[2] / "conf"
-_OF_A_ROW = ("method.name", "method.protocol", "strategy", "replay", "seed", "made_by", "benchmark")
+_COMPARED = ("method.name", "method.protocol", "strategy", "replay", "seed", "made_by", "benchmark")
+# How a run is computed, not what: figures differ by rounding at most.
+_HOW = (
+    "gpu.device",
+    "gpu.threads",
+    "gpu.compile",
+    "gpu.deterministic",
+    "backbone.batch_size",
+    "backbone.feature_",
+)
+_OF_A_ROW = ("method.", "gpu.precision")
 REQUIRED = "???"  # what OmegaConf writes where a value must be given
 
 
-def departures(config: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, str]]:
+@dataclass(frozen=True)
+class Departures:
     """The settings of a run that are not what its benchmark gives its method.
 
-    Method, strategy, replay size and seed are not among them: they are what a report compares. A seed of a part
-    that is the run's own seed is none of its own.
+    Attributes:
+        apart: what sets the run apart, as its images: runs in which this differs do not compare.
+        changed: what the method was changed in, as its epochs: it is named in the run's row.
+        given: what it had to be given, as weights that cannot be downloaded.
+    """
 
-    Returns:
-        what sets the run apart: runs in which this differs do not compare;
-        what it had to be given, as weights that cannot be downloaded: it belongs to the method.
+    apart: dict[str, str]
+    changed: dict[str, str]
+    given: dict[str, str]
+
+
+def departures(config: Mapping[str, Any]) -> Departures:
+    """What a run was set to of its own, apart from method, strategy, replay size and seed, which a report compares.
+
+    A seed of a part that is the run's own seed is none of its own.
     """
     own = _plain(config)
     default = _default(
         str(config["benchmark"]), str(config["method"]["name"]), str(config["dataset"]["name"])
     )
-    apart: dict[str, str] = {}
-    given: dict[str, str] = {}
-    for key in sorted({*own, *default}):
-        value, usual = own.get(key, "absent"), default.get(key, "absent")
+    found = Departures({}, {}, {})
+    for key, value in sorted(own.items()):
+        usual = default.get(key, "absent")
         if value == usual:
             continue
         required = usual == REQUIRED and key.startswith("method.")
         weights = (
             key == "backbone.checkpoint" and usual == "None" and default.get("backbone.pretrained") == "True"
         )
-        (given if required or weights else apart)[key] = value
-    return apart, given
+        if required or weights:
+            found.given[key] = value
+        elif key.startswith(_OF_A_ROW):
+            found.changed[key.rpartition(".")[2]] = value
+        else:
+            found.apart[key] = value
+    return found
 
 
 def _plain(config: Mapping[str, Any]) -> dict[str, str]:
@@ -48,7 +73,8 @@ def _plain(config: Mapping[str, Any]) -> dict[str, str]:
         key: "the run's" if key.endswith(".seed") and value == seed else _words(value)
         for key, value in flat(config)
         if key.split(".")[0] not in NOT_IN_RESULTS
-        and not any(key == name or key.startswith(f"{name}.") for name in _OF_A_ROW)
+        and not key.startswith(_HOW)
+        and not any(key == name or key.startswith(f"{name}.") for name in _COMPARED)
     }
 
 
