@@ -24,7 +24,7 @@ from clbench.training import split_rows
 # 0.00001, 0.00002, ..., 0.1, 0.2
 RATES = (*(digit / 10**places for places in (5, 4, 3, 2) for digit in range(1, 10)), 0.1, 0.2)
 
-_LEARNED_FROM = 256  # images of a model, at most, where none was held out: more would say as little
+_LEARNED_FROM = 100  # images of a model, at most, where none was held out: more would say as little
 
 
 @dataclass(frozen=True)
