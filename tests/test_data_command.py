@@ -68,14 +68,13 @@ class Server:
         if not self.chunked:
             request.send_header("Content-Length", str(len(body) if self.length is None else self.length))
         request.end_headers()
-        if self.breaks or self.stalls:
+        if self.breaks or self.stalls:  # counted before the other side can see it
+            stalls = self.stalls > 0
+            self.stalls, self.breaks = self.stalls - stalls, self.breaks - (not stalls)
             request.wfile.write(body[: len(body) // 2])
             request.wfile.flush()
-            if self.stalls:
-                self.stalls -= 1
+            if stalls:
                 time.sleep(0.5)
-            else:
-                self.breaks -= 1
         else:
             request.wfile.write(body)
 
