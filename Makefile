@@ -44,7 +44,7 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: install  ## the tables of measured speed that the README quotes
+bench: install  ## the tables of measured speed that docs/measured.md quotes
 	$(BIN)/python -m benchmarks
 
 clean:

@@ -1,4 +1,4 @@
-"""The measured figures that the README quotes: make bench, or
+"""The measured figures that docs/measured.md quotes: make bench, or
 
     python -m benchmarks [NAME ...] [--checkpoint FILE] [--root FOLDER]
 

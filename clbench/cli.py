@@ -55,6 +55,9 @@ def main(words: Sequence[str] | None = None) -> int:
             import_module(f"clbench.commands.{name}").arguments(command)
     if given[:1] == ["run"]:  # its words are Hydra's, flags and all
         return import_module("clbench.commands.run").main(given[1:])
+    if not given:
+        parser.print_help()
+        return 2
     options = parser.parse_args(given)
     try:
         return import_module(f"clbench.commands.{options.command}").main(options)

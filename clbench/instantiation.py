@@ -29,7 +29,10 @@ def device(gpu: dict[str, Any]) -> torch.device:
     name = gpu["device"]
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    chosen = torch.device(name)
+    try:
+        chosen = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"device '{name}' is none: give auto, cpu, cuda or cuda:1") from error
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
         raise UserError(
             f"gpu.device={name}: torch {torch.__version__} sees {torch.cuda.device_count()} GPUs here; "

@@ -200,11 +200,15 @@ def load(
     stage, tensors, _ = saved
     strategy.restore(tensors)
     tasks = summary["tasks"][: stage + 1]
-    if not strategy.task_known:
+    if not strategy.task_known and task is None:
         task = tasks[0]
     if task is None or task not in tasks:
         which = "no task is given" if task is None else f"task '{task}' is not one of this run's"
-        raise UserError(f"{which}: {directory.path} has a model for each of {', '.join(tasks)}; name one")
+        raise UserError(
+            f"{which}: {directory.path} has a model for each of {', '.join(tasks)}; name one"
+            if strategy.task_known
+            else f"{which}: {directory.path} has learned {', '.join(tasks)}; leave it out, as one model judges all"
+        )
     stored = directory.thresholds() or {}
     geometry = Geometry(config["dataset"]["resize"], config["dataset"]["crop"])
     side = geometry.crop or geometry.resize

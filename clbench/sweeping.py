@@ -183,7 +183,10 @@ def sweep_table(runs: Sequence[Run]) -> Table:
             state = "not begun" if summary is None else summary["status"]
             table.add_row(f"{name} [red]{state}")
             job = directory.job()
-            said = [str((summary or {}).get("reason", state)), *([f"log: {job['log']}"] if job else [])]
+            said = [
+                str((summary or {}).get("reason", run.reason or state)),
+                *([f"log: {job['log']}"] if job else []),
+            ]
             unfinished.append(f"[red]{name}[/]: {escape('; '.join(said))}")
             continue
         forgotten, memory, time = summary["average_forgetting_pct"], summary["memory"], summary["time"]

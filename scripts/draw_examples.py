@@ -1,4 +1,4 @@
-"""The picture in the README: defects of the synthetic stream, their masks, and what a trained run makes of them.
+"""The picture in docs/own-images.md: defects of the synthetic stream, their masks, and what a trained run makes of them.
 
 python scripts/draw_examples.py outputs/demo/method=patchcore,strategy=native docs/maps.jpg
 """

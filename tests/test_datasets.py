@@ -467,7 +467,7 @@ def test_counts_are_compared_where_it_is_the_published_dataset(
     (tmp_path / "mpdd" / "tubes").rename(tmp_path / "mpdd" / "pipes")
     assert main(["data", "check", str(tmp_path / "mpdd")]) == 0
     told = capsys.readouterr().out
-    assert "dataset=mvtec" in told and "connector, pipes: not of MVTec AD" in told
+    assert "dataset=mvtec" in told and "not of MVTec AD, and compared with nothing: connector, pipes" in told
 
 
 def test_a_folder_of_nothing_known_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

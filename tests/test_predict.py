@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from clbench import thresholds
 from clbench.backbones import Backbone
-from clbench.commands.predict import _pictures
+from clbench.commands import predict
 from clbench.data.files import find_images
 from clbench.data.images import ImageSet
 from clbench.data.samples import Geometry
@@ -146,8 +146,8 @@ def test_without_held_out_images_some_that_were_learned_from_are_taken_and_it_is
         Native(detector), [task("a", normal(300, 0)), task("b", normal(8, 1))], CPU, silent
     )
     (model,) = stored["models"]
-    assert not model["held_out"] and model["images"] == 128 + 8
-    assert len({tuple(image.flatten().tolist()) for image in torch.cat(detector.seen)}) == 136
+    assert not model["held_out"] and model["images"] == 50 + 8
+    assert len({tuple(image.flatten().tolist()) for image in torch.cat(detector.seen)}) == 58
 
 
 @pytest.mark.parametrize("method", [PatchCore, PaDiM])
@@ -224,13 +224,15 @@ def test_files_are_found_once_in_folders_and_patterns_and_not_in_what_was_writte
     assert names("a") == ["a/1.png", "a/b/2.JPG"]
     assert names("a/notes.txt", "*/*.bmp", "c", "a/1.png") == ["a/notes.txt", "c/5.bmp", "a/1.png"]
     assert names("[ac]") == ["a/1.png", "a/b/2.JPG", "c/5.bmp"]
-    assert names("missing.png", "no*.png") == ["missing.png", "no*.png"]
+    assert names("missing.png") == ["missing.png"]
+    with pytest.raises(UserError, match=r"no\*\.png matches no file"):
+        names("no*.png")
 
 
 def test_two_files_that_would_be_written_to_one_are_named() -> None:
     with pytest.raises(UserError, match=r"/p/1\.jpg and /p/1\.jpg\.png would both be written as 1\.jpg\.png"):
-        _pictures([Path("/p/1.jpg"), Path("/p/1.jpg.png")], Path("/p"))
-    assert _pictures([Path("/p/1.jpg"), Path("/p/1.png")], Path("/p")) == {
+        predict._pictures([Path("/p/1.jpg"), Path("/p/1.jpg.png")], Path("/p"))
+    assert predict._pictures([Path("/p/1.jpg"), Path("/p/1.png")], Path("/p")) == {
         Path("/p/1.jpg"): "1.jpg.png",
         Path("/p/1.png"): "1.png",
     }
@@ -336,3 +338,20 @@ def test_a_detector_that_learned_from_all_says_so_and_single_asks_for_a_task(
     (run / "thresholds.json").unlink()
     done = clbench("predict", str(run), image, "--output", str(tmp_path / "other"), "--task", "cloth")
     assert done.returncode == 1 and "has no thresholds.json" in done.stderr
+
+
+def test_predictions_stay_in_their_folder_whatever_the_paths(tmp_path: Path) -> None:
+    """With `..` in a path, names would lead out of the output folder, onto the images themselves."""
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "a" / "photos").mkdir(parents=True)
+    one, other = tmp_path / "photos" / "n.png", tmp_path / "a" / "photos" / "n.png"
+    for path in (one, other):
+        cv2.imwrite(str(path), np.zeros((8, 8, 3), np.uint8))
+    roundabout = tmp_path / "a" / ".." / "photos"
+    files = find_images([other, roundabout, one])
+    assert files == [other, one]
+    given = [str(other), str(roundabout)]
+    names = predict._pictures(files, predict._common(given, files))
+    assert sorted(names.values()) == ["a/photos/n.png", "photos/n.png"]
+    with pytest.raises(UserError, match="matches no file"):
+        find_images([str(tmp_path / "*.foo")])

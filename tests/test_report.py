@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -407,3 +408,34 @@ def test_the_page_sorts_filters_enlarges_and_asks_no_network(
     events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
     asked = [e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"]
     assert asked and all(address.startswith(("file:", "data:")) for address in asked)
+
+
+def test_a_report_removes_nothing_that_is_not_its_own(tmp_path: Path) -> None:
+    make(tmp_path / "runs", "method=padim", "strategy=native")
+    for name in ("figures/photo.png", "tables/mine.csv"):
+        (tmp_path / "thesis" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "thesis" / name).write_text("mine")
+    old = tmp_path / "thesis" / "figures" / "group-9-memory.svg"
+    old.write_text("of an earlier report")
+    assert cli.main(["report", str(tmp_path / "runs"), "--output", str(tmp_path / "thesis")]) == 0
+    assert (tmp_path / "thesis/figures/photo.png").read_text() == "mine"
+    assert (tmp_path / "thesis/tables/mine.csv").read_text() == "mine"
+    assert not old.exists()
+
+
+def test_a_run_that_is_damaged_in_any_way_is_listed_and_the_rest_reported(tmp_path: Path) -> None:
+    sound = make(tmp_path, "method=padim", "strategy=native")
+    for number, (name, change) in enumerate(
+        [
+            ("metrics.csv", lambda text: "\0" * 300_000),
+            ("config.yaml", lambda text: re.sub(r"made_by:(\n .*)+", "made_by: text", text)),
+            ("config.yaml", lambda text: text.replace("resize:", "resized:")),
+        ]
+    ):
+        copy = Path(shutil.copytree(sound, tmp_path / f"damaged{number}"))
+        changed = change((copy / name).read_text())
+        assert changed != (copy / name).read_text()
+        (copy / name).write_text(changed)
+    runs = read([tmp_path])
+    assert len(grouped(runs)[0].rows) == 1
+    assert sorted(run.state for run in runs) == ["damaged"] * 3 + ["finished"]

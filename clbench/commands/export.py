@@ -38,6 +38,7 @@ def main(options: argparse.Namespace) -> int:
 
     if "onnx" in options.formats:
         exporting.require_onnx()
+    output = options.output or Path(options.run) / "export"
     trained = load(options.run, task=options.task, device="cpu", gpu={"precision": "fp32", "compile": False})
     if trained.image_size is None:
         raise UserError(
@@ -45,7 +46,12 @@ def main(options: argparse.Namespace) -> int:
             "size, so repeat the run's command, or train with dataset.resize=..."
         )
     height, width = trained.image_size
-    output = options.output or Path(options.run) / "export"
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"--output {output} cannot be written ({error.strerror}): give another folder"
+        ) from error
     images = exporting.pictures(height, width)
     images = images if options.input == "uint8" else unit(images)
     with Display("export") as display:
@@ -54,7 +60,6 @@ def main(options: argparse.Namespace) -> int:
         display.progress("tracing", 0, steps)
         ours = trained(images)
         program, any_number = exporting.trace(trained.detector, images)
-        output.mkdir(parents=True, exist_ok=True)
         found = {}
         with tempfile.TemporaryDirectory(prefix=".clbench-", dir=output) as folder:
             for step, name in enumerate(options.formats):

@@ -81,6 +81,13 @@ def main(options: argparse.Namespace) -> int:
             "overwrite=true where it was finished by an older clbench"
         )
     pixel, image = trained.thresholds.at(options.false_positive_rate, image_rate)
+    if trained.thresholds.pixel[0] == trained.thresholds.pixel[-1]:
+        raise UserError(
+            f"{options.run} knows its training images by heart (all of their pixels are at {pixel:g}), so that they set "
+            "no threshold: train with method.held_out=0.1; clbench.load in Python gives scores and maps without"
+        )
+    if scores.exists():
+        _remove_pictures(options.output)
 
     rows: list[dict[str, Any]] = []
     unreadable: list[dict[str, str]] = []
@@ -89,7 +96,7 @@ def main(options: argparse.Namespace) -> int:
 
         def pass_over(path: Path, error: UserError) -> None:
             unreadable.append({"image": _name(path, folder), "reason": str(error)})
-            print(f"passed over: {error}", file=sys.stderr)
+            print(f"passed over: {str(error).encode(errors='backslashreplace').decode()}", file=sys.stderr)
 
         found = trained.predict(
             files,
@@ -103,21 +110,22 @@ def main(options: argparse.Namespace) -> int:
                 rows.append(row)
                 display.progress("predicting", len(rows) + len(unreadable), len(files))
         finally:  # also of one that was interrupted
-            _write_tables(
-                options.output,
-                {
-                    "run": str(Path(options.run).absolute()),
-                    "task": options.task,
-                    "folder": str(folder),
-                    "false_positive_rate": options.false_positive_rate,
-                    "image_false_positive_rate": image_rate,
-                    "pixel_threshold": pixel,
-                    "image_threshold": image,
-                    "thresholds_held_out": trained.thresholds.held_out,
-                    "images": rows,
-                    "unreadable": unreadable,
-                },
-            )
+            if rows or unreadable:
+                _write_tables(
+                    options.output,
+                    {
+                        "run": str(Path(options.run).absolute()),
+                        "task": options.task,
+                        "folder": str(folder),
+                        "false_positive_rate": options.false_positive_rate,
+                        "image_false_positive_rate": image_rate,
+                        "pixel_threshold": pixel,
+                        "image_threshold": image,
+                        "thresholds_held_out": trained.thresholds.held_out,
+                        "images": rows,
+                        "unreadable": unreadable,
+                    },
+                )
         anomalous = sum(row["anomalous"] for row in rows)
         what = "scores" if options.only_scores else "scores, overlays and masks"
         display.line(f"{anomalous} of {len(rows)} images are anomalous: {what} in {options.output}")
@@ -141,8 +149,9 @@ def _about(
     )
     if not thresholds.held_out:
         yield (
-            "on new images the false-positive rates will be higher, as on those learned from a detector is too sure: "
-            "training with method.held_out=0.1 keeps some out for thresholds"
+            "WARNING: a detector is too sure of images that it learned from, one that memorises them most of all: on "
+            "new images these thresholds are too low, and normal ones may be called anomalous. Scores and maps stand; "
+            "for thresholds that hold, train with method.held_out=0.1, which keeps a tenth out of learning"
         )
     if image_rate < thresholds.finest:
         yield (
@@ -151,9 +160,24 @@ def _about(
         )
 
 
+def _remove_pictures(output: Path) -> None:
+    """Those of the predictions that are replaced, as their table names them."""
+    try:
+        named = [str(row["image"]) for row in json.loads((output / "scores.json").read_text())["images"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    for name in named:
+        for kind in ("overlays", "masks"):
+            for picture in (name, f"{name}.png"):
+                if ".." not in Path(name).parts and picture.lower().endswith(".png"):
+                    (output / kind / picture).unlink(missing_ok=True)
+
+
 def _common(given: list[str], files: list[Path]) -> Path:
     """The folder that what is written has its names from: of those given, or the nearest that holds them all."""
-    roots = [path for path in (Path(each).expanduser().absolute() for each in given) if path.is_dir()]
+    roots = [
+        path for path in (Path(os.path.abspath(Path(each).expanduser())) for each in given) if path.is_dir()
+    ]
     others = [file.parent for file in files if not any(root in file.parents for root in roots)]
     return Path(os.path.commonpath([*roots, *others]))
 
@@ -240,5 +264,10 @@ def _write_tables(output: Path, results: dict[str, Any]) -> None:
     writer = csv.DictWriter(text, ("image", "score", "anomalous", "anomalous_pixels"), lineterminator="\n")
     writer.writeheader()
     writer.writerows({**row, "anomalous": int(row["anomalous"])} for row in results["images"])
-    write_whole(output / "scores.csv", lambda part: part.write_text(text.getvalue()))
-    write_whole(output / "scores.json", lambda part: part.write_text(json.dumps(results, indent=2) + "\n"))
+    write_whole(output / "scores.csv", lambda part: _encoded(part, text.getvalue()))
+    write_whole(output / "scores.json", lambda part: _encoded(part, json.dumps(results, indent=2) + "\n"))
+
+
+def _encoded(part: Path, text: str) -> None:
+    """Names of files are bytes on some systems, and are written as they are."""
+    part.write_bytes(text.encode(errors="surrogateescape"))

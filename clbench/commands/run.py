@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import subprocess
+import os
 import sys
 from pathlib import Path
 
@@ -13,7 +13,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(words: list[str]) -> int:
-    """Start train.py with these words, and give its exit status."""
+    """Become train.py with these words; an exit status only where it is not there."""
     script = Path(__file__).parents[2] / "train.py"
     if not script.is_file():
         print(
@@ -22,7 +22,5 @@ def main(words: list[str]) -> int:
             file=sys.stderr,
         )
         return 1
-    try:
-        return subprocess.run([sys.executable, str(script), *words], check=False).returncode
-    except KeyboardInterrupt:  # train.py has had it too, and has saved
-        return 130
+    sys.stdout.flush()
+    os.execv(sys.executable, [sys.executable, str(script), *words])  # so that signals are its own

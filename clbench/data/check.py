@@ -124,14 +124,13 @@ def _without_masks(categories: list[Category]) -> list[str]:
 def _against_published(dataset: Published, categories: list[Category]) -> list[str]:
     """How the counts differ from the published ones; nothing where it is another dataset in the same layout."""
     names = {category.name for category in categories}
-    if dataset.counts and not names <= set(dataset.counts):
-        own = sorted(names - set(dataset.counts))
-        return [f"{', '.join(own)}: not of {dataset.title}, so that no published counts are compared"]
     notes = [
         f"{category.name}: {_in_words(category.counts)}; published: {_in_words(published)}"
         for category in categories
         if category.counts != (published := tuple(dataset.counts.get(category.name, category.counts)))
     ]
+    if dataset.counts and (own := sorted(names - set(dataset.counts))):
+        return [*notes, f"not of {dataset.title}, and compared with nothing: {', '.join(own)}"]
     missing = [name for name in dataset.counts if name not in names]
     if missing:
         notes.append(f"not here, of {dataset.title}: {', '.join(missing)}")

@@ -2,6 +2,7 @@
 
 import glob
 import io
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,23 +28,33 @@ def find_images(given: Iterable[Path | str], without: Path | None = None) -> lis
         given: files, whatever they are called; folders, of which and of those in which image files are taken,
             sorted; and patterns such as `parts/*.png`. What does not exist is given back as it is.
         without: a folder from which none is taken, unless it is named.
+
+    Raises:
+        UserError: a pattern matches nothing.
     """
     found: dict[Path, None] = {}
     for each in given:
-        path = Path(each).expanduser().absolute()
+        path = Path(each).expanduser()
         pattern = not path.exists() and glob.has_magic(str(path))
-        matches = sorted(map(Path, glob.glob(str(path), recursive=True))) if pattern else []
-        for match in matches or [path]:
+        matches = sorted(map(Path, glob.glob(str(path), recursive=True))) if pattern else [path]
+        if not matches:
+            raise UserError(f"{each} matches no file: name files, folders or another pattern")
+        for match in map(_whole, matches):
             if not match.is_dir():
                 found[match] = None
                 continue
             for file in sorted(match.rglob("*")):
                 inside = file.relative_to(match).parts
                 hidden = any(part.startswith(".") for part in inside)
-                left_out = without is not None and without.absolute() in file.parents
+                left_out = without is not None and _whole(without) in file.parents
                 if file.suffix.lower() in SUFFIXES and file.is_file() and not (hidden or left_out):
                     found[file] = None
     return list(found)
+
+
+def _whole(path: Path) -> Path:
+    """Absolute, and without `..`: the same file has one name."""
+    return Path(os.path.abspath(path))
 
 
 @dataclass(frozen=True)

@@ -80,7 +80,8 @@ QUANTITIES = (
         "gap to joint",
         2,
         "lower",
-        "pixel F1 of the joint run of the same method, settings and seed, minus this one's; in points",
+        "pixel F1 of the joint run of the same method, settings and seed, minus this one's; in points; where that "
+        "seed has no joint run, from the mean of those that have",
     ),
     Quantity(
         "average_forgetting_pct",
@@ -329,6 +330,7 @@ def grouped(runs: Sequence[Run]) -> list[Group]:
             apart = run.departures.apart
             drawn = run.config["task_order"]["kind"] == "random"
             benchmark = str(run.config["benchmark"])
+            _size(run)
         except (KeyError, TypeError, AttributeError):
             run.state, run.reason = "damaged", "config.yaml does not read as a run's"
             continue

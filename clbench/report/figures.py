@@ -186,7 +186,7 @@ def _over_stages(group: Group, rows: list[Row]) -> Figure | None:
     x = alt.X(
         "stage:Q",
         title="tasks learned",
-        axis=alt.Axis(tickMinStep=1, format="d", grid=False),
+        axis=alt.Axis(values=list(range(1, stages + 1)), labelOverlap=True, format="d", grid=False),
         scale=alt.Scale(domain=[1, max(stages, 2)], nice=False),
     )
     y = alt.Y(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -51,6 +50,13 @@ class _Section:
     figures: list[Figure] = field(default_factory=list)
 
 
+_TABLES = tuple(
+    f"{name}.{kind}"
+    for name in ("runs", "comparison", "forgetting", "stages", "r-matrices")
+    for kind in ("csv", "md", "tex")
+)
+
+
 def write(runs: Sequence[Run], folder: Path, title: str) -> Report:
     """The page, tables and figures of runs, into a folder.
 
@@ -59,8 +65,10 @@ def write(runs: Sequence[Run], folder: Path, title: str) -> Report:
     """
     groups = grouped(runs)
     report = Report(folder / "index.html", groups, list(runs))
-    for name in ("tables", "figures"):  # of an earlier report, that may have had other groups
-        shutil.rmtree(folder / name, ignore_errors=True)
+    # An earlier report may have had other groups. What else lies there is not ours.
+    for old in [*folder.glob("figures/group-[0-9]*-*.*"), *(folder / "tables" / name for name in _TABLES)]:
+        if old.suffix in (".svg", ".png", ".csv", ".md", ".tex"):
+            old.unlink(missing_ok=True)
 
     def text(name: str, content: str | bytes) -> None:
         data = content.encode() if isinstance(content, str) else content

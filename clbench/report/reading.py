@@ -116,8 +116,10 @@ def _read(path: Path) -> Run:
         return Run(path, "unfinished", "not begun", config=config or {})
     try:
         _check(summary)
+        if config and not isinstance(config.get("made_by") or {}, dict):
+            raise TypeError("made_by in config.yaml")
         run = Run(path, "unfinished", "", summary, config or {}, _matrices(text, len(summary["tasks"])))
-    except (KeyError, TypeError, ValueError, IndexError) as error:
+    except (KeyError, TypeError, ValueError, IndexError, csv.Error) as error:
         return Run(path, "damaged", f"it does not read as a run: {type(error).__name__} {error}")
     expected = 1 if summary["strategy"] == "joint" else len(run.tasks)
     if summary["status"] == "failed":

@@ -64,7 +64,7 @@ class RunSweeper(BasicSweeper):
                 display.line(f"finished already, skipped: {run.directory.path}")
             elif run.state == "failed" and run in wanted:
                 display.line(f"failed before, tried again: {run.directory.path}: {run.reason}")
-        failed = self._launch([run.overrides for run in wanted], runs[0].directory.path.parent)
+        failed = self._launch(wanted, runs[0].directory.path.parent)
         if len(runs) > 1:
             display.table(sweep_table(runs))
         if not failed or len(runs) > 1:
@@ -98,24 +98,32 @@ class RunSweeper(BasicSweeper):
             raise UserError(f"{' '.join(arguments)} asks for no run: a list in it is empty")
         return list(found.values())
 
-    def _launch(self, pending: list[list[str]], folder: Path) -> bool:
-        """Run what is pending; print why a run failed; whether one did."""
+    def _launch(self, pending: list[Run], folder: Path) -> bool:
+        """Run what is pending; print why a run failed, and keep it for the table; whether one did."""
         assert self.launcher is not None and self.config is not None
         self.config.hydra.sweep.dir = str(folder)
         jobs: Sequence[JobReturn] = []
         if pending:
             try:
-                jobs = self.launcher.launch(pending, initial_job_idx=0)
+                jobs = self.launcher.launch([run.overrides for run in pending], initial_job_idx=0)
             except UserError as error:  # of the launcher: no cluster, a job that it rejects
                 print(f"error: {error}", file=sys.stderr)
                 return True
-        failures = [job for job in jobs if job.status != JobStatus.COMPLETED]
-        for job in failures:
+        failures = [
+            (run, job) for run, job in zip(pending, jobs, strict=True) if job.status != JobStatus.COMPLETED
+        ]
+        for run, job in failures:
             message = _in_one_line(job._return_value)
             if message is None:
                 traceback.print_exception(job._return_value)
                 message = str(job._return_value)
-            print(f"error: {message}", file=sys.stderr)
+            run.reason = message
+            name = (
+                f"{run.directory.path.name}: "
+                if len(pending) > 1 and str(run.directory.path) not in message
+                else ""
+            )
+            print(f"error: {name}{message}", file=sys.stderr)
         return bool(failures)
 
 
