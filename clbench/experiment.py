@@ -118,10 +118,12 @@ def run(
             rows += [(stage, index, task.name, metric, result[metric]) for metric in METRICS]
             checkpoints.update_stage(stage, {"rows": rows})
         directory.write_metrics(rows)
-        for told in range(stage + 1) if stage == first else [stage]:  # what a killed process had yet to tell
-            recorder.stage(told, _results(rows, learned, told))
+        for earlier in range(stage) if stage == first else []:  # what a killed process had yet to tell
+            recorder.stage(earlier, _results(rows, learned, earlier))
+        results = _results(rows, learned, stage)
+        recorder.stage(stage, results)
         seen = sum(at <= stage for at in learned)
-        display.line(f"{title}: {_in_words(_results(rows, learned, stage)['mean'])} over {seen} seen")
+        display.line(f"{title}: {_in_words(results['mean'])} over {seen} seen")
 
     display.heading("the trained detector")
     inference = evaluation.inference_time(strategy, tasks[-1], len(tasks) - 1, device, progress)

@@ -83,6 +83,18 @@ def command(folder: Path, outputs: Path, *overrides: str) -> list[str]:
     return [sys.executable, "train.py", *flags, *kept, *(text for text in overrides if text not in flags)]
 
 
+def clbench(*words: str) -> subprocess.CompletedProcess:
+    """The command-line tool, as a user starts it."""
+    return subprocess.run(
+        [sys.executable, "-m", "clbench.cli", *words],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
 def run_directories(outputs: Path, experiment: str = "default") -> list[Path]:
     return sorted(
         path

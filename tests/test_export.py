@@ -2,14 +2,12 @@
 
 import copy
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, Train, run_directories
+from conftest import Train, clbench, run_directories
 from torch import Tensor
 
 from clbench import exporting
@@ -129,17 +127,6 @@ def test_what_cannot_be_traced_says_why_in_one_line() -> None:
     with pytest.raises(UserError, match="cannot be written for torch.export: ") as error:
         exporting.trace(Deciding(), images(2, 0))
     assert "\n" not in str(error.value)
-
-
-def clbench(*words: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", "clbench.cli", *words],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
 
 
 def test_the_command_writes_checks_and_says_what_goes_with_the_graph(train: Train, tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, Train, command, make_category, run_directories
+from conftest import ROOT, Train, clbench, command, make_category, run_directories
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -236,17 +235,6 @@ def test_two_files_that_would_be_written_to_one_are_named() -> None:
         Path("/p/1.jpg"): "1.jpg.png",
         Path("/p/1.png"): "1.png",
     }
-
-
-def clbench(*words: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", "clbench.cli", *words],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
 
 
 def test_predict_writes_what_it_finds_and_names_what_it_cannot_read(train: Train, tmp_path: Path) -> None:

@@ -76,6 +76,13 @@ class RunDirectory:
                 "get the right to, or take another experiment=NAME"
             ) from error
 
+    def _read_json(self, name: str) -> dict[str, Any] | None:
+        """What a file holds, or None where there is none, or where it is damaged."""
+        text = self._read(name)
+        with suppress(json.JSONDecodeError):
+            return json.loads(text) if text is not None else None
+        return None
+
     def finished(self, config: Mapping[str, Any]) -> bool:
         """Whether this very run is complete, its results still there.
 
@@ -189,20 +196,14 @@ class RunDirectory:
 
     def job(self) -> dict[str, Any] | None:
         """The cluster's job that was last submitted for this run: its `id` and `log`; None where none was."""
-        text = self._read("job.json")
-        with suppress(json.JSONDecodeError):
-            return json.loads(text) if text is not None else None
-        return None
+        return self._read_json("job.json")
 
     def write_job(self, job: Mapping[str, Any]) -> None:
         self._write("job.json", json.dumps(dict(job)) + "\n")
 
     def thresholds(self) -> dict[str, Any] | None:
         """What `clbench.thresholds.calibrate` gave at the end of the run; None where it is not there, or damaged."""
-        text = self._read("thresholds.json")
-        with suppress(json.JSONDecodeError):
-            return json.loads(text) if text is not None else None
-        return None
+        return self._read_json("thresholds.json")
 
     def write_thresholds(self, thresholds: Mapping[str, Any]) -> None:
         self._write("thresholds.json", json.dumps(dict(thresholds)) + "\n")
