@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from importlib.metadata import version
 
 from clbench.errors import UserError
 
@@ -41,6 +42,7 @@ def main(words: Sequence[str] | None = None) -> int:
         description="Visual anomaly detection, down to the pixel, for products that arrive one after another.",
         epilog="clbench COMMAND --help says more.",
     )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {version('clbench')}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (what, example) in COMMANDS.items():
         command = commands.add_parser(

@@ -23,6 +23,11 @@ TITLES = {
 }
 
 
+def console() -> Console:
+    """Of standard output. A log has no width of its own, and a table folded to 80 columns cannot be read."""
+    return Console(width=None if sys.stdout.isatty() else 200)
+
+
 class Display:
     """One bar that says what is happening now, and lines that stay. Plain lines where it is no terminal.
 
@@ -31,8 +36,7 @@ class Display:
     """
 
     def __init__(self, run: str, *, alone: bool = True):
-        # A log has no width of its own, and a table folded to 80 columns cannot be read.
-        self.console = Console(width=None if sys.stdout.isatty() else 160)
+        self.console = console()
         self._prefix = "" if alone else f"{run}: "
         self._bar = Progress(
             TextColumn("{task.description}"),

@@ -71,9 +71,13 @@ def _check(options: argparse.Namespace) -> int:
     else:
         known = recognise(root)
         if known is None:
-            raise UserError(
-                f"{root} has the layout of no dataset that is known: say which it is with --dataset NAME"
+            above = recognise(root.parent)
+            hint = (
+                f"; {above[1]} is {above[0].title}: check that"
+                if above
+                else ": say which it is with --dataset NAME"
             )
+            raise UserError(f"{root} has the layout of no dataset that is known{hint}")
         dataset, root = known
     with _bar("reading") as (progress, write):
         report = check(dataset, root, progress)
@@ -90,6 +94,8 @@ def _check(options: argparse.Namespace) -> int:
 def _print_table(categories: list[Category]) -> None:
     from rich.table import Table
 
+    from clbench.terminal import console
+
     table = Table("category")
     for title in ("train", "test good", "defective", "with mask", "width x height"):
         table.add_column(title, justify="right")
@@ -99,7 +105,7 @@ def _print_table(categories: list[Category]) -> None:
         size = " to ".join(texts) + (f", {len(sizes)} sizes" if len(sizes) > 1 else "")
         counts = (*category.counts, category.outlined)
         table.add_row(category.name, *map(str, counts), size)
-    _console().print(table)
+    console().print(table)
 
 
 def _list(options: argparse.Namespace) -> int:
@@ -198,16 +204,12 @@ def _bar(what: str) -> Iterator[tuple[Callable[[int, int | None], None], Callabl
     """A progress bar where it is a terminal, and a way to print lines beside it."""
     from rich.progress import Progress
 
-    console = _console()
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+    from clbench.terminal import console
+
+    out = console()
+    with Progress(console=out, transient=True, disable=not out.is_terminal) as bar:
         row = bar.add_task(what, total=None)
         yield (
             lambda done, total: bar.update(row, completed=done, total=total),
-            lambda text: console.print(text, markup=False, highlight=False, soft_wrap=True),
+            lambda text: out.print(text, markup=False, highlight=False, soft_wrap=True),
         )
-
-
-def _console():  # type: ignore[no-untyped-def]
-    from rich.console import Console
-
-    return Console(width=None if sys.stdout.isatty() else 160)  # as in clbench.terminal: a log has no width

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from rich.console import Console
 from rich.markup import escape
 
+from clbench import terminal
 from clbench.report import page, tables
 from clbench.report.reading import read
 
@@ -31,8 +31,7 @@ def main(options: argparse.Namespace) -> int:
     runs = read(options.folders)
     title = ", ".join(dict.fromkeys(path.resolve().name for path in options.folders))
     report = page.write(runs, page.output_folder(options.folders, options.output), title)
-    console = Console()
-    console = Console(width=None if console.is_terminal else 200)  # a log has no width of its own
+    console = terminal.console()
     for group in report.groups:
         if group.own:
             console.print(tables.for_terminal(group))

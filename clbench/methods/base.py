@@ -2,13 +2,16 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import NamedTuple, Protocol
+from typing import Annotated, NamedTuple, Protocol
 
 import torch
+from annotated_types import Ge, Lt
 from torch import Tensor, nn
 
 from clbench.backbones import FeaturePyramid
 from clbench.feature_store import FeatureStore
+
+Share = Annotated[float, Ge(0), Lt(1)]  # of a whole that is never all of it
 
 
 class Progress(Protocol):

@@ -1,14 +1,11 @@
 """CFA: patches drawn to centroids of normal ones, by coupled hyperspheres (Lee et al., 2022)."""
 
-from typing import Annotated
-
 import torch
-from annotated_types import Ge, Lt
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from clbench.backbones import Backbone, Layers
-from clbench.methods.base import Detector, Prediction
+from clbench.methods.base import Detector, Prediction, Share
 from clbench.methods.maps import Sigma, to_image_size
 from clbench.methods.nearest import k_nearest
 from clbench.methods.patches import neighbourhood_patches
@@ -55,7 +52,7 @@ class CFA(Detector):
         batch_size: PositiveInt = 4,
         learning_rate: PositiveFloat = 1e-3,
         weight_decay: NonNegativeFloat = 5e-4,
-        held_out: Annotated[float, Ge(0), Lt(1)] = 0.0,
+        held_out: Share = 0.0,
         seed: int = 0,
     ):
         super().__init__()

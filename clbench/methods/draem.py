@@ -4,14 +4,14 @@ import itertools
 from typing import Annotated
 
 import torch
-from annotated_types import Ge, Le, Lt
+from annotated_types import Ge, Le
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clbench.backbones import unit
 from clbench.data.pictures import Pictures
-from clbench.methods.base import Detector, Prediction
+from clbench.methods.base import Detector, Prediction, Share
 from clbench.methods.simulated import change_some, rotated, simulate, uniform
 from clbench.randomness import seed_for
 
@@ -48,7 +48,7 @@ class DRAEM(Detector):
         epochs: PositiveInt = 50,
         batch_size: PositiveInt = 4,
         learning_rate: PositiveFloat = 1e-4,
-        held_out: Annotated[float, Ge(0), Lt(1)] = 0.0,
+        held_out: Share = 0.0,
         seed: int = 0,
         cache: str,
     ):

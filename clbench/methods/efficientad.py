@@ -4,7 +4,7 @@ import itertools
 from typing import Annotated
 
 import torch
-from annotated_types import Ge, Lt, MultipleOf
+from annotated_types import MultipleOf
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -13,7 +13,7 @@ from clbench.backbones import FeaturePyramid, Normalisation, read_weights, unit,
 from clbench.data.pictures import Pictures
 from clbench.errors import UserError
 from clbench.feature_store import FeatureStore
-from clbench.methods.base import Detector, Prediction
+from clbench.methods.base import Detector, Prediction, Share
 from clbench.randomness import seed_for
 
 _HARD = 0.999  # quantile of the squared differences from which on they count
@@ -61,7 +61,7 @@ class EfficientAD(Detector):
         batch_size: PositiveInt = 1,
         learning_rate: PositiveFloat = 1e-4,
         weight_decay: NonNegativeFloat = 1e-5,
-        held_out: Annotated[float, Ge(0), Lt(1)] = 0.1,
+        held_out: Share = 0.1,
         patience: PositiveInt | None = 10,
         feature_memory_mb: NonNegativeInt = 2000,
         feature_disk_mb: NonNegativeInt = 4000,

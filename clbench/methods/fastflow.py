@@ -4,14 +4,14 @@ import math
 from typing import Annotated
 
 import torch
-from annotated_types import Ge, Gt, Lt
+from annotated_types import Gt
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clbench.backbones import Backbone, Layers
 from clbench.errors import UserError
-from clbench.methods.base import Detector, Prediction
+from clbench.methods.base import Detector, Prediction, Share
 from clbench.randomness import generator, seed_for
 
 _CLAMP = 2.0  # bounds the logarithm of a coupling's scales
@@ -42,7 +42,7 @@ class FastFlow(Detector):
         batch_size: PositiveInt = 32,
         learning_rate: PositiveFloat = 1e-3,
         weight_decay: NonNegativeFloat = 1e-5,
-        held_out: Annotated[float, Ge(0), Lt(1)] = 0.0,
+        held_out: Share = 0.0,
         seed: int = 0,
     ):
         super().__init__()

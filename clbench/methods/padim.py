@@ -1,16 +1,15 @@
 """PaDiM: a Gaussian of patch features at every position (Defard et al., 2021)."""
 
 import itertools
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
-from annotated_types import Ge, Lt
 from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor
 from torch.nn import functional as F
 
 from clbench.backbones import Backbone, Layers
-from clbench.methods.base import Detector, Prediction
+from clbench.methods.base import Detector, Prediction, Share
 from clbench.methods.maps import Sigma, to_image_size
 from clbench.randomness import generator
 
@@ -57,7 +56,7 @@ class PaDiM(Detector):
         epsilon: PositiveFloat = 0.01,
         update: Literal["average", "pooled", "per_task"] = "average",
         sigma: Sigma = 4.0,
-        held_out: Annotated[float, Ge(0), Lt(1)] = 0.0,
+        held_out: Share = 0.0,
         seed: int = 0,
     ):
         super().__init__()

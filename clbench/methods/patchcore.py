@@ -4,14 +4,14 @@ import tempfile
 from typing import Annotated
 
 import torch
-from annotated_types import Ge, Gt, Lt
+from annotated_types import Gt, Lt
 from pydantic import PositiveInt
 from torch import Tensor
 
 from clbench.backbones import Backbone, Layers
 from clbench.errors import UserError
 from clbench.feature_store import on_disk
-from clbench.methods.base import Detector, Prediction
+from clbench.methods.base import Detector, Prediction, Share
 from clbench.methods.coreset import farthest_first, projection
 from clbench.methods.maps import Sigma, to_image_size
 from clbench.methods.nearest import nearest
@@ -53,7 +53,7 @@ class PatchCore(Detector):
         epsilon: Annotated[float, Gt(0), Lt(1)] = 0.9,
         neighbours: PositiveInt = 3,
         sigma: Sigma = 4.0,
-        held_out: Annotated[float, Ge(0), Lt(1)] = 0.0,
+        held_out: Share = 0.0,
         seed: int = 0,
     ):
         super().__init__()

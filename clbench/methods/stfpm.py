@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from clbench.backbones import Backbone, Layers
-from clbench.methods.base import Detector, Prediction
+from clbench.methods.base import Detector, Prediction, Share
 
 
 class STFPM(Detector):
@@ -32,7 +32,7 @@ class STFPM(Detector):
         learning_rate: PositiveFloat = 0.4,
         momentum: Annotated[float, Ge(0), Lt(1)] = 0.9,
         weight_decay: NonNegativeFloat = 1e-4,
-        held_out: Annotated[float, Ge(0), Lt(1)] = 0.1,
+        held_out: Share = 0.1,
         patience: PositiveInt | None = 10,
     ):
         super().__init__()

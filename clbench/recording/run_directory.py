@@ -250,6 +250,6 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
 
 def _cannot_write(path: Path, error: OSError) -> UserError:
     return UserError(
-        f"{path} cannot be written ({error.strerror or error}): free space there, "
-        "or set outputs=... to a folder that you may write to; what was finished is kept"
+        f"{path} cannot be written ({error.strerror or error}): free space there, or write elsewhere "
+        "(outputs=... of a run, --output of a command); what was finished is kept"
     )

@@ -261,6 +261,7 @@ def run_list(runs: Sequence[Run], groups: Sequence[Group]) -> Table:
         method, strategy, seed = about.get("method", ""), about.get("strategy", ""), about.get("seed")
         size = about.get("replay_size")
         how = strategy if size is None else f"{strategy} {size}"
+        title = METHODS.get(method, method)
         done = run.state in ("finished", "repeated")
         f1 = about["final"]["pixel_f1"] if done else None
         minutes = (about["time"]["train_s"] + about["time"]["eval_s"]) / 60 if done else None
@@ -272,7 +273,7 @@ def run_list(runs: Sequence[Run], groups: Sequence[Group]) -> Table:
                     Cell(run.name, run.name),
                     Cell(run.state, run.state),
                     Cell(str(of.get(id(run), NOTHING)), of.get(id(run))),
-                    Cell(METHODS.get(method, method), method),
+                    Cell(title, title),
                     Cell(how, how),
                     Cell(NOTHING if seed is None else str(seed), seed),
                     *(Cell(number(Spread(v), d), v) for v, d in ((f1, 3), (minutes, 2), (peak, 0), (ms, 1))),
