@@ -139,7 +139,7 @@ def simulation(settings: dict) -> float:
 def main() -> None:
     """Fit, predict, write."""
     settings = json.loads(sys.argv[1])
-    torch.manual_seed(0)
+    torch.manual_seed(settings.get("seed", 0))
     if settings["method"] == "simulation":
         print(simulation(settings))
         return
@@ -157,6 +157,7 @@ def main() -> None:
     engine = Engine(
         max_epochs=settings["epochs"],
         accelerator="cpu",
+        precision=settings["precision"],
         logger=False,
         default_root_dir=settings["folder"],
         callbacks=[epochs],

@@ -5,10 +5,11 @@
         --methods stfpm,cfa --categories bottle,pill --epochs 10
 
 Both learn one category at a time from the same pixels, with the same backbone weights and pictures, for the same
-epochs, in single precision and without early stopping; maps of both go through the same metrics. --narrow divides the widths of
-DRAEM's and EfficientAD's networks, on both sides, for what a CPU cannot do at full size. With --steps, an
-epoch ends after so many steps and nothing is said of quality: for times alone. The method `simulation` is DRAEM's data
-side: batches of 8 images of 256 pixels to anomalous ones and their masks.
+epochs, without early stopping, in single precision unless said otherwise; maps of both go through the same metrics.
+With several --seeds, metrics are means and sample deviations. --narrow divides the widths of DRAEM's and EfficientAD's
+networks, on both sides, for what a CPU cannot do at full size. With --steps, an epoch ends after so many steps and
+nothing is said of quality: for times alone. The method `simulation` is DRAEM's data side: batches of 8 images of 256
+pixels to anomalous ones and their masks.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import subprocess
 import tempfile
 import time
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 import cv2
@@ -59,6 +61,9 @@ def main() -> None:
         "--narrow", type=int, default=1, help="what draem's and efficientad's widths are divided by"
     )
     parser.add_argument("--learning-rate", type=float, help="of both sides, in place of the methods' own")
+    parser.add_argument("--precision", default="fp32", help="of our training: fp32 or bf16")
+    parser.add_argument("--their-precision", default="32-true", help="of anomalib's: 32-true or bf16-mixed")
+    parser.add_argument("--seeds", default="0", help="of weights and order, on both sides: 0,1,2 gives means")
     given = parser.parse_args()
     register_resolvers()
     table = Table(
@@ -83,17 +88,23 @@ def main() -> None:
 def _row(
     given: argparse.Namespace, method: str, category: str, folder: Path, metrics: list[str]
 ) -> list[str]:
-    settings = _settings(given, method, category)
-    task = instantiation.tasks(settings, lambda *_: None)[0]
+    task = instantiation.tasks(_settings(given, method, category, 0), lambda *_: None)[0]
     _write(task, folder / "images" / category)
     _write_pictures(task.train.images.shape[-1], folder / "pictures" / "all")
-    ours = _ours(settings, task, given.steps)
-    theirs = _theirs(given, method, category, task, folder)
-    cells = [f"{ours[name]:.3f} / {theirs[name]:.3f}" for name in metrics]
+    seeds = [int(seed) for seed in given.seeds.split(",")]
+    ours = [_ours(_settings(given, method, category, seed), task, given.steps) for seed in seeds]
+    theirs = [_theirs(given, method, category, seed, task, folder / str(seed)) for seed in seeds]
+    cells = [f"{_spread(ours, name)} / {_spread(theirs, name)}" for name in metrics]
     for name, digits in (("epoch", 1), ("rate", 2), ("image", 1)):
-        ratio = ours[name] / theirs[name] if name == "rate" else theirs[name] / ours[name]
-        cells.append(f"{ours[name]:.{digits}f} / {theirs[name]:.{digits}f} ({ratio:.1f} times)")
+        mine, other = (mean(found[name] for found in side) for side in (ours, theirs))
+        ratio = mine / other if name == "rate" else other / mine
+        cells.append(f"{mine:.{digits}f} / {other:.{digits}f} ({ratio:.1f} times)")
     return cells
+
+
+def _spread(found: list[dict[str, Any]], name: str) -> str:
+    values = [each[name] for each in found]
+    return f"{mean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
 
 
 def _simulation(python: str) -> str:
@@ -113,9 +124,11 @@ def _simulation(python: str) -> str:
     return f"{ours:.1f} / {theirs:.1f} ({theirs / ours:.1f} times)"
 
 
-def _settings(given: argparse.Namespace, method: str, category: str) -> dict[str, Any]:
+def _settings(given: argparse.Namespace, method: str, category: str, seed: int) -> dict[str, Any]:
     overrides = [
         f"method={method}",
+        f"seed={seed}",
+        f"gpu.precision={given.precision}",
         "benchmark=paper",
         "backbone=resnet18",
         f"backbone.checkpoint={given.checkpoint}",
@@ -174,11 +187,14 @@ def _ours(settings: dict[str, Any], task: Task, steps: int | None) -> dict[str, 
 
 
 def _theirs(
-    given: argparse.Namespace, method: str, category: str, task: Task, folder: Path
+    given: argparse.Namespace, method: str, category: str, seed: int, task: Task, folder: Path
 ) -> dict[str, Any]:
+    folder.mkdir()
     settings = {
         "method": method,
-        "root": str(folder / "images"),
+        "seed": seed,
+        "precision": given.their_precision,
+        "root": str(folder.parent / "images"),
         "category": category,
         "size": task.train.images.shape[-1],
         "batch_size": BATCHES[method],
@@ -187,7 +203,7 @@ def _theirs(
         "steps": given.steps,
         "narrow": given.narrow,
         "learning_rate": given.learning_rate,
-        "pictures": str(folder / "pictures"),
+        "pictures": str(folder.parent / "pictures"),
         "checkpoint": str(Path(given.checkpoint).absolute()),
         "teacher": str(Path(given.teacher).absolute()) if given.teacher else None,
         "folder": str(folder / "anomalib"),
