@@ -291,7 +291,7 @@ def test_a_batch_of_which_no_image_gets_an_anomaly_stays_as_it_is() -> None:
 def test_each_texture_is_changed_in_its_own_way_and_stays_an_image() -> None:
     torch.manual_seed(1)
     one = torch.rand(1, 3, 24, 24).expand(30, -1, -1, -1)
-    changed = augment(one)
+    changed = augment(one.clone())
     assert float(changed.min()) >= 0 and float(changed.max()) <= 1
     assert len({tuple(image.flatten()[:50].tolist()) for image in changed}) > 25
 
