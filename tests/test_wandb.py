@@ -9,6 +9,7 @@ import subprocess
 import threading
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -19,7 +20,7 @@ from conftest import ROOT, Train, command, run_directories
 from clbench.config import wandb_mode
 from clbench.metrics.curves import METRICS
 from clbench.recording import dashboard
-from clbench.recording.wandb import _records, history
+from clbench.recording.wandb import _answers, _records, history
 
 SMALL = ("method=stfpm", "strategy=finetune", "method.epochs=3", "method.batch_size=2")
 KEY = "0123456789abcdef0123456789abcdef01234567"
@@ -152,9 +153,32 @@ def run_directories_or_none(outputs: Path) -> list[Path]:
     return run_directories(outputs) if (outputs / "outputs" / "default").is_dir() else []
 
 
+@contextmanager
+def answering(status: int) -> Iterator[str]:
+    """The address of a server that has one answer to everything."""
+
+    class Answering(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.send_error(status)
+
+        do_GET = do_PUT = do_POST
+
+        def log_message(self, *_: object) -> None: ...
+
+    httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answering)
+    threading.Thread(target=httpd.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{httpd.server_port}"
+    httpd.shutdown()
+    httpd.server_close()
+
+
 @pytest.fixture(params=["refuses", "hangs", "answers errors"])
 def server(request: pytest.FixtureRequest) -> Iterator[str]:
     """The address of a server that is no help."""
+    if request.param == "answers errors":
+        with answering(500) as address:
+            yield address
+        return
     listening = socket.socket()
     listening.bind(("127.0.0.1", 0))
     address = f"http://127.0.0.1:{listening.getsockname()[1]}"
@@ -164,23 +188,7 @@ def server(request: pytest.FixtureRequest) -> Iterator[str]:
         listening.close()
         return
     listening.close()
-    if request.param == "refuses":
-        yield address
-        return
-
-    class Failing(http.server.BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            self.send_error(500)
-
-        do_GET = do_PUT = do_POST
-
-        def log_message(self, *_: object) -> None: ...
-
-    httpd = http.server.ThreadingHTTPServer(("127.0.0.1", int(address.rpartition(":")[2])), Failing)
-    threading.Thread(target=httpd.serve_forever, daemon=True).start()
     yield address
-    httpd.shutdown()
-    httpd.server_close()
 
 
 def test_a_network_that_fails_loses_nothing(server: str, train: Train, tmp_path: Path) -> None:
@@ -193,6 +201,14 @@ def test_a_network_that_fails_loses_nothing(server: str, train: Train, tmp_path:
     check_everything_once(directory)
     for path in directory.rglob("*"):
         assert not path.is_file() or KEY.encode() not in path.read_bytes(), path
+    assert not _answers(server)
+
+
+def test_a_server_that_answers_is_told_from_one_that_does_not() -> None:
+    with answering(404) as address:
+        assert _answers(address)
+    assert not _answers(address)
+    assert not _answers("no address")
 
 
 @pytest.mark.parametrize("mode", ["online", "offline", "disabled"])

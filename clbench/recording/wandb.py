@@ -9,13 +9,17 @@ once, under one id.
 
 import argparse
 import hashlib
+import http.client
 import json
 import os
 import struct
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -29,13 +33,15 @@ from clbench.metrics.continual import Matrix
 from clbench.recording.recorder import Recorder
 from clbench.recording.run_directory import write_whole
 
-_GRACE = 0.03  # share of a run's time that its end may wait until all is sent
+_GRACE, _LEAST_GRACE = 0.03, 10.0  # share of a run's time, and s, that its end may wait until all is sent
+_PATIENCE = 1.5  # s until a server has answered, or is not waited for at all
 _BLOCK, _HEADER = 32768, 7  # bytes; a .wandb file is a LevelDB log with a header of its own
 _WHOLE, _LAST = 1, 4  # kinds of its pieces that end a record
 
-# Asks Linux to end this process with the one that started it (PR_SET_PDEATHSIG, SIGTERM), then becomes another.
+# Lets others go first and asks Linux to end this process with the one that started it (PR_SET_PDEATHSIG, SIGTERM),
+# then becomes another.
 _END_WITH_PARENT = (
-    "import ctypes, os, sys; sys.platform == 'linux' and ctypes.CDLL(None).prctl(1, 15); "
+    "import ctypes, os, sys; sys.platform == 'linux' and (os.nice(10), ctypes.CDLL(None).prctl(1, 15)); "
     "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
 )
 
@@ -123,9 +129,11 @@ class WandbRun(Recorder):
         self._run.finish()
         if self._sender is None:
             return f"W&B run {self.id} is written, and not sent: {_command(self.folder)} sends it"
-        with suppress(subprocess.TimeoutExpired):
-            if self._sender.wait(_GRACE * (time.perf_counter() - self._begun)) == 0:
-                return None
+        if self._sender.poll() is None and _answers(self._run.settings.base_url):
+            with suppress(subprocess.TimeoutExpired):
+                self._sender.wait(max(_LEAST_GRACE, _GRACE * (time.perf_counter() - self._begun)))
+        if self._sender.poll() == 0:
+            return None
         self._sender.terminate()
         return f"W&B run {self.id} is not all sent: {_command(self.folder)} sends the rest"
 
@@ -216,6 +224,27 @@ def _sender(fragment: Path) -> subprocess.Popen:
             stderr=log,
             env={**os.environ, "WANDB_DIR": str(fragment)},
         )
+
+
+def _answers(address: str) -> bool:
+    """Whether a server soon says anything but an error of its own."""
+    answered = False
+
+    def ask() -> None:
+        nonlocal answered
+        try:
+            urllib.request.urlopen(address, timeout=_PATIENCE).close()
+        except urllib.error.HTTPError as error:
+            answered = error.code < 500
+        except (OSError, ValueError, http.client.HTTPException):
+            return
+        else:
+            answered = True
+
+    asking = threading.Thread(target=ask, daemon=True)  # a name may take longer to look up than any timeout
+    asking.start()
+    asking.join(_PATIENCE)
+    return answered
 
 
 def _command(folder: Path) -> str:
