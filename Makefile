@@ -37,7 +37,7 @@ test-slurm: install  ## sweeps through a real SLURM, killed in every way that a 
 	  { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq slurm-wlm slurmdbd munge mariadb-server >/dev/null; }
 	cluster=$$(mktemp -d) && chmod 755 $$cluster && trap "scripts/test_cluster.sh stop $$cluster; rm -rf $$cluster" EXIT && \
 	  scripts/test_cluster.sh start $$cluster && \
-	  CLBENCH_TEST_SLURM=1 SLURM_CONF=$$cluster/slurm.conf $(BIN)/python -m pytest -q -n 0 tests/test_slurm.py -k "$(SLURM_TESTS)"
+	  CLBENCH_TEST_SLURM=1 SLURM_CONF=$$cluster/slurm.conf $(BIN)/python -m pytest -q -n 0 -rP tests/test_slurm.py -k "$(SLURM_TESTS)"
 
 lint: install
 	$(BIN)/ruff check .

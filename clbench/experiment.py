@@ -58,7 +58,12 @@ def run(
     stages = strategy.stages(len(tasks))
     learned = [stage for task in range(len(tasks)) for stage in range(len(stages)) if task in stages[stage]]
     rows: list[Row] = []
+    losses: list[tuple[int, int, float]] = []  # stage, epoch, mean loss
     spent = Spent(device)
+
+    def on_epoch(stage: int, epoch: int, loss: float) -> None:
+        losses.append((stage, epoch, loss))
+        recorder.epoch(stage, stage * strategy.detector.epochs + epoch, loss)
 
     progress = interruption.watching(display.progress)
     checkpoints = Checkpoints(
@@ -67,21 +72,21 @@ def run(
         every_s=checkpoint_s,
         urgent=interruption.urgent,
         saved=interruption.saved,
-        beside=lambda: {"spent": spent.so_far()},
+        beside=lambda: {"spent": spent.so_far(), "losses": losses},
     )
     strategy.bookmark, strategy.detector.progress = checkpoints, progress
-    epochs = strategy.detector.epochs
-    strategy.on_epoch = lambda stage, epoch, loss: recorder.epoch(stage, stage * epochs + epoch, loss)
-    first, last_learned = 0, -1
+    strategy.on_epoch = on_epoch
+    first, last_learned, data = 0, -1, None
     if saved := checkpoints.load_stage():
         last_learned, tensors, data = saved
         strategy.restore(tensors)
         rows = [tuple(row) for row in data["rows"]]
-        spent.restore(data["spent"])
         first = last_learned
-    if begun := checkpoints.peek(last_learned + 1):
-        spent.restore(begun["spent"])
-    if saved or begun:
+    begun = checkpoints.peek(last_learned + 1)
+    if left := begun or data:
+        spent.restore(left["spent"])
+        for what in left["losses"]:  # a killed process may have had yet to tell
+            on_epoch(*what)
         where = f"in stage {last_learned + 2}" if begun else f"after stage {last_learned + 1}"
         display.line(f"continuing {where} of {len(stages)}")
 

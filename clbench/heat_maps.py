@@ -24,7 +24,7 @@ def write(prediction: Prediction, images: ImageSet, directory: Path, stage: int)
     for index, kind in enumerate(images.kinds):
         number = numbers[kind] = numbers.get(kind, -1) + 1
         picture = panel(images.images[index].numpy(), images.masks[index].numpy(), maps[index], low, high)
-        _write(directory / f"{kind}-{number:03d}-stage-{stage:02d}.png", picture)
+        write_picture(directory / f"{kind}-{number:03d}-stage-{stage:02d}.png", picture)
 
 
 def write_few(prediction: Prediction, images: ImageSet, directory: Path, stage: int) -> None:
@@ -40,7 +40,7 @@ def write_few(prediction: Prediction, images: ImageSet, directory: Path, stage: 
         scale = min(1.0, _SMALL / max(shown[0].shape))
         for picture, ending in zip(shown, endings, strict=True):
             small = cv2.resize(picture, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
-            _write(directory / f"{images.kinds[index]}-{index:03d}{ending}", small)
+            write_picture(directory / f"{images.kinds[index]}-{index:03d}{ending}", small)
 
 
 def few(prediction: Prediction, images: ImageSet) -> list[np.ndarray]:
@@ -86,7 +86,7 @@ def overlay(picture: np.ndarray, mask: np.ndarray, heat: np.ndarray, low: float,
     return coloured
 
 
-def _write(path: Path, picture: np.ndarray) -> None:
+def write_picture(path: Path, picture: np.ndarray) -> None:
     """A BGR picture, in the format that its name ends in."""
     quality = [cv2.IMWRITE_JPEG_QUALITY, _QUALITY] if path.suffix == ".jpg" else []
     _, encoded = cv2.imencode(path.suffix, picture, quality)

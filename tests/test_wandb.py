@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -80,8 +81,35 @@ def test_everything_is_logged_once_under_an_id_that_stays(train: Train, tmp_path
     check_everything_once(directory)
     pictures = list(fragment.parent.glob("files/media/images/maps/*.png"))
     assert len(pictures) == 2 * (1 + 2 + 3)
+    assert not (directory / "wandb" / "pictures").exists()
     assert train(*SMALL, "wandb=offline").stdout.count("finished already") == 1
     assert fragments(directory) == [fragment]
+    # Written over, it is another run.
+    assert train(*SMALL, "wandb=offline", "overwrite=true").returncode == 0
+    (anew,) = fragments(directory)
+    assert anew.name != fragment.name
+    check_everything_once(directory)
+
+
+def test_what_a_killed_job_had_told_and_wandb_not_yet_written_is_told_again(
+    folder: Path, tmp_path: Path
+) -> None:
+    """SLURM kills a job with all of its processes, wandb's too, which writes some seconds late."""
+    words = command(folder, tmp_path, *SMALL, "wandb=offline", "checkpoint_s=0", "method.epochs=20")
+    process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL, start_new_session=True)
+    while not any(
+        [*path.glob("checkpoint/learning-0001*.json")] for path in run_directories_or_none(tmp_path)
+    ):
+        assert process.poll() is None
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait(60)
+    (directory,) = run_directories(tmp_path)
+    assert not logged(directory)
+    assert subprocess.run(words, cwd=ROOT, stdout=subprocess.DEVNULL, check=False).returncode == 0
+    check_everything_once(directory, epochs=0)
+    losses = {entry["epoch"] for entry in logged(directory) if "training/loss" in entry}
+    assert {0, 20, 40} <= losses
 
 
 def summary_keys(directory: Path) -> set[str]:

@@ -143,7 +143,7 @@ class RunDirectory:
         """Remove the results of an earlier run."""
         for name in ("summary.json", "config.yaml", "metrics.csv", "thresholds.json"):
             (self.path / name).unlink(missing_ok=True)
-        for name in ("checkpoint", "maps"):
+        for name in ("checkpoint", "maps", "wandb"):
             shutil.rmtree(self.path / name, ignore_errors=True)
 
     @contextmanager

@@ -2,7 +2,8 @@
 
 Each process that works on a run leaves a fragment in the run directory, `wandb/offline-run-<time>-<id>`. What the
 fragments hold is read back before anything is logged, so that a run that is killed and continued logs everything
-once, under one id.
+once, under one id. wandb writes some seconds late, and what it had yet to write goes with a killed job: so pictures,
+which only the process that made them has, wait in `wandb/pictures` until the run is over.
 
     python -m clbench.recording.wandb sync DIR ...    send what is not sent yet, of runs or of whole experiments
 """
@@ -12,6 +13,7 @@ import hashlib
 import http.client
 import json
 import os
+import shutil
 import struct
 import subprocess
 import sys
@@ -66,6 +68,7 @@ class WandbRun(Recorder):
 
         self._begun = time.perf_counter()
         self.folder = directory / "wandb"
+        self._pictures = self.folder / "pictures"
         self.id = run_id(directory)
         self._logged, self._step = read_back(self.folder)
         self._run = wandb.init(
@@ -94,15 +97,32 @@ class WandbRun(Recorder):
         for name in (*tasks, "mean", "forgetting", "maps"):
             self._run.define_metric(f"{name}/*", step_metric="stage", step_sync=False)
         self._run.define_metric("training/*", step_metric="epoch", step_sync=False)
+        for waiting in sorted(self._pictures.glob("[0-9]*/*")):  # of a killed process
+            self._log_pictures(int(waiting.parent.name), waiting.name)
         self._sender = _sender(Path(self._run.dir).parent) if settings["mode"] == "online" else None
 
     def epoch(self, stage: int, epoch: int, loss: float) -> None:
         self._log(("epoch", epoch), {"epoch": epoch, "training/loss": loss, "training/stage": stage})
 
     def pictures(self, stage: int, task: str, pictures: Sequence[np.ndarray]) -> None:
+        from clbench.heat_maps import write_picture
+
+        waiting = self._pictures / str(stage) / task
+        if (f"maps/{task}", stage) in self._logged:
+            return
+        part = self._pictures / "part"
+        shutil.rmtree(part, ignore_errors=True)
+        for number, picture in enumerate(pictures):
+            write_picture(part / f"{number}.png", picture)
+        waiting.parent.mkdir(parents=True, exist_ok=True)
+        part.rename(waiting)
+        self._log_pictures(stage, task)
+
+    def _log_pictures(self, stage: int, task: str) -> None:
         import wandb
 
-        images = [wandb.Image(picture[..., ::-1]) for picture in pictures]
+        paths = sorted((self._pictures / str(stage) / task).glob("*.png"))
+        images = [wandb.Image(str(path)) for path in paths]
         self._log((f"maps/{task}", stage), {"stage": stage, f"maps/{task}": images})
 
     def stage(self, stage: int, results: Mapping[str, Mapping[str, float | None]]) -> None:
@@ -127,6 +147,7 @@ class WandbRun(Recorder):
             self._run.summary.update({f"{group}/{key}": value for key, value in summary[group].items()})
         self._run.summary["average_forgetting_pct"] = summary["average_forgetting_pct"]
         self._run.finish()
+        shutil.rmtree(self._pictures, ignore_errors=True)
         if self._sender is None:
             return f"W&B run {self.id} is written, and not sent: {_command(self.folder)} sends it"
         if self._sender.poll() is None and _answers(self._run.settings.base_url):
