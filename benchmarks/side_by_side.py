@@ -139,13 +139,13 @@ def _settings(given: argparse.Namespace, method: str, category: str, seed: int) 
         "strategy=joint",  # of one task
         f"method.epochs={given.epochs}",
     ]
-    if method in ("stfpm", "efficientad"):
-        overrides += ["method.patience=null"]
+    if method in ("stfpm", "efficientad"):  # as many steps on both sides
+        overrides += ["method.patience=null", "method.held_out=0"]
     rate = given.learning_rate
     if method == "stfpm":
         # Our loss is the mean over a batch, theirs the sum: the same steps, and the same decay of 0.001.
         rate = (rate or 0.4) * BATCHES[method]
-        overrides += ["method.held_out=0", f"method.weight_decay={0.001 / BATCHES[method]}"]
+        overrides += [f"method.weight_decay={0.001 / BATCHES[method]}"]
     if method == "efficientad":
         overrides += [f"method.teacher={given.teacher or 'random'}", f"method.penalty_count={PICTURES}"]
         overrides += [f"method.width={256 // given.narrow}"]
