@@ -75,6 +75,7 @@ def inference_time(
     # As many as fill whole batches: a batch costs the same when part of it is padding.
     images = images[torch.arange(_TIMED_IMAGES, device=device) % len(images)]
     passes = []
+    strategy.detector.eval()
     with strategy.detector.uncached():
         for number in range(3):
             progress("timing", number, 3)

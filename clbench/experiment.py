@@ -54,10 +54,12 @@ def run(
 
     Raises:
         Stopped: a signal asked for it; the same run continues from here.
+        UserError: the run was begun with other images; or its loss became no number.
     """
     stages = strategy.stages(len(tasks))
     learned = [stage for task in range(len(tasks)) for stage in range(len(stages)) if task in stages[stage]]
     rows: list[Row] = []
+    stream = {task.name: task.fingerprint() for task in tasks}
     losses: list[tuple[int, int, float]] = []  # stage, epoch, mean loss
     spent = Spent(device)
 
@@ -72,7 +74,7 @@ def run(
         every_s=checkpoint_s,
         urgent=interruption.urgent,
         saved=interruption.saved,
-        beside=lambda: {"spent": spent.so_far(), "losses": losses},
+        beside=lambda: {"stream": stream, "spent": spent.so_far(), "losses": losses},
     )
     strategy.bookmark, strategy.detector.progress = checkpoints, progress
     strategy.on_epoch = on_epoch
@@ -84,6 +86,7 @@ def run(
         first = last_learned
     begun = checkpoints.peek(last_learned + 1)
     if left := begun or data:
+        _check_stream(left["stream"], stream, directory)
         spent.restore(left["spent"])
         for what in left["losses"]:  # a killed process may have had yet to tell
             on_epoch(*what)
@@ -155,6 +158,25 @@ def run(
     if said:
         display.line(said)
     return summary
+
+
+def _check_stream(before: Mapping[str, str], now: Mapping[str, str], directory: RunDirectory) -> None:
+    """Whether a run that is continued has the tasks that it was begun with.
+
+    Raises:
+        UserError: it has others.
+    """
+    if list(before.items()) == list(now.items()):
+        return
+    changed = [
+        *(f"'{name}' joined" for name in now if name not in before),
+        *(f"'{name}' is gone" for name in before if name not in now),
+        *(f"the images of '{name}' changed" for name in now if before.get(name, now[name]) != now[name]),
+    ]
+    raise UserError(
+        f"{directory.path} was begun with other images ({', '.join(changed) or 'in another order'}): put them back, "
+        "take another experiment=NAME, or overwrite=true"
+    )
 
 
 @contextmanager

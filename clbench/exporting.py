@@ -5,6 +5,7 @@ systems, its numerics have another form for `torch.compiler.is_compiling()`, in 
 """
 
 import importlib.util
+import io
 import logging
 import warnings
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ from clbench.backbones import FeaturePyramid
 from clbench.data.textures import texture
 from clbench.errors import UserError
 from clbench.methods.base import Detector, Prediction
+from clbench.recording.run_directory import cannot_write, write_whole
 
 TOLERANCE = 1e-4  # of the range of the maps
 _PICTURES = 5
@@ -78,9 +80,15 @@ def trace(detector: Detector, images: Tensor) -> tuple[ExportedProgram, bool]:
 
 
 def write_torch(program: ExportedProgram, path: Path) -> Runtime:
-    """Write the graph as a .pt2 file, and give what runs it."""
+    """Write the graph as a .pt2 file, and give what runs it.
+
+    Raises:
+        UserError: the disk is full or may not be written.
+    """
+    content = io.BytesIO()  # torch's own writer does not say why it failed
     with _quiet():
-        torch.export.save(program, path)
+        torch.export.save(program, content)
+        write_whole(path, lambda part: part.write_bytes(content.getbuffer()))
         return torch.export.load(path).module()
 
 
@@ -102,7 +110,7 @@ def write_onnx(program: ExportedProgram, path: Path, threads: int | None = None)
         threads: of ONNX Runtime; None for as many as torch has.
 
     Raises:
-        UserError: packages are missing, or the graph has what ONNX has not.
+        UserError: packages are missing, the graph has what ONNX has not, or the disk is full or may not be written.
     """
     require_onnx()
     import onnxruntime
@@ -119,6 +127,8 @@ def write_onnx(program: ExportedProgram, path: Path, threads: int | None = None)
             )
             assert written is not None
             written.save(str(path))
+    except OSError as error:
+        raise cannot_write(path, error) from error
     except Exception as error:
         raise _impossible("ONNX", error) from error
     options = onnxruntime.SessionOptions()

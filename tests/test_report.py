@@ -430,6 +430,9 @@ def test_a_run_that_is_damaged_in_any_way_is_listed_and_the_rest_reported(tmp_pa
             ("metrics.csv", lambda text: "\0" * 300_000),
             ("config.yaml", lambda text: re.sub(r"made_by:(\n .*)+", "made_by: text", text)),
             ("config.yaml", lambda text: text.replace("resize:", "resized:")),
+            ("summary.json", lambda text: "[" * 100_000),
+            ("summary.json", lambda text: re.sub(r'("additional_mb": )[\d.]+', r"\1Infinity", text)),
+            ("metrics.csv", lambda text: re.sub(r"(pixel_auroc,)[\d.]+", r"\1nan", text)),
         ]
     ):
         copy = Path(shutil.copytree(sound, tmp_path / f"damaged{number}"))
@@ -438,4 +441,4 @@ def test_a_run_that_is_damaged_in_any_way_is_listed_and_the_rest_reported(tmp_pa
         (copy / name).write_text(changed)
     runs = read([tmp_path])
     assert len(grouped(runs)[0].rows) == 1
-    assert sorted(run.state for run in runs) == ["damaged"] * 3 + ["finished"]
+    assert sorted(run.state for run in runs) == ["damaged"] * 6 + ["finished"]

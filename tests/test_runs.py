@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -17,6 +18,7 @@ from conftest import ROOT, Train, command, run_directories
 
 from clbench.config import check, register_resolvers
 from clbench.instantiation import detector
+from clbench.recording.run_directory import RunDirectory
 
 METRICS = ["image_auroc", "image_ap", "image_f1", "pixel_auroc", "pixel_ap", "pixel_f1", "aupro"]
 
@@ -310,6 +312,43 @@ def test_a_damaged_config_is_named(content: bytes, train: Train, tmp_path: Path)
     result = train()
     assert result.returncode == 2 and "Traceback" not in result.stderr
     assert f"{directory}/config.yaml is damaged: remove {directory}" in result.stderr
+
+
+def test_a_run_is_not_continued_with_other_images(folder: Path, train: Train, tmp_path: Path) -> None:
+    root = shutil.copytree(folder, tmp_path / "grows")
+    given = (
+        f"dataset.root={root}",
+        "method.batch_size=2",
+        "method=stfpm",
+        "method.epochs=2",
+        "strategy=finetune",
+    )
+    assert train(*given).returncode == 0
+    (directory,) = run_directories(tmp_path)
+    thresholds = (directory / "thresholds.json").read_bytes()
+
+    def left_before_the_end() -> None:
+        (directory / "summary.json").unlink()
+        (directory / "thresholds.json").unlink()
+
+    left_before_the_end()
+    shutil.copytree(root / "brick", root / "apple")
+    refused = train(*given)
+    assert refused.returncode == 1 and "Traceback" not in refused.stderr
+    assert "begun with other images ('apple' joined): put them back" in refused.stderr
+    shutil.rmtree(root / "apple")
+    good = root / "cloth" / "train" / "good"
+    (good / "000.png").rename(good / "020.png")
+    assert "the images of 'cloth' changed" in train(*given).stderr
+    (good / "020.png").rename(good / "000.png")
+    assert train(*given).returncode == 0
+    assert (directory / "thresholds.json").read_bytes() == thresholds
+
+
+def test_a_lock_that_a_full_disk_has_no_room_to_sign_holds(tmp_path: Path) -> None:
+    (tmp_path / "run.lock").symlink_to("/dev/full")
+    with RunDirectory(tmp_path).lock():
+        pass
 
 
 def test_the_second_process_in_a_run_directory_stops(folder: Path, train: Train, tmp_path: Path) -> None:

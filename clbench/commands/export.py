@@ -34,6 +34,7 @@ def main(options: argparse.Namespace) -> int:
     from clbench import exporting
     from clbench.backbones import unit
     from clbench.loading import load
+    from clbench.recording.run_directory import cannot_write, write_whole
     from clbench.terminal import Display
 
     if "onnx" in options.formats:
@@ -49,9 +50,7 @@ def main(options: argparse.Namespace) -> int:
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(
-            f"--output {output} cannot be written ({error.strerror}): give another folder"
-        ) from error
+        raise cannot_write(output, error) from error
     images = exporting.pictures(height, width)
     images = images if options.input == "uint8" else unit(images)
     with Display("export") as display:
@@ -86,7 +85,8 @@ def main(options: argparse.Namespace) -> int:
                 "difference": found,
                 "thresholds": trained.thresholds and trained.thresholds.by_rate(),
             }
-            (Path(folder) / "model.json").write_text(json.dumps(about, indent=2) + "\n")
+            text = json.dumps(about, indent=2) + "\n"
+            write_whole(Path(folder) / "model.json", lambda part: part.write_text(text))
             for file in sorted(Path(folder).iterdir()):
                 file.replace(output / file.name)
         batch = "any number of" if any_number else "one"

@@ -1,6 +1,7 @@
 """A run's directory: what was configured, measured and kept. Nothing in it is ever half-written."""
 
 import csv
+import errno
 import fcntl
 import io
 import json
@@ -34,7 +35,7 @@ class RunDirectory:
         text = self._read("summary.json")
         if text is None:
             return None
-        with suppress(json.JSONDecodeError):
+        with suppress(json.JSONDecodeError, RecursionError):
             found = json.loads(text)
             if isinstance(found, dict) and "status" in found:
                 return found
@@ -79,7 +80,7 @@ class RunDirectory:
     def _read_json(self, name: str) -> dict[str, Any] | None:
         """What a file holds, or None where there is none, or where it is damaged."""
         text = self._read(name)
-        with suppress(json.JSONDecodeError):
+        with suppress(json.JSONDecodeError, RecursionError):
             return json.loads(text) if text is not None else None
         return None
 
@@ -137,7 +138,7 @@ class RunDirectory:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise _cannot_write(self.path, error) from error
+            raise cannot_write(self.path, error) from error
 
     def clear(self) -> None:
         """Remove the results of an earlier run."""
@@ -155,22 +156,21 @@ class RunDirectory:
         """
         self.create()
         try:
-            file = open(self.path / "run.lock", "a+")  # noqa: SIM115
+            file = open(self.path / "run.lock", "a+b", buffering=0)  # noqa: SIM115
         except OSError as error:
-            raise _cannot_write(self.path, error) from error
+            raise cannot_write(self.path, error) from error
         with file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 file.seek(0)
                 raise UserError(
-                    f"{self.path} is in use by {file.read().strip() or 'another process'}: "
+                    f"{self.path} is in use by {file.read().decode().strip() or 'another process'}: "
                     "wait for it, or give this run another experiment=NAME"
                 ) from error
             with suppress(OSError):  # on a full disk the lock holds, only without a name
                 file.truncate(0)
-                file.write(f"process {os.getpid()} on {socket.gethostname()}")
-                file.flush()
+                file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
             yield
 
     @contextmanager
@@ -242,14 +242,19 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
             os.fsync(file.fileno())
         part.replace(path)
     except OSError as error:
-        raise _cannot_write(path, error) from error
+        raise cannot_write(path, error) from error
     finally:
         with suppress(OSError):
             part.unlink(missing_ok=True)
 
 
-def _cannot_write(path: Path, error: OSError) -> UserError:
+def cannot_write(path: Path, error: OSError) -> UserError:
+    """What to say where the system refuses to write a file."""
+    way = "write elsewhere (outputs=... of a run, --output of a command)"
+    if error.errno in (None, errno.ENOSPC, errno.EDQUOT, errno.EFBIG):  # libraries say none
+        way = f"free space there, or {way}"
+    if error.errno == errno.ENAMETOOLONG:
+        way = "give a shorter name (experiment=... of a run, --output of a command)"
     return UserError(
-        f"{path} cannot be written ({error.strerror or error}): free space there, or write elsewhere "
-        "(outputs=... of a run, --output of a command); what was finished is kept"
+        f"{path} cannot be written ({error.strerror or error}): {way}; what was finished is kept"
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -118,7 +119,7 @@ def _read(path: Path) -> Run:
         _check(summary)
         if config and not isinstance(config.get("made_by") or {}, dict):
             raise TypeError("made_by in config.yaml")
-        run = Run(path, "unfinished", "", summary, config or {}, _matrices(text, len(summary["tasks"])))
+        run = Run(path, "unfinished", "", summary, config or {}, _matrices(text, summary["tasks"]))
     except (KeyError, TypeError, ValueError, IndexError, csv.Error) as error:
         return Run(path, "damaged", f"it does not read as a run: {type(error).__name__} {error}")
     expected = 1 if summary["strategy"] == "joint" else len(run.tasks)
@@ -151,8 +152,10 @@ def _check(summary: Mapping[str, Any]) -> None:
         spent = [memory["architecture_mb"], memory["additional_mb"], memory["peak_mb"]]
         spent += [time["train_s"], time["eval_s"], time["inference_ms_per_image"]]
         values = [*spent, *(summary["final"][m] for m in METRICS if summary["final"][m] is not None)]
-        if not all(isinstance(value, int | float) for value in values):
+        if not all(isinstance(value, int | float) and math.isfinite(value) for value in values):
             raise TypeError("a number in summary.json is none")
+        if min(spent) < 0:
+            raise ValueError("memory or time in summary.json is less than nothing")
 
 
 def _wrong(run: Run, expected: int) -> str:
@@ -169,7 +172,7 @@ def _wrong(run: Run, expected: int) -> str:
     return ""
 
 
-def _matrices(text: str, tasks: int) -> dict[str, Matrix]:
+def _matrices(text: str, tasks: Sequence[str]) -> dict[str, Matrix]:
     """R of each metric from the text of metrics.csv.
 
     Raises:
@@ -177,8 +180,14 @@ def _matrices(text: str, tasks: int) -> dict[str, Matrix]:
     """
     rows = list(csv.reader(io.StringIO(text)))[1:]
     stages = 1 + max((int(row[0]) for row in rows), default=-1)
-    R: dict[str, list[list[float | None]]] = {m: [[None] * tasks for _ in range(stages)] for m in METRICS}
-    for stage, task, _, metric, value in rows:
+    R: dict[str, list[list[float | None]]] = {
+        m: [[None] * len(tasks) for _ in range(stages)] for m in METRICS
+    }
+    for stage, index, task, metric, value in rows:
+        if int(stage) < 0 or tasks[int(index)] != task:
+            raise ValueError(f"a row of metrics.csv is of stage {stage} and task {index} '{task}'")
         if metric in R:
-            R[metric][int(stage)][int(task)] = None if value == "undefined" else float(value)
+            R[metric][int(stage)][int(index)] = None if value == "undefined" else float(value)
+            if value != "undefined" and not math.isfinite(float(value)):
+                raise ValueError(f"{metric} of '{task}' in metrics.csv is {value}")
     return dict(R)
