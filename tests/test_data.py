@@ -170,6 +170,11 @@ def test_a_file_that_is_no_image_or_not_there_is_refused(tmp_path: Path) -> None
         read_image(tmp_path / "nothing.png")
     with pytest.raises(UserError, match="Is a directory"):
         read_image(tmp_path)
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "link.png").symlink_to("pipe.png")
+    for name in ("pipe.png", "link.png"):
+        with pytest.raises(UserError, match=rf"{name} is .*no image \(a pipe, socket or device\): copy it"):
+            read_image(tmp_path / name)
 
 
 @pytest.mark.parametrize("value", [1, 255, 65535])
@@ -333,6 +338,19 @@ def test_incomplete_categories_are_refused_at_once(root: Path) -> None:
         path.unlink()
     with pytest.raises(UserError, match="bottle/train/good has no images"):
         MVTec(root=str(root))
+
+
+def test_a_link_that_leads_nowhere_is_a_gap(root: Path) -> None:
+    mask = root / "cable" / "ground_truth" / "cut" / "000_mask.png"
+    mask.unlink()
+    mask.symlink_to("nowhere")
+    with pytest.raises(UserError, match="cut/000_mask.png: No such file"):
+        MVTec(root=str(root)).samples("cable", "test")
+    gaps: list[UserError] = []
+    names = [sample.name for sample in MVTec(root=str(root), gap=gaps.append).samples("cable", "test")]
+    assert len(gaps) == 1 and names == [
+        f"cable/test/{name}.png" for name in ("cut/001", "good/000", "good/001")
+    ]
 
 
 @pytest.mark.parametrize("folder", ["train/good", "test/cut", "ground_truth/cut"])

@@ -3,6 +3,7 @@
 import glob
 import io
 import os
+import stat
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,7 +88,8 @@ def read_image(path: Path) -> np.ndarray:
     alpha is dropped, and the EXIF orientation is applied.
 
     Raises:
-        UserError: the file is missing, truncated, corrupt, or of a type without a range (float, 32-bit).
+        UserError: the file is missing, no regular one, truncated, corrupt, or of a type without a range (float,
+            32-bit).
     """
     pixels = _decode(path)
     if pixels.dtype == np.uint16:
@@ -125,6 +127,8 @@ def read_mask_of(image: Path, path: Path, size: tuple[int, ...] | None) -> np.nd
 def _decode(path: Path) -> np.ndarray:
     """Pixels as stored, uint8 or uint16 [H, W, 3] BGR, oriented."""
     try:
+        if stat.S_IFMT(path.stat().st_mode) not in (stat.S_IFREG, stat.S_IFDIR):  # a pipe is waited for
+            raise _broken(path, "a pipe, socket or device")
         data = path.read_bytes()
     except OSError as error:
         raise UserError(f"cannot read image file {path}: {error.strerror}") from error

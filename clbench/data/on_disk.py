@@ -83,7 +83,8 @@ class OnDisk(Dataset):
     def samples(self, category: str, split: Split) -> list[Sample]:
         if category not in self.categories:
             raise unknown("dataset.categories", category, self.categories)
-        return [self._sample(entry) for entry in self._entries[category, split]]
+        given = map(self._sample, self._entries[category, split])
+        return [sample for sample in given if sample is not None]
 
     def images_by_stem(self, folder: Path) -> dict[str, Path]:
         """The image files of a folder by stem, sorted; what is hidden or no image is ignored."""
@@ -124,11 +125,16 @@ class OnDisk(Dataset):
             self.gap(self.nothing(category, split))
         return listed
 
-    def _sample(self, entry: Entry) -> FileSample:
+    def _sample(self, entry: Entry) -> FileSample | None:
+        try:
+            identity = " mask ".join(map(file_identity, (entry.image, *entry.masks)))
+        except UserError as error:  # a link that leads nowhere
+            self.gap(error)
+            return None
         return FileSample(
             name=str(entry.image).removeprefix(f"{self.root}/"),
             kind=entry.kind,
-            identity=" mask ".join(file_identity(path) for path in (entry.image, *entry.masks)),
+            identity=identity,
             image=entry.image,
             masks=entry.masks,
         )
