@@ -1,7 +1,10 @@
 """clbench data get: downloads that break, lie and stall; archives that should not be trusted."""
 
+import errno
 import hashlib
 import io
+import os
+import shutil
 import stat
 import tarfile
 import threading
@@ -18,7 +21,7 @@ import pytest
 
 from clbench.cli import main
 from clbench.data import download, published
-from clbench.data.download import fetch, verify
+from clbench.data.download import BadArchive, address, checksum, fetch, pin, pinned, verify
 from clbench.data.unpack import unpack
 from clbench.errors import UserError
 
@@ -36,39 +39,56 @@ class Server:
         self.content, self.etag = CONTENT, '"1"'
         self.ranges: list[str | None] = []  # that were asked for
         self.breaks = 0  # how many answers end in the middle
+        self.never_whole = False  # who asks for all gets half
         self.stalls = 0  # how many answers stop in the middle, and wait
         self.ignores_range = False
         self.length: int | None = None  # that is said, where it is a lie
         self.chunked = False
         self.type = "application/octet-stream"
         self.statuses: list[int] = []  # of the next answers, where they are errors
+        self.garbage = b""  # in place of an answer
+        self.location: str | None = None  # that is redirected to
+        self.part: str | None = None  # the Content-Range that is said, where it is a lie
+        self.more = b""  # after the part that was asked for
+        self.size: int | None = None  # that is said where nothing comes after, where it is a lie
 
     def answer(self, request: BaseHTTPRequestHandler) -> None:
         asked = request.headers.get("Range")
         self.ranges.append(asked)
         if self.statuses:
             return request.send_error(self.statuses.pop(0))
+        if self.garbage:
+            request.wfile.write(self.garbage)
+            return None
+        if self.location:
+            request.send_response(302)
+            request.send_header("Location", self.location)
+            request.send_header("Content-Length", "0")
+            return request.end_headers()
         begin = 0
         if_range = request.headers.get("If-Range", self.etag)
         if asked and not self.ignores_range and if_range == self.etag:
             begin = int(asked.removeprefix("bytes=").removesuffix("-"))
-            if begin >= len(self.content):
+            if begin >= len(self.content) or self.size:
                 request.send_response(416)
-                request.send_header("Content-Range", f"bytes */{len(self.content)}")
+                request.send_header("Content-Range", f"bytes */{self.size or len(self.content)}")
                 request.send_header("Content-Length", "0")
                 return request.end_headers()
             request.send_response(206)
-            request.send_header("Content-Range", f"bytes {begin}-{len(self.content) - 1}/{len(self.content)}")
+            part = f"bytes {begin}-{len(self.content) - 1}/{len(self.content)}"
+            request.send_header("Content-Range", self.part or part)
         else:
             request.send_response(200)
-        body = self.content[begin:]
+        body = self.content[begin:] + (self.more if begin else b"")
         if self.etag:
             request.send_header("ETag", self.etag)
         request.send_header("Content-Type", self.type)
         if not self.chunked:
             request.send_header("Content-Length", str(len(body) if self.length is None else self.length))
         request.end_headers()
-        if self.breaks or self.stalls:  # counted before the other side can see it
+        if self.never_whole and not begin:
+            request.wfile.write(body[: len(body) // 2])
+        elif self.breaks or self.stalls:  # counted before the other side can see it
             stalls = self.stalls > 0
             self.stalls, self.breaks = self.stalls - stalls, self.breaks - (not stalls)
             request.wfile.write(body[: len(body) // 2])
@@ -171,14 +191,40 @@ def test_a_file_that_changed_is_begun_again(server: tuple[Server, str], tmp_path
 
 def test_a_part_that_is_whole_already_is_taken(server: tuple[Server, str], tmp_path: Path) -> None:
     behaviour, url = server
+
+    def killed(done: int, total: int | None) -> None:
+        if done == total:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fetch(url, tmp_path / "a.zip", killed)
+    fetch(url, tmp_path / "a.zip", ignore)  # nothing comes after what is here
+    assert (tmp_path / "a.zip").read_bytes() == CONTENT and behaviour.ranges == [None, "bytes=300000-"]
+
+
+@pytest.mark.parametrize(
+    "lie", [{"part": "bytes nonsense"}, {"part": "bytes 0-9/300000"}, {"more": b"extra"}, {"size": 150_000}]
+)
+def test_a_server_that_never_goes_on_rightly_is_given_up(
+    server: tuple[Server, str], tmp_path: Path, lie: dict[str, object]
+) -> None:
+    behaviour, url = server
+    vars(behaviour).update(lie, never_whole=True)
+    with pytest.raises(UserError, match=r"is another file, or another part of it, each time: download it by"):
+        fetch(url, tmp_path / "a.zip", ignore)
+    assert behaviour.ranges.count(None) == 5 and not list(tmp_path.glob("*.part"))
+
+
+def test_what_was_begun_and_said_too_large_is_begun_again(server: tuple[Server, str], tmp_path: Path) -> None:
+    behaviour, url = server
     behaviour.length, behaviour.ignores_range = len(CONTENT) + 100, True  # a lie: it ends before
     with pytest.raises(
         UserError, match=r"ended after 300,000 of 300,100 bytes.*go on from 0.3 MB, or download"
     ):
         fetch(url, tmp_path / "b.zip", ignore)
     behaviour.length, behaviour.ignores_range = None, False
-    fetch(url, tmp_path / "b.zip", ignore)  # nothing comes after what is here
-    assert (tmp_path / "b.zip").read_bytes() == CONTENT and behaviour.ranges[-1] == "bytes=300000-"
+    fetch(url, tmp_path / "b.zip", ignore)  # of the size that was said, there was nothing to go on from
+    assert (tmp_path / "b.zip").read_bytes() == CONTENT and behaviour.ranges[-2:] == ["bytes=300000-", None]
 
 
 def test_a_length_that_is_too_small_gives_a_file_that_is_refused(
@@ -187,8 +233,7 @@ def test_a_length_that_is_too_small_gives_a_file_that_is_refused(
     behaviour, url = server
     behaviour.length = 1000
     fetch(url, tmp_path / "a.zip", ignore)
-    with pytest.raises(UserError, match="has the SHA-256 checksum .*download it again"):
-        verify(tmp_path / "a.zip", hashlib.sha256(CONTENT).hexdigest(), ignore)
+    assert checksum(tmp_path / "a.zip", ignore) == hashlib.sha256(CONTENT[:1000]).hexdigest()
 
 
 def test_a_server_that_gives_no_length_is_believed(server: tuple[Server, str], tmp_path: Path) -> None:
@@ -207,6 +252,17 @@ def test_errors_say_what_to_do(
     with pytest.raises(UserError, match=rf"a.zip answers 404 Not Found: {by_hand}"):
         fetch(url, tmp_path / "a.zip", ignore)
     assert len(behaviour.ranges) == 1  # once is enough
+    behaviour.location = url
+    with pytest.raises(UserError, match=rf"^\S*a.zip answers 302 .* an infinite loop: {by_hand}[^\n]*$"):
+        fetch(url, tmp_path / "a.zip", ignore)
+    for behaviour.location in ("http://[bad", "http://ü..com/x"):
+        with pytest.raises(UserError, match=rf"a.zip leads to no address \(.*\): {by_hand}"):
+            fetch(url, tmp_path / "a.zip", ignore)
+    behaviour.location = None
+    behaviour.garbage = b"garbage\r\n\r\n"
+    with pytest.raises(UserError, match=rf"^\S*a.zip cannot be downloaded \(garbage\): {by_hand}[^\n]*$"):
+        fetch(url, tmp_path / "a.zip", ignore)
+    behaviour.garbage = b""
     behaviour.statuses = [503, 500]  # twice is bad luck
     fetch(url, tmp_path / "a.zip", ignore)
     behaviour.statuses = [503] * 5
@@ -228,6 +284,28 @@ def test_errors_say_what_to_do(
         fetch("file:///etc/passwd", tmp_path / "a.zip", ignore)
 
 
+@pytest.mark.parametrize(
+    "url",
+    ["http://[::1", "http://ü..com/x", f"http://{'a' * 64}.com/x", "http:///x", "http://a:99999/x", "a.zip"],
+)
+def test_what_is_no_address_is_refused(url: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    words = ["data", "get", "mpdd", "--root", str(tmp_path), "--accept-licence", "--url", url]
+    assert main(words) == 1
+    error = capsys.readouterr().err
+    assert f"--url={url} is no address to download from" in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("url", "sent"),
+    [
+        ("http://ü.de:80/fü r.tar?q=%20&k=ö", "http://xn--tda.de:80/f%C3%BC%20r.tar?q=%20&k=%C3%B6"),
+        ("https://[::1]:8/a+b~(1).zip?X=a%2Fb/c==", "https://[::1]:8/a+b~(1).zip?X=a%2Fb/c=="),
+    ],
+)
+def test_addresses_are_quoted_where_they_have_to_be(url: str, sent: str) -> None:
+    assert address(url) == address(address(url)) == sent
+
+
 def test_a_disk_without_room_is_told_before(
     server: tuple[Server, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -242,13 +320,14 @@ def test_a_disk_without_room_is_told_before(
 
 def test_without_a_published_checksum_the_first_download_is_remembered(tmp_path: Path) -> None:
     path = tmp_path / "a.zip"
-    path.write_bytes(CONTENT)
-    assert "no checksum is published: that of this first download is kept in" in verify(path, None, ignore)
-    assert (tmp_path / "a.zip.sha256").read_text() == f"{hashlib.sha256(CONTENT).hexdigest()}  a.zip\n"
-    assert "checksum is as in" in verify(path, None, ignore)
-    path.write_bytes(CONTENT[:-1])
-    with pytest.raises(UserError, match=r"is in \S+a.zip.sha256: it was damaged, or is another file"):
-        verify(path, None, ignore)
+    assert "no checksum is published: that of this first download will be kept in" in verify(path, "1f", None)
+    assert pinned(path) is None
+    pin(path, "1f")
+    assert (tmp_path / "a.zip.sha256").read_text() == "1f  a.zip\n" and pinned(path) == "1f"
+    assert "checksum is as in" in verify(path, "1f", None)
+    with pytest.raises(BadArchive, match=r"is in \S+a.zip.sha256: it was damaged.* with --sha256=2f"):
+        verify(path, "2f", None)
+    assert "checksum is as expected" in verify(path, "2f", "2F")
 
 
 # Archives
@@ -292,7 +371,7 @@ def link(name: str) -> zipfile.ZipInfo:
     return info
 
 
-OUT = "leads out of its folder: do not trust this archive"
+OUT = "leads out of its folder: do not trust it"
 EVIL: dict[str, tuple[Callable[[Path], Path], str]] = {
     "zip, up": (lambda path: make_zip(path, ("a.txt", b"1"), ("../evil", b"2")), OUT),
     "zip, deep up": (lambda path: make_zip(path, ("a/../../evil", b"2")), OUT),
@@ -312,7 +391,7 @@ EVIL: dict[str, tuple[Callable[[Path], Path], str]] = {
     ),
     "tar, device": (lambda path: make_tar(path, (tar_info("a", tarfile.CHRTYPE), b"")), "link or device"),
     "tar, pipe": (lambda path: make_tar(path, (tar_info("a", tarfile.FIFOTYPE), b"")), "link or device"),
-    "empty": (lambda path: make_zip(path), "is empty: download it again"),
+    "empty": (lambda path: make_zip(path), "archive is empty"),
 }
 
 
@@ -322,7 +401,7 @@ def test_an_archive_that_reaches_out_is_refused_whole(tmp_path: Path, case: str)
     inside = tmp_path / "inside"
     inside.mkdir()
     archive = build(inside / "archive")
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(BadArchive, match=message):
         unpack(archive, inside / "out", ignore)
     assert [path.name for path in inside.iterdir()] == ["archive"]
     assert [path.name for path in tmp_path.iterdir()] == ["inside"] and not Path("/tmp/evil").exists()
@@ -340,9 +419,52 @@ def test_a_damaged_archive_is_refused_whole(tmp_path: Path, kind: str) -> None:
     data = archive.read_bytes()
     archive.write_bytes(data[: len(data) // 2] if kind != "zip" else data.replace(CONTENT[:9], b"123456789"))
     (tmp_path / ".out.unpacking").mkdir()  # of a process that was killed
-    with pytest.raises(UserError, match=r"archive is damaged.*download it again"):
+    with pytest.raises(BadArchive, match="archive is damaged"):
         unpack(archive, tmp_path / "out", ignore)
     assert [path.name for path in tmp_path.iterdir()] == ["archive"]
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["a", "a/b"], "holds 'a', which conflicts with another name in it: remove it, and"),
+        (["a", "a/b/c"], "which conflicts with another name in it: remove it, and"),
+        (["a/b", "a"], "holds 'a', which conflicts with another name in it: remove it, and"),
+        (["x" * 300], "holds 'x+', a name too long for this disk: remove it, and"),
+    ],
+)
+def test_names_that_the_disk_does_not_take_are_not_for_want_of_space(
+    tmp_path: Path, names: list[str], message: str
+) -> None:
+    archive = make_tar(tmp_path / "archive", *((tar_info(name), b"1") for name in names))
+    with pytest.raises(UserError, match=message):
+        unpack(archive, tmp_path / "out", ignore)
+    assert [path.name for path in tmp_path.iterdir()] == ["archive"]
+
+
+@pytest.mark.parametrize(
+    ("number", "message"), [(errno.ENOSPC, "free space there"), (errno.EACCES, "mend that, or give another")]
+)
+def test_what_the_disk_refuses_is_told_with_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, message: str
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    archive = make_tar(tmp_path / "archive", (tar_info("a"), b"1"))
+    monkeypatch.setattr("clbench.data.unpack.shutil.copyfileobj", refuse)
+    with pytest.raises(UserError, match=rf"cannot be unpacked to \S+ \({os.strerror(number)}\): {message}"):
+        unpack(archive, tmp_path / "out", ignore)
+
+
+def test_an_archive_with_a_password_is_not_damaged(tmp_path: Path) -> None:
+    archive = make_zip(tmp_path / "archive", ("a", b"1"))
+    data = bytearray(archive.read_bytes())
+    data[6] |= 1  # the flag in the file's header, and in the directory
+    data[data.index(b"PK\x01\x02") + 8] |= 1
+    archive.write_bytes(data)
+    with pytest.raises(UserError, match="encrypted.*: unpack it by hand to"):
+        unpack(archive, tmp_path / "out", ignore)
 
 
 # The command
@@ -436,6 +558,81 @@ def test_get_of_what_needs_a_form_says_where_to_go_and_takes_its_link(
     behaviour.content = archive
     assert main(["data", "get", "mpdd", "--root", str(tmp_path), "--url", url, "--accept-licence"]) == 0
     assert (tmp_path / "mpdd/BTech_Dataset_transformed").is_dir() and (tmp_path / "a.zip.sha256").exists()
+
+
+@pytest.fixture
+def mpdd(server: tuple[Server, str], archive: bytes, tmp_path: Path) -> tuple[Server, list[str]]:
+    """The server has what the command asks for, of which no checksum is published."""
+    behaviour, url = server
+    behaviour.content = archive
+    return behaviour, ["data", "get", "mpdd", "--root", str(tmp_path), "--accept-licence", "--url", url]
+
+
+def test_a_bad_download_without_a_known_checksum_is_forgotten(
+    mpdd: tuple[Server, list[str]], archive: bytes, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    behaviour, words = mpdd
+    behaviour.content = archive[: len(archive) // 2]
+    assert main(words) == 1
+    assert (
+        "is damaged" in (error := capsys.readouterr().err) and "; it was removed: download it again" in error
+    )
+    assert not list(tmp_path.iterdir())
+    behaviour.content = archive
+    assert main(words) == 0
+    assert (tmp_path / "a.zip.sha256").read_text() == f"{hashlib.sha256(archive).hexdigest()}  a.zip\n"
+
+
+def test_a_damaged_archive_that_was_put_there_is_left_and_named(
+    mpdd: tuple[Server, list[str]], archive: bytes, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    path = tmp_path / "a.zip"
+    path.write_bytes(archive[: len(archive) // 2])
+    assert main(mpdd[1]) == 1
+    assert f"{path} is damaged" in (error := capsys.readouterr().err) and "; remove it, and" in error
+    assert [inside.name for inside in tmp_path.iterdir()] == ["a.zip"]
+
+
+def test_a_download_unlike_the_first_is_kept_until_one_is_told(
+    mpdd: tuple[Server, list[str]], archive: bytes, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    pin(tmp_path / "a.zip", "1f")
+    assert main(mpdd[1]) == 1
+    found = hashlib.sha256(archive).hexdigest()
+    assert f"but 1f is in {tmp_path}/a.zip.sha256" in (error := capsys.readouterr().err)
+    assert f"--sha256={found}; remove it, and download it again" in error
+    assert (tmp_path / "a.zip").read_bytes() == archive
+    assert main([*mpdd[1], "--sha256", found]) == 0 and pinned(tmp_path / "a.zip") == found
+
+
+def test_the_wrong_archive_is_not_remembered_and_its_folder_is_named(
+    mpdd: tuple[Server, list[str]], archive: bytes, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    mpdd[0].content = make_zip(tmp_path / "other.zip", ("a", b"1")).read_bytes()
+    assert main(mpdd[1]) == 1
+    assert f"{tmp_path}/mpdd has the layout of no dataset that is known: remove it" in capsys.readouterr().err
+    assert not (tmp_path / "a.zip.sha256").exists()
+    shutil.rmtree(tmp_path / "mpdd")
+    mpdd[0].content = archive
+    assert main(mpdd[1]) == 0
+
+
+def test_an_archive_may_be_called_what_its_folder_is(
+    mpdd: tuple[Server, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    words = [*mpdd[1][:-1], mpdd[1][-1].replace("a.zip", "mpdd")]
+    (tmp_path / "mpdd").write_text("")
+    assert main(words) == 1 and f"{tmp_path}/mpdd is a file" in capsys.readouterr().err
+    (tmp_path / "mpdd").unlink()
+    assert main([*words, "--keep-archive"]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mpdd", "mpdd.archive", "mpdd.archive.sha256"]
+
+
+def test_an_address_that_is_not_ascii_is_asked_for_as_the_web_has_it(
+    mpdd: tuple[Server, list[str]], tmp_path: Path
+) -> None:
+    assert main([*mpdd[1][:-1], mpdd[1][-1].replace("a.zip", "fü r.tar")]) == 0
+    assert (tmp_path / "f%C3%BC%20r.tar.sha256").exists()
 
 
 def test_list_has_all_with_licence_and_where_from(capsys: pytest.CaptureFixture) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
-from urllib.parse import urlparse
+from urllib.parse import urlsplit
 
 from clbench.errors import UserError
 
@@ -124,9 +124,8 @@ def _list(options: argparse.Namespace) -> int:
 
 
 def _get(options: argparse.Namespace) -> int:
-    from clbench.data.download import fetch, in_words, verify
+    from clbench.data.download import fetch, in_words, pin
     from clbench.data.published import named
-    from clbench.data.unpack import unpack
 
     dataset = named(options.name)
     root = options.root.expanduser().absolute()
@@ -134,9 +133,10 @@ def _get(options: argparse.Namespace) -> int:
     if folder.is_dir() and any(folder.iterdir()):
         print(f"{folder} is there already; to download it anew, remove it first")
         return _say_how(folder)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file, where a folder would be: remove it, or give another --root")
     url = options.url or dataset.url
-    name = dataset.archive or (PurePosixPath(urlparse(url).path).name if url else "") or dataset.name
-    archive = root / name
+    archive = root / _archive_name(dataset, url)
     by_hand = archive.is_file()
     if not by_hand and url is None:
         place = f"; or download it by hand to {archive}" if dataset.archive else f", in {folder}"
@@ -156,19 +156,45 @@ def _get(options: argparse.Namespace) -> int:
             assert url is not None
             fetch(url, archive, progress)
             write(f"{archive}: {in_words(archive.stat().st_size)}")
-    with _bar("checking") as (progress, write):
-        expected = options.sha256 or dataset.sha256
-        try:
-            write(verify(archive, expected, progress))
-        except UserError:
-            if not by_hand:
-                archive.unlink()  # so that the next try is one
-            raise
-    with _bar("unpacking") as (progress, _):
-        unpack(archive, folder, progress)
+    found = _unpack(archive, folder, options.sha256 or dataset.sha256, by_hand)
     if not options.keep_archive:
         archive.unlink()
-    return _say_how(folder)
+    status = _say_how(folder)
+    if not dataset.sha256:
+        pin(archive, found)
+    return status
+
+
+def _archive_name(dataset: Published, url: str | None) -> str:
+    """The publisher's name for it, or the address's, unless that is the name of the folder that it is unpacked to."""
+    from clbench.data.download import address
+
+    name = dataset.archive or (PurePosixPath(urlsplit(address(url)).path).name if url else "")
+    return f"{dataset.name}.archive" if name in ("", "..", dataset.name) else name
+
+
+def _unpack(archive: Path, folder: Path, expected: str | None, by_hand: bool) -> str:
+    """Check and unpack it, and give its checksum; what is bad is removed, unless it was put there by hand.
+
+    Raises:
+        UserError: it is another file, is damaged or does not fit.
+    """
+    from clbench.data.download import BadArchive, checksum, pinned, verify
+    from clbench.data.unpack import unpack
+
+    try:
+        with _bar("checking") as (progress, write):
+            found = checksum(archive, progress)
+            write(verify(archive, found, expected))
+        with _bar("unpacking") as (progress, _):
+            unpack(archive, folder, progress)
+        return found
+    except BadArchive as error:
+        another = "download it again, or give the address of another copy as --url"
+        if by_hand or (not expected and pinned(archive)):  # the checksum kept may be what is wrong
+            raise UserError(f"{error}; remove it, and {another}") from error
+        archive.unlink()  # so that the next try is one
+        raise UserError(f"{error}; it was removed: {another}") from error
 
 
 def _ask(dataset: Published, accepted: bool) -> None:
@@ -192,7 +218,9 @@ def _say_how(folder: Path) -> int:
 
     found = recognise(folder)
     if found is None:
-        raise UserError(f"{folder} has the layout of no dataset that is known: was it the right archive?")
+        raise UserError(
+            f"{folder} has the layout of no dataset that is known: remove it, and get the right archive"
+        )
     dataset, root = found
     print(f"clbench data check {root}")
     print(f"python train.py dataset={dataset.name} dataset.root={root}")

@@ -1,6 +1,8 @@
 """Archives from elsewhere: files and folders come out of them, and only into the folder they are meant for."""
 
+import errno
 import lzma
+import os
 import shutil
 import stat
 import tarfile
@@ -11,8 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO
 
-from clbench.data.download import Progress, in_words, room
+from clbench.data.download import BadArchive, Progress, in_words, room, way_out
 from clbench.errors import UserError
+
+_NAMES = {  # what the file system has against an archive's names
+    errno.EEXIST: "which conflicts with another name in it",
+    errno.EISDIR: "which conflicts with another name in it",
+    errno.ENOTDIR: "which conflicts with another name in it",
+    errno.ENAMETOOLONG: "a name too long for this disk",
+}
 
 
 @dataclass(frozen=True)
@@ -30,7 +39,8 @@ def unpack(archive: Path, folder: Path, progress: Progress) -> None:
     leads out of the folder.
 
     Raises:
-        UserError: it holds what it should not, is damaged or no archive, or the disk is full.
+        BadArchive: it holds what it should not, or is damaged or no archive.
+        UserError: the disk is full, or something else is in the way.
     """
     part = folder.with_name(f".{folder.name}.unpacking")
     shutil.rmtree(part, ignore_errors=True)  # of a process that was killed
@@ -45,23 +55,24 @@ def unpack(archive: Path, folder: Path, progress: Progress) -> None:
                 _write(member, part, archive)
                 progress(raw.tell(), total)
         if not any(part.iterdir()):
-            raise UserError(f"{archive} is empty: download it again")
+            raise BadArchive(f"{archive} is empty")
         part.rename(folder)
-    except (
-        tarfile.TarError,
-        zipfile.BadZipFile,
-        EOFError,
-        lzma.LZMAError,
-        zlib.error,
-        RuntimeError,
-    ) as error:
+    except (tarfile.TarError, zipfile.BadZipFile, EOFError, lzma.LZMAError, zlib.error) as error:
         reason = str(error).partition("\n")[0].rstrip(":")
-        raise UserError(f"{archive} is damaged, or no tar or zip ({reason}): download it again") from error
+        raise BadArchive(f"{archive} is damaged, or no tar or zip ({reason})") from error
+    except RuntimeError as error:  # encrypted, or compressed in a way that is not known here
+        raise UserError(f"{archive} cannot be unpacked ({error}): unpack it by hand to {folder}") from error
     except OSError as error:
         if error.errno is None:  # gzip's and bzip2's way to say that data are damaged
-            raise UserError(f"{archive} is damaged ({error}): download it again") from error
+            raise BadArchive(f"{archive} is damaged ({error})") from error
+        if error.errno in _NAMES and error.filename2 is None:
+            name = os.path.relpath(error.filename, part)
+            raise UserError(
+                f"{archive} holds '{name}', {_NAMES[error.errno]}: remove it, and give another copy as --url, or "
+                f"unpack it by hand to {folder}"
+            ) from error
         raise UserError(
-            f"{archive} cannot be unpacked to {folder} ({error.strerror}): free space there, or give another --root"
+            f"{archive} cannot be unpacked to {folder} ({error.strerror}): {way_out(error)}"
         ) from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
@@ -95,11 +106,9 @@ def _write(member: _Member, folder: Path, archive: Path) -> None:
         or ":" in member.name.partition("/")[0]
         or "\0" in member.name
     ):
-        raise UserError(
-            f"{archive} holds '{member.name}', which leads out of its folder: do not trust this archive"
-        )
+        raise BadArchive(f"{archive} holds '{member.name}', which leads out of its folder: do not trust it")
     if member.kind not in ("file", "folder"):
-        raise UserError(f"{archive} holds '{member.name}', a {member.kind}: do not trust this archive")
+        raise BadArchive(f"{archive} holds '{member.name}', a {member.kind}: do not trust it")
     target = folder / path
     if member.kind == "folder":
         target.mkdir(parents=True, exist_ok=True)
@@ -113,4 +122,4 @@ def _write(member: _Member, folder: Path, archive: Path) -> None:
     with member.open() as source, open(target, "wb") as file:
         shutil.copyfileobj(source, file, 1 << 20)
     if target.stat().st_size != member.size:
-        raise UserError(f"{archive} is damaged: '{member.name}' ends too early; download it again")
+        raise BadArchive(f"{archive} is damaged: '{member.name}' ends too early")
