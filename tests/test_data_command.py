@@ -635,6 +635,63 @@ def test_an_address_that_is_not_ascii_is_asked_for_as_the_web_has_it(
     assert (tmp_path / "f%C3%BC%20r.tar.sha256").exists()
 
 
+# Checks
+
+
+def unzip(archive: bytes, folder: Path) -> Path:
+    zipfile.ZipFile(io.BytesIO(archive)).extractall(folder)
+    return folder / "BTech_Dataset_transformed"
+
+
+def test_check_lists_what_cannot_be_read_and_goes_on(
+    archive: bytes, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    root = unzip(archive, tmp_path)
+    good = root / "01" / "train" / "ok"
+    (good / "2.png").symlink_to("nowhere")
+    (good / "3.png").symlink_to("3.png")
+    os.mkfifo(good / "4.png")
+    (good / "5.png").symlink_to("4.png")
+    assert main(["data", "check", str(root)]) == 1
+    told = capsys.readouterr().out
+    assert f"cannot read image file {good}/2.png: No such file" in told and "4 wrong" in told
+    assert f"cannot read image file {good}/3.png: Too many levels of symbolic links" in told
+    for name in ("4.png", "5.png"):
+        assert f"{good}/{name} is truncated, corrupt or no image (a pipe, socket or device)" in told
+
+
+def test_check_hints_at_the_folder_above_and_at_no_other(
+    archive: bytes, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    root = unzip(archive, tmp_path / "btad")
+    (tmp_path / "empty").mkdir()
+    assert main(["data", "check", str(root / "01" / "test")]) == 1
+    assert "say which it is with --dataset" in capsys.readouterr().err
+    assert main(["data", "check", str(root / "01")]) == 1
+    assert f"; {root} is BTAD: check that" in capsys.readouterr().err
+    assert main(["data", "check", str(tmp_path / "empty")]) == 1
+    assert "btad" not in (error := capsys.readouterr().err) and "say which it is with --dataset" in error
+
+
+def test_check_tells_of_the_datasets_it_leaves_out(
+    archive: bytes, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    first, second = unzip(archive, tmp_path / "a"), unzip(archive, tmp_path / "b")
+    (tmp_path / "c").mkdir()
+    assert main(["data", "check", str(tmp_path)]) == 0
+    told = capsys.readouterr().out
+    assert (
+        f"{first}: dataset=btad" in told
+        and f"note: there are more folders like datasets, not checked: {second}\n" in told
+    )
+    assert main(["data", "check", str(first)]) == 0 and "not checked" not in capsys.readouterr().out
+    (second / "01" / "test" / "good").mkdir()
+    (second / "01" / "train" / "ok").rename(second / "01" / "train" / "good")
+    shutil.rmtree(second / "01" / "test" / "ok")
+    main(["data", "check", str(tmp_path), "--dataset", "mvtec"])
+    assert f"{second}: dataset=mvtec" in capsys.readouterr().out
+
+
 def test_list_has_all_with_licence_and_where_from(capsys: pytest.CaptureFixture) -> None:
     assert main(["data", "list"]) == 0
     told = capsys.readouterr().out

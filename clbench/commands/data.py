@@ -59,21 +59,21 @@ def main(options: argparse.Namespace) -> int:
 
 def _check(options: argparse.Namespace) -> int:
     from clbench.data.check import check
-    from clbench.data.published import named, recognise
+    from clbench.data.published import layout_of, named, recognise, recognise_all
 
-    root = options.root.expanduser().absolute()
+    given = root = options.root.expanduser().absolute()
     if not root.is_dir():
         raise UserError(f"{root} is no folder: give that of a dataset")
     if options.dataset:
         dataset = named(options.dataset)
-        if not dataset.layout.recognises(root) and (found := recognise(root)) and found[0] == dataset:
-            root = found[1]
+        if not dataset.layout.recognises(root):
+            root = next((folder for entry, folder in recognise_all(root) if entry == dataset), root)
     else:
         known = recognise(root)
         if known is None:
-            above = recognise(root.parent)
+            above = layout_of(root.parent)
             hint = (
-                f"; {above[1]} is {above[0].title}: check that"
+                f"; {root.parent} is {above.title}: check that"
                 if above
                 else ": say which it is with --dataset NAME"
             )
@@ -83,12 +83,23 @@ def _check(options: argparse.Namespace) -> int:
         report = check(dataset, root, progress)
         write(f"{root}: dataset={dataset.name}")
         _print_table(report.categories)
-        for note in report.notes:
+        for note in (*report.notes, *_not_checked(given, root)):
             write(f"note: {note}")
         for problem in report.problems:
             write(f"wrong: {problem}")
         write(f"{len(report.problems) or 'nothing'} wrong")
     return 1 if report.problems else 0
+
+
+def _not_checked(given: Path, root: Path) -> list[str]:
+    """A note where the folder that was given holds more datasets than the one that was checked."""
+    from clbench.data.published import recognise_all
+
+    try:
+        others = [str(folder) for _, folder in recognise_all(given) if folder != root]
+    except OSError as error:  # of no concern for the one that was checked
+        return [f"{error.filename} cannot be listed ({error.strerror}): what else there is was not checked"]
+    return [f"there are more folders like datasets, not checked: {', '.join(others)}"] if others else []
 
 
 def _print_table(categories: list[Category]) -> None:

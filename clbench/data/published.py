@@ -1,6 +1,7 @@
 """What is published of the datasets that are known here: licence, where from, checksum, how many images."""
 
 import difflib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
@@ -67,15 +68,25 @@ def named(name: str) -> Published:
 
 
 def recognise(root: Path) -> tuple[Published, Path] | None:
-    """The dataset that a folder holds, and its root: this folder, or one at most two deeper.
+    """The first dataset that a folder holds, and its root."""
+    return next(recognise_all(root), None)
+
+
+def recognise_all(root: Path) -> Iterator[tuple[Published, Path]]:
+    """The datasets that a folder holds, and their roots: this folder, or those at most two deeper.
 
     Archives often unpack to a folder of their own.
     """
     level = [root]
     for _ in range(3):
+        known = []
         for folder in level:
-            for entry in datasets().values():
-                if entry.layout.recognises(folder):
-                    return entry, folder
-        level = [inside for folder in level for inside in folders(folder)]
-    return None
+            if entry := layout_of(folder):
+                known.append(folder)
+                yield entry, folder
+        level = [inside for folder in level if folder not in known for inside in folders(folder)]
+
+
+def layout_of(folder: Path) -> Published | None:
+    """The dataset whose root a folder looks like."""
+    return next((entry for entry in datasets().values() if entry.layout.recognises(folder)), None)
