@@ -9,6 +9,7 @@ EXPERIMENT ?= demo
 .DEFAULT_GOAL := demo
 
 $(INSTALLED): pyproject.toml
+	@echo "installing into .venv: 6.4 GB, some minutes"
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	touch $@

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
@@ -40,9 +41,13 @@ def main(config: DictConfig) -> None:
     alone = job.launcher._target_.endswith("BasicLauncher")
     display = Display(directory.path.name, alone=alone)
     try:
-        with directory.lock(), Interruption() as interruption, display, directory.reporting() as report:
+        with ExitStack() as inside:
+            inside.enter_context(directory.lock())
+            interruption = inside.enter_context(Interruption())
+            inside.enter_context(display)
             if directory.finished(settings):
                 return
+            report = inside.enter_context(directory.reporting(identity(settings, [])))
             display.heading(directory.path.name)
             device = instantiation.device(settings["gpu"])
             footprint.reset_peak(device)

@@ -322,9 +322,12 @@ def for_every_choice(arguments: list[str]) -> list[str]:
     """The command line, with settings of a swept group made to suit all its choices.
 
     Hydra composes a sweep's first config with the group's default, which need not have a setting that all
-    the swept choices have: with `method=cfa,stfpm`, `method.epochs=1` would be refused.
+    the swept choices have: with `method=cfa,stfpm`, `method.epochs=1` would be refused. A ready-made sweep has
+    methods of its own.
     """
     swept = {key for key, _, value in (text.partition("=") for text in arguments) if "," in value}
+    if any(text.startswith("sweep=") for text in arguments):
+        swept.add("method")
     return [
         f"++{text}" if text.partition("=")[1] and text.partition(".")[0] in swept else text
         for text in arguments

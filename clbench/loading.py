@@ -85,7 +85,7 @@ class TrainedDetector:
         self.geometry = geometry
         self.image_size = image_size
         self.thresholds = thresholds
-        self.device = next((tensor.device for tensor in detector.buffers()), torch.device("cpu"))
+        self.device = detector.device
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Prediction:

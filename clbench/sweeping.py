@@ -2,7 +2,8 @@
 
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -43,6 +44,29 @@ def chosen(runs: Sequence[Run], only: Only | None) -> list[Run]:
         "missing": ("unfinished", "missing"),
     }
     return [run for run in runs if run.state in kinds[only]]
+
+
+def suited(runs: Sequence[list[str]], method: str, settings: Callable[[str], set[str]]) -> list[list[str]]:
+    """The overrides of each run without those settings that its method does not have and another run's has.
+
+    Args:
+        method: of a run whose overrides name none.
+        settings: gives the names of a method's.
+    """
+    own = [next((t.partition("=")[2] for t in texts if t.startswith("method=")), method) for texts in runs]
+    named = [[re.match(r"\+*method\.(\w+)", text) for text in texts] for texts in runs]
+    if len(set(own)) == 1 or not any(map(any, named)):
+        return list(runs)
+    has = {choice: settings(choice) for choice in set(own)}
+    anyone = set().union(*has.values())
+    return [
+        [
+            text
+            for text, match in zip(texts, matches, strict=True)
+            if match is None or match[1] in has[choice] or match[1] not in anyone
+        ]
+        for texts, matches, choice in zip(runs, named, own, strict=True)
+    ]
 
 
 def finished_unchanged(config: DictConfig, overrides: Sequence[str]) -> Run | None:
@@ -93,7 +117,7 @@ def _folder_is_shared(config: DictConfig, overrides: Sequence[str]) -> bool:
 def plan_table(runs: Sequence[Run], wanted: Sequence[Run]) -> Table:
     """What a sweep would do: a row a run, with the memory and time of finished runs that are most like it."""
     table = Table(
-        title=f"{len(runs)} runs: {sum(run.state == 'finished' for run in runs)} finished, "
+        title=f"{_count(len(runs), 'run')}: {sum(run.state == 'finished' for run in runs)} finished, "
         f"{len(wanted)} would be started",
         title_justify="left",
     )
@@ -119,11 +143,15 @@ def plan_table(runs: Sequence[Run], wanted: Sequence[Run]) -> Table:
     table.caption = (
         f"peak memory and time are those of finished runs of the same method and strategy, or method; "
         f"together about {total:.0f} minutes of those known"
-        if known
+        if total
         else "peak memory and time are known once a run of the method has finished beside these"
     )
     table.caption_justify = "left"
     return table
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def _finished_beside(runs: Sequence[Run]) -> list[tuple[dict[str, str], Mapping[str, Any]]]:
@@ -193,7 +221,7 @@ def sweep_table(runs: Sequence[Run]) -> Table:
         table.add_row(
             name,
             *[number(summary["final"][metric]) for metric in SHOWN],
-            "-" if forgotten is None else f"{forgotten:.1f} %",
+            "-" if forgotten is None else f"{number(forgotten, 1)} %",
             f"{memory['additional_mb']:.1f}",
             f"{memory['peak_mb']:.0f}",
             f"{time['train_s']:.1f}",

@@ -82,7 +82,7 @@ class Display:
 
 def number(value: float | None, digits: int = 3) -> str:
     """A metric for people."""
-    return "undefined" if value is None else f"{value:.{digits}f}"
+    return "undefined" if value is None else f"{round(value, digits) + 0.0:.{digits}f}"  # not -0.0
 
 
 def run_table(
@@ -107,14 +107,14 @@ def run_table(
             f"{number(just_learned[metric][index])} → {number(final[metric][index])}" for metric in SHOWN
         ]
         before, after = just_learned["pixel_f1"][index], final["pixel_f1"][index]
-        lost = "" if not before or after is None else f"{100 * (before - after) / before:.1f} %"
+        lost = "" if not before or after is None else f"{number(100 * (before - after) / before, 1)} %"
         table.add_row(escape(task), *cells, lost)
     table.add_section()
     forgotten = summary["average_forgetting_pct"]
     table.add_row(
         "mean",
         *[number(summary["final"][metric]) for metric in SHOWN],
-        "" if forgotten is None else f"{forgotten:.1f} %",
+        "" if forgotten is None else f"{number(forgotten, 1)} %",
         style="bold",
     )
     memory, time = summary["memory"], summary["time"]

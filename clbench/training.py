@@ -112,7 +112,7 @@ class Descent:
     ):
         self.detector, self.optimizer = detector, optimizer
         self.stage, self.seed, self.bookmark, self.on_epoch = stage, seed, bookmark, on_epoch
-        device = next(detector.parameters()).device.type
+        device = detector.device.type
         self.autocast = torch.autocast(device, detector.precision, enabled=detector.precision is not None)
         self.scaler = torch.amp.GradScaler(device, enabled=detector.precision == torch.float16)
         self.rates = [group["lr"] for group in optimizer.param_groups]

@@ -85,7 +85,8 @@ def test_a_mistake_on_the_command_line(
     result = train(*overrides)
     assert_refused(result, named, way_out)
     assert "task 1/" not in result.stdout  # before any training
-    assert not list(tmp_path.glob("outputs/*/*/summary.json"))
+    for left in tmp_path.glob("outputs/*/*/summary.json"):
+        assert json.loads(left.read_text())["status"] == "failed"
 
 
 def assert_refused(result, *words: str) -> None:

@@ -552,9 +552,13 @@ def child(directory: Path) -> subprocess.Popen:
     return process
 
 
+def await_ready(*processes: subprocess.Popen) -> None:
+    for process in processes:
+        assert process.stdout and process.stdout.readline() == "ready\n"
+
+
 def start(process: subprocess.Popen) -> None:
-    assert process.stdout and process.stdin
-    assert process.stdout.readline() == "ready\n"
+    assert process.stdin
     process.stdin.write("\n")
     process.stdin.flush()
 
@@ -567,6 +571,7 @@ def total(process: subprocess.Popen) -> int:
 
 def test_of_two_processes_one_decodes_and_the_other_waits(tmp_path: Path) -> None:
     racers = [child(tmp_path), child(tmp_path)]
+    await_ready(*racers)
     for racer in racers:
         start(racer)
     assert sorted(total(racer) for racer in racers) == [0, 40]
@@ -575,6 +580,7 @@ def test_of_two_processes_one_decodes_and_the_other_waits(tmp_path: Path) -> Non
 
 def test_a_process_killed_while_writing_leaves_nothing_that_is_trusted(tmp_path: Path) -> None:
     victim, heir = child(tmp_path), child(tmp_path)
+    await_ready(victim, heir)
     start(victim)
     assert victim.stdout and victim.stdout.readline() == "decoded\n"
     start(heir)  # waits for the lock of a process that is about to die

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from clbench.backbones import Backbone
 from clbench.feature_store import FeatureStore
+from clbench.methods.base import Detector
 from clbench.methods.maps import to_image_size
 from clbench.methods.nearest import nearest
 from clbench.methods.padim import PaDiM
@@ -253,3 +254,7 @@ def test_a_transformer_s_tokens_go_through_its_normalisation() -> None:
     assert pyramid.normalised and level.shape == (2, 192, 14, 14)
     torch.testing.assert_close(level.mean(1), torch.full((2, 14, 14), 0.5), rtol=0, atol=1e-4)
     torch.testing.assert_close(level.std(1, correction=0), torch.full((2, 14, 14), 3.0), rtol=0, atol=1e-2)
+
+
+def test_a_detector_that_holds_nothing_is_on_the_cpu() -> None:
+    assert Detector().device == torch.device("cpu")

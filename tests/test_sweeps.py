@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -10,10 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import ROOT, Train, command, run_directories
+from conftest import ROOT, Train, clbench, command, run_directories
 
 from clbench.errors import UserError
 from clbench.footprint import memory_named
+from clbench.sweeping import suited
 
 FAILING = (
     "-m",
@@ -236,3 +238,45 @@ def test_a_detector_that_gives_no_numbers_is_named(train: Train, tmp_path: Path)
     assert result.returncode == 1 and "Traceback" not in result.stderr
     assert "task 1/3 brick" in result.stderr and "lower method.learning_rate" in result.stderr
     assert [status(path) for path in run_directories(tmp_path)] == ["failed"]
+
+
+def test_a_setting_of_some_of_the_swept_methods_goes_to_those_that_have_it(
+    train: Train, tmp_path: Path
+) -> None:
+    sweep = (
+        "sweep=paper_replay",
+        "method.teacher=random",
+        "backbone=small",
+        "dataset.resize=256",
+        "dry_run=true",
+    )
+    planned = train(*sweep)
+    assert planned.returncode == 0, planned.stderr
+    assert "15 runs: 0 finished, 15 would be started" in planned.stdout
+    lines = [line for line in planned.stdout.splitlines() if "method=" in line]
+    assert {"efficientad" in line for line in lines if "teacher" in line} == {True}
+    typo = train(*sweep, "method.teachr=random")
+    assert typo.returncode == 2 and "there is no setting method.teachr" in typo.stderr
+    given = [
+        ["method=cfa", "++method.held_out=0.1", "seed=1"],
+        ["++method.teacher=random", "++method.typo=1"],
+    ]
+    has = {"cfa": {"held_out"}, "efficientad": {"teacher", "held_out"}}
+    assert suited(given, "efficientad", has.__getitem__) == given
+    given[0].append("++method.teacher=random")
+    assert suited(given, "efficientad", has.__getitem__)[0] == given[0][:3]
+
+
+def test_a_run_that_its_images_refuse_failed_and_says_why(folder: Path, train: Train, tmp_path: Path) -> None:
+    root = shutil.copytree(folder, tmp_path / "broken")
+    image = root / "cloth" / "train" / "good" / "003.png"
+    sound = image.read_bytes()
+    image.write_bytes(b"")
+    given = ("-m", f"dataset.root={root}", "seed=0,1", "experiment=refused")
+    assert train(*given).returncode == 1
+    again = train(*given, "only=failed", "dry_run=true").stdout
+    assert "2 runs: 0 finished, 2 would be started" in again and "003.png" in " ".join(again.split())
+    report = clbench("report", str(tmp_path / "outputs" / "refused"))
+    assert report.stdout.count("failed refused/") == 2 and "003.png" in report.stdout
+    image.write_bytes(sound)
+    assert train(*given, "only=failed").returncode == 0

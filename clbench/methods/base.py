@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import chain
 from typing import Annotated, NamedTuple, Protocol
 
 import torch
@@ -61,6 +62,12 @@ class Detector(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.progress: Progress = silent
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is: the CPU, while it has neither parameters nor buffers."""
+        tensors = chain(self.parameters(), self.buffers())
+        return next((tensor.device for tensor in tensors), torch.device("cpu"))
 
     def forget(self) -> None:
         """Drop banks and statistics of earlier tasks, so that the next task replaces them."""

@@ -174,24 +174,25 @@ class RunDirectory:
             yield
 
     @contextmanager
-    def reporting(self) -> Iterator[Callable[[Mapping[str, Any]], None]]:
-        """A run that reports to summary.json: `running` once it says what it is, `failed` where it breaks.
+    def reporting(self, identity: Mapping[str, Any]) -> Iterator[Callable[[Mapping[str, Any]], None]]:
+        """A run that reports to summary.json: `running` once it says all that it is, `failed` where it breaks.
 
-        A run that fails before that, for what its user must change, leaves nothing.
+        Args:
+            identity: what is known of the run before.
         """
-        about: dict[str, Any] = {}
+        about = self.summary() or dict(identity)
 
         def begin(identity: Mapping[str, Any]) -> None:
+            about.clear()
             about.update(identity)
             self.write_summary(about)
 
         try:
             yield begin
         except Exception as error:
-            if about:
-                reason = f"{type(error).__name__}: {error}"
-                with suppress(UserError):  # where nothing can be written, the error itself matters more
-                    self.write_summary({**about, "status": "failed", "reason": reason})
+            reason = f"{type(error).__name__}: {error}"
+            with suppress(UserError):  # where nothing can be written, the error itself matters more
+                self.write_summary({**about, "status": "failed", "reason": reason})
             raise
 
     def job(self) -> dict[str, Any] | None:

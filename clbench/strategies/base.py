@@ -47,7 +47,7 @@ class Strategy:
             UserError: a network takes no images of their size, or a batch is larger than a task.
         """
         detector = self.detector
-        detector.check(tasks[0].train.images[:1].to(next(detector.parameters()).device))
+        detector.check(tasks[0].train.images[:1].to(detector.device))
         if detector.optimizer() is None:
             return
         for stage in self.stages(len(tasks)):

@@ -1,5 +1,6 @@
 """The sweeper behind train.py. Hydra looks for plugins in this package, and takes them from nowhere else."""
 
+import inspect
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
@@ -9,11 +10,12 @@ from typing import Any
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn, JobStatus
+from hydra.utils import get_class
 
 from clbench.config import check, check_sweep
 from clbench.errors import UserError
 from clbench.recording.run_directory import RunDirectory
-from clbench.sweeping import Run, chosen, finished_unchanged, plan_table, sweep_table
+from clbench.sweeping import Run, chosen, finished_unchanged, plan_table, suited, sweep_table
 
 
 class RunSweeper(BasicSweeper):
@@ -83,17 +85,24 @@ class RunSweeper(BasicSweeper):
         loader = self.hydra_context.config_loader
         parser = OverridesParser.create(config_loader=loader)
         found: dict[Path, Run] = {}
+        given: list[list[str]] = []
         for grid in self.grids:
             texts = [*(f"{key}={value}" for key, value in {**self.params, **grid}.items()), *arguments]
-            for overrides in self.split_arguments(parser.parse_overrides(texts), None)[0]:
-                run = finished_unchanged(self.config, overrides)
-                if run is None:
-                    config = loader.load_sweep_config(self.config, overrides)
-                    settings = check(config)
-                    directory = RunDirectory(Path(config.hydra.sweep.dir) / config.hydra.sweep.subdir)
-                    state, reason = directory.state(settings)
-                    run = Run(overrides, directory, state, reason)
-                found.setdefault(run.directory.path, run)
+            given += self.split_arguments(parser.parse_overrides(texts), None)[0]
+
+        def settings_of(method: str) -> set[str]:
+            chosen = loader.load_sweep_config(self.config, [f"method={method}"]).method
+            return {*chosen, *inspect.signature(get_class(chosen._target_)).parameters}
+
+        for overrides in suited(given, self.config.hydra.runtime.choices["method"], settings_of):
+            run = finished_unchanged(self.config, overrides)
+            if run is None:
+                config = loader.load_sweep_config(self.config, overrides)
+                settings = check(config)
+                directory = RunDirectory(Path(config.hydra.sweep.dir) / config.hydra.sweep.subdir)
+                state, reason = directory.state(settings)
+                run = Run(overrides, directory, state, reason)
+            found.setdefault(run.directory.path, run)
         if not found:
             raise UserError(f"{' '.join(arguments)} asks for no run: a list in it is empty")
         return list(found.values())
