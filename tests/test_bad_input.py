@@ -192,6 +192,6 @@ def test_a_full_disk_loses_nothing(folder: Path, tmp_path: Path) -> None:
 
 
 def test_one_bad_run_stops_a_sweep_before_the_first_starts(train: Train, tmp_path: Path) -> None:
-    result = train("-m", "method=patchcore,padim", "method.memory_size=100")
+    result = train("-m", "method=patchcore,padim", "method.memory_size=-1")
     assert_refused(result, "method.memory_size")
     assert not (tmp_path / "outputs").exists()

@@ -324,7 +324,7 @@ def grouped(runs: Sequence[Run]) -> list[Group]:
     """
     groups: dict[Any, Group] = {}
     for run in runs:
-        if run.state == "damaged" or not run.summary:
+        if run.state == "damaged" or not run.summary or not run.config:  # without a config, nothing was begun
             continue
         try:
             apart = run.departures.apart
