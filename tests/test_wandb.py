@@ -182,11 +182,13 @@ def run_directories_or_none(outputs: Path) -> list[Path]:
 
 
 @contextmanager
-def answering(status: int) -> Iterator[str]:
-    """The address of a server that has one answer to everything."""
+def answering(status: int, asked: list[str] | None = None) -> Iterator[str]:
+    """The address of a server that has one answer to everything, and notes the paths it is asked for."""
 
     class Answering(http.server.BaseHTTPRequestHandler):
         def do_POST(self) -> None:
+            if asked is not None:
+                asked.append(self.path)
             self.send_error(status)
 
         do_GET = do_PUT = do_POST
@@ -230,6 +232,17 @@ def test_a_network_that_fails_loses_nothing(server: str, train: Train, tmp_path:
     for path in directory.rglob("*"):
         assert not path.is_file() or KEY.encode() not in path.read_bytes(), path
     assert not _answers(server)
+
+
+def test_wandb_does_not_tell_its_server_of_itself_which_a_run_would_wait_for(
+    train: Train, tmp_path: Path
+) -> None:
+    asked: list[str] = []
+    with answering(500, asked) as address:
+        result = train(*SMALL, "wandb=online", environment={"WANDB_API_KEY": KEY, "WANDB_BASE_URL": address})
+    assert result.returncode == 0, result.stderr
+    assert asked  # whether it answers, at least
+    assert not [path for path in asked if "otel" in path]
 
 
 def test_a_server_that_answers_is_told_from_one_that_does_not() -> None:

@@ -64,6 +64,8 @@ class WandbRun(Recorder):
     def __init__(
         self, directory: Path, settings: Mapping[str, Any], config: Mapping[str, Any], tasks: Sequence[str]
     ):
+        # wandb tells its server of itself as the process ends, and waits some 10 s for one that hangs.
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         import wandb
 
         self._begun = time.perf_counter()
