@@ -108,6 +108,12 @@ def test_a_category_without_good_training_images(copy: Path, train: Train) -> No
     assert train(f"dataset.root={copy}", "dataset.categories=[brick,plate]").returncode == 0
 
 
+def test_a_category_named_as_results_are(copy: Path, train: Train) -> None:
+    (copy / "cloth").rename(copy / "mean")
+    assert_refused(train(f"dataset.root={copy}"), "'mean'", "rename its folder")
+    assert train(f"dataset.root={copy}", "task_order.tasks=[[mean,brick]]", "dry_run=true").returncode == 0
+
+
 def test_empty_training_folder(copy: Path, train: Train) -> None:
     for image in (copy / "cloth/train/good").iterdir():
         image.unlink()

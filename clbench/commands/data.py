@@ -27,14 +27,22 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help="read all of a dataset, and list all that is wrong",
         description="Reads every image and mask; the exit status is 1 where something is wrong. That there are "
         "more or fewer images than published is told, and is not wrong.",
+        epilog="for example: clbench data check data/mvtec_ad",
     )
     check.add_argument("root", type=Path, metavar="ROOT", help="its folder, what would be dataset.root")
     check.add_argument(
         "--dataset", metavar="NAME", help="which it is; by default it is recognised by its layout"
     )
-    actions.add_parser("list", help="the datasets that are known: licence, size, where from")
-    get = actions.add_parser("get", help="download and unpack a dataset; clbench data list says which can be")
-    get.add_argument("name", metavar="NAME")
+    known = "the datasets that are known: licence, size, where from"
+    actions.add_parser("list", help=known, description=f"Lists {known}.")
+    get = actions.add_parser(
+        "get",
+        help="download and unpack a dataset; clbench data list says which can be",
+        description="Shows the licence, asks, downloads (the same command goes on where a download broke off), "
+        "checks and unpacks.",
+        epilog="for example: clbench data get btad --root data",
+    )
+    get.add_argument("name", metavar="NAME", help="as clbench data list says it")
     get.add_argument(
         "--root", type=Path, default=Path("data"), metavar="FOLDER", help="where to; default: data"
     )

@@ -14,6 +14,7 @@ from clbench.data.samples import Dataset, Geometry
 from clbench.errors import UserError
 from clbench.randomness import generator
 
+_TAKEN = ("mean", "forgetting", "maps")  # what results are filed under beside tasks
 _LOOKED_AT = 16  # images of a set, at most, whose pixels tell whether it is the same
 
 
@@ -45,8 +46,19 @@ def order(dataset: Dataset, kind: str, tasks: list | None, seed: int) -> list[li
         tasks: for `listed`: categories, or lists of categories that arrive together.
 
     Raises:
-        UserError: the list names a category twice, or one that the dataset does not have.
+        UserError: the list names a category twice, or one that the dataset does not have; a task has a name that
+            results need for themselves.
     """
+    grouped = _grouped(dataset, kind, tasks, seed)
+    for group in grouped:
+        if "+".join(group) in _TAKEN:
+            raise UserError(
+                f"the category '{group[0]}' has a name that results need for themselves; rename its folder"
+            )
+    return grouped
+
+
+def _grouped(dataset: Dataset, kind: str, tasks: list | None, seed: int) -> list[list[str]]:
     if tasks is None:
         names = sorted(dataset.categories)
         if kind == "random":

@@ -308,10 +308,20 @@ def _save(path: Path, picture: Array) -> None:
 
 def main() -> None:
     """The command that writes the stream to disk."""
-    parser = argparse.ArgumentParser(description="Write the synthetic stream in the MVTec AD layout.")
-    parser.add_argument("directory", type=Path)
-    for name, default in (("seed", 0), ("size", 256), ("train", 40), ("test-good", 12), ("test-defect", 20)):
-        parser.add_argument(f"--{name}", type=int, default=default)
+    parser = argparse.ArgumentParser(
+        prog="python -m clbench.data.synthetic",
+        description="Writes the synthetic stream in the MVTec AD layout.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("directory", type=Path, help="where to")
+    for name, default, about in (
+        ("seed", 0, "what is drawn follows from it"),
+        ("size", 256, "pixels a side"),
+        ("train", 40, "normal images a category to learn from"),
+        ("test-good", 12, "normal images a category to test with"),
+        ("test-defect", 20, "defective ones"),
+    ):
+        parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=about)
     given = vars(parser.parse_args())
     directory = given.pop("directory")
     try:
