@@ -77,6 +77,9 @@ class Display:
         self.console.print(f"{self._prefix}{text}", markup=False, highlight=False, soft_wrap=True)
 
     def table(self, table: Table) -> None:
+        if self._prefix:  # a title is folded to the table's width, and names of runs can be long
+            self.line(str(table.title))
+            table.title = None
         self.console.print(table)
 
 

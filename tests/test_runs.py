@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -71,6 +72,8 @@ def test_every_strategy_with_both_methods_in_local_processes(train: Train, tmp_p
     assert result.returncode == 0, result.stderr
     found = {(about["method"], about["strategy"]): about for about in map(summary, run_directories(tmp_path))}
     assert len(found) == 8
+    for directory in run_directories(tmp_path):
+        assert re.search(f"{directory.name}: .*just learned", result.stdout)  # which of them a table is of
     assert all(about["status"] == "complete" for about in found.values())
     for (_, strategy), about in found.items():
         assert (about["average_forgetting_pct"] is None) == (strategy == "joint")
