@@ -149,6 +149,15 @@ def test_a_fixed_seed_of_the_data_leaves_all_seeds_in_one_group(tmp_path: Path) 
     assert only_group(tmp_path).rows[0].seeds == [0, 1, 2]
 
 
+def test_one_size_given_to_all_leaves_methods_whose_own_it_is_in_one_group(tmp_path: Path) -> None:
+    given = ("dataset=mvtec", "dataset.root=x", "dataset.crop=null")
+    make(tmp_path, "method=padim", "strategy=finetune", *given)
+    make(tmp_path, "method=stfpm", "strategy=finetune", *given)  # which takes 256 x 256 anyway
+    assert [row.variant.method for row in only_group(tmp_path).rows] == ["padim", "stfpm"]
+    make(tmp_path, "method=cfa", "strategy=finetune", *given[:2])
+    assert sorted(len(group.runs) for group in grouped(read([tmp_path]))) == [1, 2]
+
+
 def test_a_run_that_is_there_twice_counts_once(tmp_path: Path) -> None:
     make(tmp_path / "old", "method=padim", "strategy=native")
     time.sleep(0.02)

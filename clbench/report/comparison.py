@@ -26,6 +26,7 @@ METHODS = {
     "fastflow_cait": "FastFlow CaiT",
 }
 STRATEGIES = ("native", "replay", "finetune", "joint", "single")
+_GEOMETRY = ("dataset.resize", "dataset.crop")
 CONTINUAL = ("native", "replay", "finetune")  # learn task by task, and are not told the task at test time
 
 PAPER = Path(__file__).with_name("paper-results.csv")  # what its authors published: see paper-results.md
@@ -338,6 +339,7 @@ def grouped(runs: Sequence[Run]) -> list[Group]:
         key = (benchmark, run.summary["dataset"], tasks, tuple(apart.items()))
         groups.setdefault(key, Group(benchmark, run.summary["dataset"], tasks, apart)).runs.append(run)
     _join_fixed_seeds(groups)
+    _join_same_geometry(groups)
     found = sorted(
         groups.values(), key=lambda group: (-len(group.runs), group.title, sorted(group.apart.items()))
     )
@@ -358,6 +360,25 @@ def _join_fixed_seeds(groups: dict[Any, Group]) -> None:
         if alike and all({str(run.summary["seed"])} == set(fixed.values()) for run in alike.runs):
             group.runs += alike.runs
             del groups[key]
+
+
+def _join_same_geometry(groups: dict[Any, Group]) -> None:
+    """Where images of one size are given to all, as with `dataset.crop=null`, methods whose own size it is join in."""
+    alike: dict[Any, list[Group]] = defaultdict(list)
+    for group in groups.values():
+        others = {key: value for key, value in group.apart.items() if key not in _GEOMETRY}
+        sizes = {
+            tuple(run.config["dataset"].get(key.rpartition(".")[2]) for key in _GEOMETRY)
+            for run in group.runs
+        }
+        if len(sizes) == 1:
+            key = (group.benchmark, group.dataset, group.tasks, tuple(others.items()), sizes.pop())
+            alike[key].append(group)
+    for same in alike.values():
+        same.sort(key=lambda group: -len(group.apart))
+        for joining in same[1:]:
+            same[0].runs += joining.runs
+            del groups[joining.benchmark, joining.dataset, joining.tasks, tuple(joining.apart.items())]
 
 
 def _count_each_seed_once(runs: list[Run]) -> None:
