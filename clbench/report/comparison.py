@@ -26,8 +26,8 @@ METHODS = {
     "fastflow_cait": "FastFlow CaiT",
 }
 STRATEGIES = ("native", "replay", "finetune", "joint", "single")
-_GEOMETRY = ("dataset.resize", "dataset.crop")
 CONTINUAL = ("native", "replay", "finetune")  # learn task by task, and are not told the task at test time
+_GEOMETRY = ("dataset.resize", "dataset.crop")  # see _size
 
 PAPER = Path(__file__).with_name("paper-results.csv")  # what its authors published: see paper-results.md
 PAPER_TASKS = [
@@ -336,8 +336,8 @@ def grouped(runs: Sequence[Run]) -> list[Group]:
             run.state, run.reason = "damaged", "config.yaml does not read as a run's"
             continue
         tasks = tuple(sorted(run.tasks) if drawn else run.tasks)
-        key = (benchmark, run.summary["dataset"], tasks, tuple(apart.items()))
-        groups.setdefault(key, Group(benchmark, run.summary["dataset"], tasks, apart)).runs.append(run)
+        group = Group(benchmark, run.summary["dataset"], tasks, apart)
+        groups.setdefault(_key(group, apart), group).runs.append(run)
     _join_fixed_seeds(groups)
     _join_same_geometry(groups)
     found = sorted(
@@ -350,12 +350,17 @@ def grouped(runs: Sequence[Run]) -> list[Group]:
     return found
 
 
+def _key(group: Group, apart: Mapping[str, str]) -> tuple[Any, ...]:
+    """Of the group that is like this one, but for what sets it apart."""
+    return group.benchmark, group.dataset, group.tasks, tuple(apart.items())
+
+
 def _join_fixed_seeds(groups: dict[Any, Group]) -> None:
     """Where a part's seed is fixed, as with `dataset.seed=0 seed=0,1,2`, the run whose own seed is the same joins in."""
     for group in list(groups.values()):
         fixed = {key: value for key, value in group.apart.items() if key.endswith(".seed")}
         others = {key: value for key, value in group.apart.items() if key not in fixed}
-        key = (group.benchmark, group.dataset, group.tasks, tuple(others.items()))
+        key = _key(group, others)
         alike = groups.get(key) if fixed else None
         if alike and all({str(run.summary["seed"])} == set(fixed.values()) for run in alike.runs):
             group.runs += alike.runs
@@ -367,18 +372,14 @@ def _join_same_geometry(groups: dict[Any, Group]) -> None:
     alike: dict[Any, list[Group]] = defaultdict(list)
     for group in groups.values():
         others = {key: value for key, value in group.apart.items() if key not in _GEOMETRY}
-        sizes = {
-            tuple(run.config["dataset"].get(key.rpartition(".")[2]) for key in _GEOMETRY)
-            for run in group.runs
-        }
+        sizes = {_size(run) for run in group.runs}
         if len(sizes) == 1:
-            key = (group.benchmark, group.dataset, group.tasks, tuple(others.items()), sizes.pop())
-            alike[key].append(group)
+            alike[_key(group, others), sizes.pop()].append(group)
     for same in alike.values():
         same.sort(key=lambda group: -len(group.apart))
         for joining in same[1:]:
             same[0].runs += joining.runs
-            del groups[joining.benchmark, joining.dataset, joining.tasks, tuple(joining.apart.items())]
+            del groups[_key(joining, joining.apart)]
 
 
 def _count_each_seed_once(runs: list[Run]) -> None:
