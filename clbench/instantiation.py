@@ -6,7 +6,6 @@ from typing import Any, TypeVar
 
 import torch
 from hydra.utils import get_class, instantiate
-from torch import nn
 
 from clbench.backbones import Backbone
 from clbench.config import arguments, takes
@@ -70,21 +69,9 @@ def detector(config: dict[str, Any]) -> Detector:
     if takes(config, "method", "backbone"):
         own["backbone"] = Backbone(**config["backbone"], precision=gpu["precision"], compile=gpu["compile"])
     built = _build(config, "method", Detector, **own)
-    # What is trained is convolutional: faster with channels last.
-    if built.optimizer() is not None and not any(map(_overruns, built.modules())):
-        built = built.to(memory_format=torch.channels_last)
+    built.lay_out()
     built.precision = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[gpu["precision"]]
     return built
-
-
-def _overruns(module: nn.Module) -> bool:
-    """Whether its gradient, channels last, is written beyond its memory on a CPU (oneDNN, issue 6035)."""
-    return (
-        isinstance(module, nn.Conv2d)
-        and module.in_channels < 16
-        and set(module.kernel_size) == {1}
-        and set(module.stride) != {1}
-    )
 
 
 def strategy(config: dict[str, Any], detector: Detector) -> Strategy:

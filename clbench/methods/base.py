@@ -103,6 +103,11 @@ class Detector(nn.Module):
         """Images, uint8 or float in [0, 1], [B, 3, H, W] -> maps [B, H, W] and scores [B], no task given."""
         raise NotImplementedError
 
+    def lay_out(self) -> None:
+        """Bring weights into the memory layout that is fastest: channels last, where convolutions are trained."""
+        if self.optimizer() is not None and not any(map(_overruns, self.modules())):
+            self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # absent from torch's stubs
+
     def for_export(self) -> None:
         """Bring what was learned into the form that a traced `forward` takes; nothing more is learned after it."""
 
@@ -166,3 +171,13 @@ def kept_state(detector: Detector) -> dict[str, Tensor]:
         f"{name}." for name, module in detector.named_modules() if isinstance(module, FeaturePyramid)
     )
     return {name: tensor for name, tensor in detector.state_dict().items() if not name.startswith(frozen)}
+
+
+def _overruns(module: nn.Module) -> bool:
+    """Whether its gradient, channels last, is written beyond its memory on a CPU (oneDNN, issue 6035)."""
+    return (
+        isinstance(module, nn.Conv2d)
+        and module.in_channels < 16
+        and set(module.kernel_size) == {1}
+        and set(module.stride) != {1}
+    )

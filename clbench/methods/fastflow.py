@@ -61,6 +61,11 @@ class FastFlow(Detector):
         self.learning_rate, self.weight_decay = learning_rate, weight_decay
         self.held_out = held_out
 
+    def lay_out(self) -> None:
+        super().lay_out()
+        # Couplings halve their channels, and halves of a tensor that has them last lie in pieces.
+        self.flows.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+
     def optimizer(self) -> torch.optim.Optimizer:
         return torch.optim.Adam(
             self.flows.parameters(), self.learning_rate, weight_decay=self.weight_decay, fused=True
