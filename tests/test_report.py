@@ -289,6 +289,12 @@ def test_the_published_row_stands_beside_ours_where_the_setting_is_the_papers(tm
     assert not any(index == 1 for index, _ in marks([ours, theirs]))
     make(tmp_path / "other", *paper, "method.features=100", R=R, tasks=PAPER_TASKS)
     assert not any(row.published for row in only_group(tmp_path / "other").rows)
+    # At 256 pixels STFPM is as published, whatever the size that others were given.
+    for method in ("padim", "stfpm"):
+        given = (*paper[:2], f"method={method}", "replay.size=300", "dataset.crop=null")
+        make(tmp_path / "larger", *given, R=R, tasks=PAPER_TASKS)
+    rows = only_group(tmp_path / "larger").rows
+    assert [row.variant.method for row in rows if row.published] == ["stfpm"]
 
 
 def test_methods_compare_each_at_the_papers_size_and_backbone_which_is_said(tmp_path: Path) -> None:

@@ -196,7 +196,7 @@ class Group:
 
     @cached_property
     def rows(self) -> list[Row]:
-        """A row a variant with finished runs, and beside it the published one where the setting is the paper's."""
+        """A row a variant with finished runs, and beside it the published one where its setting is the paper's."""
         found: dict[Variant, list[Run]] = defaultdict(list)
         for run in self.runs:
             if run.state == "finished":
@@ -228,21 +228,14 @@ class Group:
             dict.fromkeys(v.how for v in sorted((r.variant for r in self.own), key=lambda v: v.how_order))
         )
 
-    @property
-    def is_papers(self) -> bool:
-        """Whether this is the paper's setting: its benchmark and tasks, wherever the images are."""
-        free = ("dataset.root", "evaluate")
-        changed = [key for key in self.apart if not key.startswith(free)]
-        return self.benchmark == "paper" and list(self.tasks) == PAPER_TASKS and not changed
-
     def _published(self, row: Row) -> list[Row]:
-        if not self.is_papers:
+        """Beside a row in the paper's setting: its benchmark and tasks, wherever the images are."""
+        free = ("dataset.root", "evaluate")
+        changed = [key for run in row.runs for key in run.departures.apart if not key.startswith(free)]
+        if self.benchmark != "paper" or list(self.tasks) != PAPER_TASKS or changed or row.variant.changed:
             return []
-        return [
-            Row(row.variant, [], values, published=True)
-            for of, values in published()
-            if of == _bare(row.variant) and not row.variant.changed
-        ]
+        bare = Variant(row.variant.method, row.variant.strategy, row.variant.replay_size)
+        return [Row(row.variant, [], values, published=True) for of, values in published() if of == bare]
 
     @property
     def title(self) -> str:
@@ -261,8 +254,8 @@ class Group:
         ):
             if said := _by_method(self.runs, of):
                 notes.append(f"{what} is each method's own: {said}")
-        if self.is_papers:
-            notes.append("the setting is the paper's: what its authors published stands below ours")
+        if any(row.published for row in self.rows):
+            notes.append("where a row's setting is the paper's, what its authors published stands below it")
         finished = [run for run in self.runs if run.state == "finished"]
         devices = {run.device for run in finished}
         revisions = {str((run.config.get("made_by") or {}).get("git_revision"))[:12] for run in finished}
@@ -456,10 +449,6 @@ def published() -> list[tuple[Variant, dict[str, Spread]]]:
             )
             for row in csv.DictReader(file)
         ]
-
-
-def _bare(of: Variant) -> Variant:
-    return Variant(of.method, of.strategy, of.replay_size)
 
 
 def marks(rows: Sequence[Row]) -> dict[tuple[int, str], Literal["best", "worst"]]:
