@@ -1,0 +1,102 @@
+"""A training step of each trained method, replay included: how fast, and how much of it is computing.
+
+With a GPU at the paper's sizes, where computing is all that the GPU does; the rest of a step it waits. Without one at
+the demo's, where computing is convolutions and matrix products.
+"""
+
+import time
+from typing import Any
+
+import torch
+from hydra import compose, initialize_config_dir
+from rich.table import Table
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.running import CONF
+from clbench import instantiation
+from clbench.config import check, register_resolvers
+from clbench.training import train
+
+METHODS = ("cfa", "stfpm", "efficientad", "draem", "fastflow")
+STEPS = 8  # of an epoch: the first warms up, the second is timed, the third is profiled, which takes longer
+COMPUTING = ("convolution", "slow_conv2d", "mm")  # within the names of torch's operators
+
+
+def table(checkpoint: str | None = None, root: str | None = None) -> Table:
+    """Steps a second, milliseconds of one, and the share that is computing."""
+    register_resolvers()
+    where = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    on_gpu = where.type == "cuda"
+    name = torch.cuda.get_device_name(where) if on_gpu else f"CPU, {torch.get_num_threads()} threads"
+    shown = Table(
+        "method",
+        "batch",
+        "pixels",
+        "steps a second",
+        "ms a step",
+        "GPU works" if on_gpu else "in convolutions and products",
+        title=f"Training steps at the {'paper' if on_gpu else 'demo'}'s sizes, {name}",
+    )
+    for method in METHODS:
+        settings = _settings(method, "paper" if on_gpu else "demo")
+        batch, side = settings["method"]["batch_size"], _side(settings)
+        seconds, computing = _measure(settings, where, batch, side)
+        shown.add_row(
+            method,
+            f"{batch} + {batch}",
+            str(side),
+            f"{1 / seconds:.2f}",
+            f"{1000 * seconds:.1f}",
+            f"{computing:.0%}",
+        )
+    return shown
+
+
+def _settings(method: str, benchmark: str) -> dict[str, Any]:
+    overrides = [f"method={method}", f"benchmark={benchmark}", "dataset=synthetic", "task_order=alphabetical"]
+    if benchmark == "paper":  # random weights are as fast as others
+        overrides += ["method.teacher=random"] if method == "efficientad" else []
+        overrides += ["backbone.pretrained=false"]
+    with initialize_config_dir(str(CONF.absolute()), version_base="1.3"):
+        settings = check(compose("config", [*overrides, "method.epochs=3"]))
+    for unwanted, instead in {"patience": None, "held_out": 0.0}.items():
+        if unwanted in settings["method"]:
+            settings["method"][unwanted] = instead
+    return settings
+
+
+def _side(settings: dict[str, Any]) -> int:
+    size = settings["dataset"]["crop"] or settings["dataset"]["resize"]
+    assert isinstance(size, int)
+    return size
+
+
+def _measure(settings: dict[str, Any], where: torch.device, batch: int, side: int) -> tuple[float, float]:
+    """Seconds a step, and the share of it that is computing."""
+    detector = instantiation.detector(settings).to(where)
+    current, past = torch.randint(256, (2, STEPS * batch, 3, side, side), dtype=torch.uint8, device=where)
+    ended: list[float] = []
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if where.type == "cuda" else [])]
+    recorded = profile(activities=activities)
+
+    def on_epoch(stage: int, epoch: int, loss: float) -> None:
+        if where.type == "cuda":
+            torch.cuda.synchronize(where)
+        ended.append(time.perf_counter())
+        if epoch == 1:
+            recorded.start()
+        if epoch == 2:
+            recorded.stop()
+
+    train(detector, 1, current, [(past, past[:0])], 0, on_epoch=on_epoch)
+    seconds = ended[1] - ended[0]
+    events = recorded.key_averages()
+    if where.type == "cuda":
+        kernels = sum(
+            event.self_device_time_total for event in events if event.device_type == DeviceType.CUDA
+        )
+        return seconds / STEPS, kernels / 1e6 / seconds
+    spent = {event.key: event.self_cpu_time_total for event in events}
+    inside = sum(part for name, part in spent.items() if any(word in name for word in COMPUTING))
+    return seconds / STEPS, inside / sum(spent.values())
