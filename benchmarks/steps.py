@@ -4,6 +4,7 @@ With a GPU at the paper's sizes, where computing is all that the GPU does; the r
 the demo's, where computing is convolutions and matrix products.
 """
 
+import os
 import time
 from typing import Any
 
@@ -25,6 +26,7 @@ COMPUTING = ("convolution", "slow_conv2d", "mm")  # within the names of torch's 
 
 def table(checkpoint: str | None = None, root: str | None = None) -> Table:
     """Steps a second, milliseconds of one, and the share that is computing."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler says when it starts and stops
     register_resolvers()
     where = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     on_gpu = where.type == "cuda"
