@@ -51,8 +51,9 @@ def main(config: DictConfig) -> None:
             display.heading(directory.path.name)
             device = instantiation.device(settings["gpu"])
             footprint.reset_peak(device)
-            tasks = instantiation.tasks(settings, interruption.watching(display.progress))
+            read = instantiation.reader(settings)
             detector = instantiation.detector(settings).to(device)
+            tasks = read(interruption.watching(display.progress))
             strategy = instantiation.strategy(settings, detector)
             strategy.check(tasks)
             about = {

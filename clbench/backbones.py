@@ -29,6 +29,13 @@ def _ascending(layers: list[int]) -> list[int]:
     return layers
 
 
+def existing_weights(name: str) -> str:
+    """The name of a file that is there: for settings, whose mistakes are found when they are composed."""
+    if not weights_path(name).is_file():
+        raise ValueError("it does not exist: give a .safetensors or .pth file")
+    return name
+
+
 Layers = Annotated[list[int], AfterValidator(_ascending)]  # levels of a pyramid
 
 
@@ -52,7 +59,7 @@ class Backbone:
         name: str,
         *,
         pretrained: bool = True,
-        checkpoint: str | None = None,
+        checkpoint: Annotated[str, AfterValidator(existing_weights)] | None = None,
         arguments: Mapping[str, Any] | None = None,
         seed: int = 0,
         batch_size: PositiveInt = 16,
@@ -206,7 +213,7 @@ def read_weights(path: Path, setting: str) -> dict[str, Tensor]:
         setting: that names the file, for errors.
 
     Raises:
-        UserError: no such file, not readable, or more than tensors.
+        UserError: no such file, not readable, more than tensors, or numbers that are none.
     """
     if not path.is_file():
         raise UserError(f"{setting}={path} does not exist: give a .safetensors or .pth file")
@@ -216,7 +223,9 @@ def read_weights(path: Path, setting: str) -> dict[str, Tensor]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, OSError, RuntimeError, ValueError, EOFError) as error:
         raise UserError(f"{setting}={path} cannot be read: {_first_line(error)}") from error
-    except Exception as error:  # pickle.UnpicklingError and what it wraps: more than tensors
+    except Exception as error:  # pickle.UnpicklingError and what it wraps
+        if "global" not in str(error).lower():
+            raise UserError(f"{setting}={path} cannot be read: it is no file of tensors") from error
         raise UserError(
             f"{setting}={path} holds more than tensors and is not unpickled: "
             "save its state_dict() as .safetensors"

@@ -3,6 +3,7 @@
 import difflib
 import hashlib
 import inspect
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -291,6 +292,8 @@ def _check_arguments(node: str, config: dict[str, Any]) -> None:
             TypeAdapter(hints.get(key, Any)).validate_python(value, strict=True)
         except ValidationError as error:
             raise UserError(f"{node}.{key}={value}: {_reason(error.errors()[0])}") from error
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{node}.{key}={value}: give a finite number")
 
 
 def _invalid(error: ValidationError, values: dict[str, Any]) -> UserError:

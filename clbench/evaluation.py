@@ -12,7 +12,7 @@ from clbench.data.stream import Task
 from clbench.methods.base import Prediction, Progress
 from clbench.metrics.curves import image_metrics, pixel_metrics
 from clbench.strategies.base import Strategy
-from clbench.training import CALMER, Diverged
+from clbench.training import Diverged, calmer
 
 BATCH_SIZE = 16
 _TIMED_IMAGES = 32
@@ -47,7 +47,7 @@ def predictions(strategy: Strategy, images: Tensor, task: int, device: torch.dev
     for part in images.split(BATCH_SIZE):
         maps, scores = (found.cpu() for found in strategy.predict(part.to(device), task))
         if not (maps.isfinite().all() and scores.isfinite().all()):
-            raise Diverged(f"maps or scores became no numbers: {CALMER}")
+            raise Diverged(f"maps or scores became no numbers: {calmer(strategy.detector)}")
         yield Prediction(maps, scores)
 
 

@@ -11,6 +11,7 @@ from clbench.data.stream import Task
 from clbench.errors import UserError
 from clbench.footprint import memory_named
 from clbench.interruption import Interruption
+from clbench.methods.base import check_frozen, frozen_digest
 from clbench.metrics import continual
 from clbench.metrics.curves import METRICS
 from clbench.recording.checkpoint import Checkpoints
@@ -60,6 +61,7 @@ def run(
     learned = [stage for task in range(len(tasks)) for stage in range(len(stages)) if task in stages[stage]]
     rows: list[Row] = []
     stream = {task.name: task.fingerprint() for task in tasks}
+    frozen = frozen_digest(strategy.detector)
     losses: list[tuple[int, int, float]] = []  # stage, epoch, mean loss
     spent = Spent(device)
 
@@ -74,7 +76,7 @@ def run(
         every_s=checkpoint_s,
         urgent=interruption.urgent,
         saved=interruption.saved,
-        beside=lambda: {"stream": stream, "spent": spent.so_far(), "losses": losses},
+        beside=lambda: {"stream": stream, "frozen": frozen, "spent": spent.so_far(), "losses": losses},
     )
     strategy.bookmark, strategy.detector.progress = checkpoints, progress
     strategy.on_epoch = on_epoch
@@ -87,6 +89,7 @@ def run(
     begun = checkpoints.peek(last_learned + 1)
     if left := begun or data:
         _check_stream(left["stream"], stream, directory)
+        check_frozen(left.get("frozen"), frozen, directory.path)
         spent.restore(left["spent"])
         for what in left["losses"]:  # a killed process may have had yet to tell
             on_epoch(*what)

@@ -1,6 +1,7 @@
 """From a checked config to the objects it names."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -37,6 +38,8 @@ def device(gpu: dict[str, Any]) -> torch.device:
             f"gpu.device={name}: torch {torch.__version__} sees {torch.cuda.device_count()} GPUs here; "
             "take gpu=cpu, or a machine or a torch build with CUDA"
         )
+    if chosen.type == "cpu" and gpu["precision"] == "fp16":
+        raise UserError("gpu.precision=fp16 is for GPUs, and there is none: take gpu.precision=bf16 or fp32")
     if gpu["threads"]:
         torch.set_num_threads(gpu["threads"])
     if gpu["deterministic"]:  # older releases of torch refuse without it
@@ -48,6 +51,11 @@ def device(gpu: dict[str, Any]) -> torch.device:
 
 def tasks(config: dict[str, Any], progress: Progress) -> list[Task]:
     """The stream's tasks, all images read once."""
+    return reader(config)(progress)
+
+
+def reader(config: dict[str, Any]) -> Callable[[Progress], list[Task]]:
+    """What reads the stream's tasks, once folders and categories are found and no image is read yet."""
     dataset: Dataset = instantiate(arguments(config, "dataset"))
     order = config["task_order"]
     categories = stream.order(dataset, order["kind"], order["tasks"], config["seed"])
@@ -59,7 +67,8 @@ def tasks(config: dict[str, Any], progress: Progress) -> list[Task]:
             f"replay.size={size} is larger than all {images} training images of the stream: "
             f"give at most {images}, or strategy=joint"
         )
-    return stream.load(dataset, categories, geometry, Path(config["cache"]).expanduser(), progress)
+    cache = Path(config["cache"]).expanduser()
+    return lambda progress: stream.load(dataset, categories, geometry, cache, progress)
 
 
 def detector(config: dict[str, Any]) -> Detector:

@@ -15,7 +15,7 @@ from clbench.data.files import find_images, read_image
 from clbench.data.samples import Geometry
 from clbench.errors import UserError
 from clbench.evaluation import BATCH_SIZE
-from clbench.methods.base import Detector, Prediction
+from clbench.methods.base import Detector, Prediction, check_frozen, frozen_digest
 from clbench.recording.checkpoint import Checkpoints
 from clbench.recording.run_directory import RunDirectory
 from clbench.thresholds import Thresholds
@@ -189,15 +189,18 @@ def load(
     directory = RunDirectory(run_directory)
     config, summary = directory.config(), directory.summary()
     settings = {"deterministic": False, "threads": None, **(config or {}).get("gpu", {}), **(gpu or {})}
-    chosen = instantiation.device({**settings, "device": device})
+    # A detector that was trained in fp16 judges on a CPU too, if slowly.
+    chosen = instantiation.device({**settings, "device": device, "precision": "fp32"})
     saved = Checkpoints(directory.path / "checkpoint", str(chosen)).load_stage()
     if config is None or summary is None or saved is None:
         raise UserError(
             f"{directory.path} holds no trained detector (config.yaml, summary.json and checkpoint/): "
             "give the directory of a run, outputs/<experiment>/<run>"
         )
-    strategy = instantiation.strategy(config, instantiation.detector({**config, "gpu": settings}).to(chosen))
-    stage, tensors, _ = saved
+    detector = instantiation.detector({**config, "gpu": settings}).to(chosen)
+    strategy = instantiation.strategy(config, detector)
+    stage, tensors, data = saved
+    check_frozen(data.get("frozen"), frozen_digest(detector), directory.path)
     strategy.restore(tensors)
     tasks = summary["tasks"][: stage + 1]
     if not strategy.task_known and task is None:

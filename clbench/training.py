@@ -16,11 +16,13 @@ from clbench.randomness import generator, seed_for
 _LOOK_S = 0.5  # seconds between two looks at the loss, each of which waits for the device
 
 
-CALMER = "lower method.learning_rate, or set gpu.precision=fp32"
-
-
 class Diverged(UserError):
     """The loss is no number any more."""
+
+
+def calmer(detector: Detector) -> str:
+    """What to do where numbers are none any more."""
+    return "lower method.learning_rate" + (", or set gpu.precision=fp32" if detector.precision else "")
 
 
 class Bookmark(Protocol):
@@ -140,7 +142,9 @@ class Descent:
         if self.best is not None:
             detector.restore(self.best)
         if not all(bool(parameter.isfinite().all()) for parameter in self._parameters()):
-            raise Diverged(f"weights became no numbers in the last step of epoch {self.epoch}: {CALMER}")
+            raise Diverged(
+                f"weights became no numbers in the last step of epoch {self.epoch}: {calmer(self.detector)}"
+            )
 
     def _epoch(self, images: Tensor, counts: Sequence[int], steps: int) -> None:
         """The steps of an epoch, from the next one on."""
@@ -166,8 +170,17 @@ class Descent:
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * self.detector.learning_rate_factor(done)
         torch.manual_seed(seed_for(self.seed, "step", self.stage, self.epoch, self.step))
-        with self.autocast:
-            loss = self.detector.training_step(batch)
+        try:
+            with self.autocast:
+                loss = self.detector.training_step(batch)
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            raise UserError(
+                f"a batch of {len(batch)} image, {batch.shape[-1]}x{batch.shape[-2]} pixels, leaves one position in the "
+                "deepest level, which batch normalisation cannot learn from: give a larger dataset.resize, or a "
+                "method.batch_size that leaves no single image over"
+            ) from error
         assert loss is not None
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()
@@ -187,7 +200,7 @@ class Descent:
             step = int(bad[0])
             raise Diverged(
                 f"the loss became {float(self.losses[step])} in epoch {self.epoch + 1}, step {step + 1}: "
-                f"{CALMER}"
+                f"{calmer(self.detector)}"
             )
 
     @torch.no_grad()

@@ -31,6 +31,7 @@ MISTAKES = [
     (["strategy=replay"], "strategy=replay", "give replay.size"),
     (["gpu.precision=fp64"], "gpu.precision=fp64", "'fp32', 'bf16' or 'fp16'"),
     (["gpu=cpu", "gpu.precision=fp16"], "gpu.precision=fp16", "bf16"),
+    (["gpu=auto", "gpu.precision=fp16"], "gpu.precision=fp16", "bf16"),
     (["gpu.device=tpu"], "gpu.device=tpu", "cpu|cuda"),
     (["gpu.device=cuda:7"], "gpu.device=cuda:7", "gpu=cpu"),
     (["evaluate=some"], "evaluate=some", "'seen' or 'all'"),
@@ -66,8 +67,17 @@ MISTAKES = [
     (["method=efficientad", "replay.size=6", "method.penalty_images=/nowhere"], "penalty_images", "null"),
     (["method=efficientad", "replay.size=6", "method.teacher=/nowhere"], "method.teacher=/nowhere", "give a"),
     (["method=efficientad", "replay.size=6", "method.teacher=null"], "method.teacher", "distillation"),
-    (["method=efficientad", "replay.size=6", "method.width=128"], "method.width=128", "has 32 channels"),
+    (["method=efficientad", "replay.size=6", "method.width=128"], "method.width=128", "[32, 3, 4, 4]"),
     (["method=efficientad", "replay.size=6", "dataset.resize=24"], "24x24", "dataset.resize"),
+    (["method=draem", "replay.size=6", "dataset.resize=16"], "16x16", "32 or more"),
+    (["method=draem", "replay.size=6", "method.similarity=inf"], "method.similarity=inf", "finite"),
+    (
+        ["method=draem", "replay.size=6", "method.texture_count=2", "method.reconstructive_width=4"]
+        + ["method.discriminative_width=4", "dataset.resize=32", "method.batch_size=5"],
+        "a batch of 1 image, 32x32 pixels",
+        "method.batch_size",
+    ),
+    (["method=cfa", "replay.size=6", "method.attracted=142"], "method.attracted=142", "have 144"),
     (
         ["method=fastflow", "replay.size=6", "backbone=timm", "backbone.name=deit_tiny_patch16_224"]
         + ["backbone.pretrained=false", "backbone.arguments={}", "method.layers=[7]"],
@@ -147,6 +157,8 @@ def test_weights_that_do_not_fit(train: Train, tmp_path: Path) -> None:
     assert_refused(train(checkpoint), "w.safetensors", "does not fit", "tensors missing")
     (tmp_path / "w.safetensors").write_bytes(b"no tensors")
     assert_refused(train(checkpoint), "w.safetensors", "cannot be read")
+    (tmp_path / "w.pth").write_text("no tensors")
+    assert_refused(train(f"backbone.checkpoint={tmp_path}/w.pth"), "w.pth", "cannot be read")
 
 
 def test_a_pickle_is_never_run(train: Train, tmp_path: Path) -> None:

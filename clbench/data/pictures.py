@@ -2,9 +2,11 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
+from pydantic import AfterValidator
 from torch import Tensor
 
 from clbench.data import cache
@@ -28,6 +30,15 @@ class Texture(Sample):
 
     def read(self) -> tuple[np.ndarray, None]:
         return texture(self.number, 0, _SIDE).mul(255).byte().permute(1, 2, 0).numpy(), None
+
+
+def _existing(folder: str) -> str:
+    if not Path(folder).expanduser().is_dir():
+        raise ValueError("it is no folder: give one with images, or null for procedural ones")
+    return folder
+
+
+Folder = Annotated[str, AfterValidator(_existing)]
 
 
 class Pictures:

@@ -1,8 +1,10 @@
 """What every detector is: images in, anomaly maps and image scores out."""
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
+from pathlib import Path
 from typing import Annotated, NamedTuple, Protocol
 
 import torch
@@ -10,6 +12,7 @@ from annotated_types import Ge, Lt
 from torch import Tensor, nn
 
 from clbench.backbones import FeaturePyramid
+from clbench.errors import UserError
 from clbench.feature_store import FeatureStore
 
 Share = Annotated[float, Ge(0), Lt(1)]  # of a whole that is never all of it
@@ -163,6 +166,31 @@ class Detector(nn.Module):
             else:
                 with torch.no_grad():
                     owner.get_parameter(leaf).copy_(tensor)
+
+
+def frozen_digest(detector: Detector) -> str:
+    """Of the weights of frozen networks, which no checkpoint holds: to know whether they are still the same."""
+    digest = hashlib.sha256()
+    for pyramid in (module for module in detector.modules() if isinstance(module, FeaturePyramid)):
+        for tensor in pyramid.state_dict().values():
+            digest.update(tensor.detach().cpu().contiguous().numpy().data)
+    return digest.hexdigest()
+
+
+def check_frozen(before: str | None, now: str, run: Path) -> None:
+    """Whether a run that is continued or used has the frozen networks that it was begun with.
+
+    Args:
+        before, now: what `frozen_digest` gave; None from a run that did not keep it yet.
+
+    Raises:
+        UserError: it has others.
+    """
+    if before not in (None, now):
+        raise UserError(
+            f"{run} was begun with other weights of its frozen network (backbone.checkpoint, method.teacher, or what "
+            "timm downloads): put them back, take another experiment=NAME, or overwrite=true"
+        )
 
 
 def kept_state(detector: Detector) -> dict[str, Tensor]:

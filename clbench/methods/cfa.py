@@ -5,6 +5,7 @@ from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from clbench.backbones import Backbone, Layers
+from clbench.errors import UserError
 from clbench.methods.base import Detector, Prediction, Share
 from clbench.methods.maps import Sigma, to_image_size
 from clbench.methods.nearest import k_nearest
@@ -68,6 +69,18 @@ class CFA(Detector):
         self.radius = nn.Parameter(torch.tensor(1e-5))
         self.register_buffer("centroids", torch.empty(0, size))
         self.register_buffer("tasks", torch.tensor(0))
+
+    def check(self, images: Tensor) -> None:
+        super().check(images)
+        with torch.no_grad():
+            positions = self.describe(images).shape[1]
+        wanted = self.attracted + self.repelled
+        if wanted > positions:
+            raise UserError(
+                f"method.attracted={self.attracted} and method.repelled={self.repelled} are {wanted} centroids, and "
+                f"images of this size have {positions}, one for each position: give less of them, or a larger "
+                "dataset.resize"
+            )
 
     def forget(self) -> None:
         self.centroids, self.tasks = self.centroids[:0], torch.zeros_like(self.tasks)

@@ -10,13 +10,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clbench.backbones import unit
-from clbench.data.pictures import Pictures
+from clbench.data.pictures import Folder, Pictures
+from clbench.errors import UserError
 from clbench.methods.base import Detector, Prediction, Share
 from clbench.methods.simulated import change_some, rotated, simulate, uniform
 from clbench.randomness import seed_for
 
 _MEAN_FILTER = 21  # pixels, of the mask's smoothing before its maximum is taken
 _SSIM_WINDOW, _SSIM_SIGMA = 11, 1.5  # pixels
+_SMALLEST = 32  # pixels of an image's side
 _FOCUS = 2.0  # gamma of the focal loss
 
 
@@ -39,7 +41,7 @@ class DRAEM(Detector):
     def __init__(
         self,
         *,
-        textures: str | None = None,
+        textures: Folder | None = None,
         texture_count: PositiveInt = 6000,
         reconstructive_width: PositiveInt = 128,
         discriminative_width: PositiveInt = 64,
@@ -61,6 +63,14 @@ class DRAEM(Detector):
         self.reconstructive = Reconstructive(reconstructive_width)
         self.discriminative = Discriminative(discriminative_width)
         self.apply(_initialise)
+
+    def check(self, images: Tensor) -> None:
+        height, width = images.shape[-2:]
+        if min(height, width) < _SMALLEST:
+            raise UserError(
+                f"method=draem halves images five times, and takes none of {width}x{height}: give a dataset.resize "
+                f"(and dataset.crop) of {_SMALLEST} or more"
+            )
 
     def prepare(self, images: Tensor) -> None:
         self._textures = self.pictures.load(*images.shape[-2:]).to(images.device)

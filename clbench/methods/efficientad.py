@@ -5,12 +5,19 @@ from typing import Annotated
 
 import torch
 from annotated_types import MultipleOf
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import AfterValidator, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from clbench.backbones import FeaturePyramid, Normalisation, read_weights, unit, weights_path
-from clbench.data.pictures import Pictures
+from clbench.backbones import (
+    FeaturePyramid,
+    Normalisation,
+    existing_weights,
+    read_weights,
+    unit,
+    weights_path,
+)
+from clbench.data.pictures import Folder, Pictures
 from clbench.errors import UserError
 from clbench.feature_store import FeatureStore
 from clbench.methods.base import Detector, Prediction, Share
@@ -22,6 +29,10 @@ _UNIT = 0.1
 _AUTOENCODER_SIDE = 256  # pixels: the autoencoder sees images at this size, whatever theirs
 _GREY = 0.3  # share of penalty images shown in grey
 _JITTER = 0.2  # of brightness, contrast or saturation
+
+
+def _teacher(name: str) -> str:
+    return name if name == "random" else existing_weights(name)
 
 
 class EfficientAD(Detector):
@@ -53,9 +64,9 @@ class EfficientAD(Detector):
     def __init__(
         self,
         *,
-        teacher: str | None,
+        teacher: Annotated[str, AfterValidator(_teacher)] | None,
         width: Annotated[PositiveInt, MultipleOf(8)] = 256,
-        penalty_images: str | None = None,
+        penalty_images: Folder | None = None,
         penalty_count: PositiveInt = 1000,
         epochs: PositiveInt = 70,
         batch_size: PositiveInt = 1,
@@ -248,18 +259,27 @@ def load_teacher(network: nn.Module, file: str, width: int) -> None:
     """Read a teacher's weights, whatever its layers are called, by their order.
 
     Raises:
-        UserError: the file cannot be read, or is of another size.
+        UserError: the file cannot be read, is of another size or architecture, or holds what are no numbers.
     """
     state = read_weights(weights_path(file), "method.teacher")
     wanted = network.state_dict()
     given = sorted(state.items(), key=lambda item: _layer(item[0]))
-    shapes = [list(tensor.shape) for _, tensor in given]
-    if shapes != [list(tensor.shape) for tensor in wanted.values()]:
-        first = next((tensor.shape[0] for _, tensor in given if tensor.ndim == 4), "no")
+    if len(given) != len(wanted):
         raise UserError(
-            f"method.teacher={file} does not fit method.width={width}: its first layer has {first} channels; "
-            "give a teacher of that width, or set method.width to its own"
+            f"method.teacher={file} does not fit: it has {len(given)} tensors, and the network of medium size has "
+            f"{len(wanted)}, a weight and a bias of each of its six layers; give a teacher of that size"
         )
+    for (name, tensor), expected in zip(given, wanted.values(), strict=True):
+        if tensor.shape != expected.shape:
+            raise UserError(
+                f"method.teacher={file} does not fit method.width={width}: its {name} is of shape "
+                f"{list(tensor.shape)}, not {list(expected.shape)}; give a teacher of that width, or set method.width "
+                "to its own, the channels of its first layer"
+            )
+        if not bool(tensor.isfinite().all()):
+            raise UserError(
+                f"method.teacher={file} holds values that are no numbers, in {name}: distil it again"
+            )
     network.load_state_dict({name: tensor for name, (_, tensor) in zip(wanted, given, strict=True)})
 
 

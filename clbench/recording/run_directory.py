@@ -17,7 +17,7 @@ from typing import Any, Literal
 import yaml
 
 from clbench.config import differences
-from clbench.errors import UserError
+from clbench.errors import UserError, in_one_line
 
 State = Literal["finished", "failed", "unfinished", "missing"]
 
@@ -190,7 +190,7 @@ class RunDirectory:
         try:
             yield begin
         except Exception as error:
-            reason = f"{type(error).__name__}: {error}"
+            reason = in_one_line(error) or f"{type(error).__name__}: {error}"
             with suppress(UserError):  # where nothing can be written, the error itself matters more
                 self.write_summary({**about, "status": "failed", "reason": reason})
             raise

@@ -13,7 +13,7 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra.utils import get_class
 
 from clbench.config import check, check_sweep
-from clbench.errors import UserError
+from clbench.errors import UserError, in_one_line
 from clbench.recording.run_directory import RunDirectory
 from clbench.sweeping import Run, chosen, finished_unchanged, plan_table, suited, sweep_table
 
@@ -122,7 +122,7 @@ class RunSweeper(BasicSweeper):
             (run, job) for run, job in zip(pending, jobs, strict=True) if job.status != JobStatus.COMPLETED
         ]
         for run, job in failures:
-            message = _in_one_line(job._return_value)
+            message = in_one_line(job._return_value)
             if message is None:
                 traceback.print_exception(job._return_value)
                 message = str(job._return_value)
@@ -134,13 +134,3 @@ class RunSweeper(BasicSweeper):
             )
             print(f"error: {name}{message}", file=sys.stderr)
         return bool(failures)
-
-
-def _in_one_line(error: BaseException) -> str | None:
-    """What a person must change, or None where the error is nobody's but ours."""
-    cause: BaseException | None = error
-    while cause is not None:  # hydra.utils.instantiate wraps what a constructor raises
-        if isinstance(cause, UserError):
-            return str(cause)
-        cause = cause.__cause__
-    return None
