@@ -96,7 +96,9 @@ def test_a_mistake_on_the_command_line(
     assert_refused(result, named, way_out)
     assert "task 1/" not in result.stdout  # before any training
     for left in tmp_path.glob("outputs/*/*/summary.json"):
-        assert json.loads(left.read_text())["status"] == "failed"
+        about = json.loads(left.read_text())
+        assert about["status"] == "failed" and named in about["reason"]
+        assert "Exception" not in about["reason"]
 
 
 def assert_refused(result, *words: str) -> None:

@@ -17,8 +17,11 @@ import torch
 import yaml
 from conftest import ROOT, Train, command, run_directories
 
+import clbench
 from clbench.config import check, register_resolvers
+from clbench.errors import UserError
 from clbench.instantiation import detector
+from clbench.methods.efficientad import patch_description_network
 from clbench.recording.run_directory import RunDirectory
 
 METRICS = ["image_auroc", "image_ap", "image_f1", "pixel_auroc", "pixel_ap", "pixel_f1", "aupro"]
@@ -348,6 +351,26 @@ def test_a_run_is_not_continued_with_other_images(folder: Path, train: Train, tm
     assert (directory / "thresholds.json").read_bytes() == thresholds
 
 
+def test_a_run_is_neither_continued_nor_used_with_other_frozen_weights(train: Train, tmp_path: Path) -> None:
+    def teach(seed: int) -> None:
+        torch.manual_seed(seed)
+        torch.save(patch_description_network(16, 24).state_dict(), tmp_path / "teacher.pth")
+
+    small = ("method=efficientad", "method.width=16", "method.epochs=1", "method.penalty_count=2")
+    given = (*small, f"method.teacher={tmp_path}/teacher.pth", "strategy=finetune")
+    teach(0)
+    assert train(*given).returncode == 0
+    (directory,) = run_directories(tmp_path)
+    clbench.load(directory)
+    teach(1)
+    with pytest.raises(UserError, match="begun with other weights of its frozen network"):
+        clbench.load(directory)
+    (directory / "summary.json").unlink()
+    refused = train(*given)
+    assert refused.returncode == 1 and "begun with other weights of its frozen network" in refused.stderr
+    assert summary(directory)["reason"].startswith(str(directory))  # in the words of stderr
+
+
 def test_a_lock_that_a_full_disk_has_no_room_to_sign_holds(tmp_path: Path) -> None:
     (tmp_path / "run.lock").symlink_to("/dev/full")
     with RunDirectory(tmp_path).lock():
@@ -398,7 +421,6 @@ def test_a_loaded_detector_predicts_what_the_run_measured(folder: Path, train: T
     from clbench.data import stream
     from clbench.data.mvtec import MVTec
     from clbench.data.samples import Geometry
-    from clbench.errors import UserError
     from clbench.metrics.curves import pixel_metrics
 
     assert train("-m", "method=padim", "strategy=native,single").returncode == 0

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from clbench import footprint
 from clbench.backbones import Backbone
+from clbench.errors import UserError
 from clbench.methods import draem, efficientad
 from clbench.methods.base import Detector
 from clbench.methods.cfa import CFA
@@ -447,6 +448,22 @@ def test_a_teacher_is_read_whatever_its_layers_are_called(names: str, tmp_path: 
     efficientad.load_teacher(other, str(tmp_path / "teacher.pth"), 16)
     for one, two in zip(network.parameters(), other.parameters(), strict=True):
         assert torch.equal(one, two)
+
+
+def test_a_teacher_that_does_not_fit_is_refused_for_what_is_wrong_with_it(tmp_path: Path) -> None:
+    network, path = patch_description_network(16, 24), tmp_path / "teacher.pth"
+
+    def load(state: dict[str, Tensor]) -> None:
+        torch.save(state, path)
+        efficientad.load_teacher(network, str(path), 16)
+
+    whole = network.state_dict()
+    with pytest.raises(UserError, match="has 10 tensors.*has 12"):
+        load(dict(list(whole.items())[:10]))
+    with pytest.raises(UserError, match=r"method.width=16: its 0.weight is of shape \[32, 3, 4, 4\]"):
+        load(patch_description_network(32, 48).state_dict())
+    with pytest.raises(UserError, match="no numbers, in 0.weight"):
+        load({**whole, "0.weight": whole["0.weight"] * torch.nan})
 
 
 # All
