@@ -300,6 +300,7 @@ def test_the_published_row_stands_beside_ours_where_the_setting_is_the_papers(tm
 def test_methods_compare_each_at_the_papers_size_and_backbone_which_is_said(tmp_path: Path) -> None:
     paper = ("benchmark=paper", "dataset.root=/somewhere", "strategy=finetune")
     weights = tmp_path / "w.safetensors"
+    weights.touch()
     make(tmp_path, *paper, "method=padim", f"backbone.checkpoint={weights}", tasks="abc")
     make(tmp_path, *paper, "method=stfpm", tasks="abc")
     group = only_group(tmp_path)
