@@ -4,14 +4,12 @@ import tempfile
 from pathlib import Path
 
 import torch
-from hydra import compose, initialize_config_dir
 from rich.table import Table
 
 from benchmarks.images import training_images
 from benchmarks.kernels import seconds
-from benchmarks.running import CONF
+from benchmarks.running import composed
 from clbench import exporting, instantiation
-from clbench.config import check, register_resolvers
 from clbench.training import train
 
 METHODS = ("patchcore", "padim", "cfa", "stfpm", "efficientad", "draem", "fastflow")
@@ -32,12 +30,10 @@ def table(checkpoint: str | None = None, root: str | None = None) -> Table:
     )
     images = training_images(root, 24 + _BATCH, _SIZE)
     batch = images[24:]
-    register_resolvers()
     for method in METHODS:
         overrides = [f"method={method}", "gpu=cpu"]
         overrides += [] if method in ("patchcore", "padim") else ["method.epochs=1"]
-        with initialize_config_dir(str(CONF.absolute()), version_base="1.3"):
-            settings = check(compose("config", overrides))
+        settings = composed(*overrides)
         detector = instantiation.detector(settings)
         train(detector, 0, images[:24], [], 0)
         detector.eval()

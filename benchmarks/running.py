@@ -53,11 +53,16 @@ class Stopwatch(Display):
         self.spent("measuring inference time")
 
 
-def run(*overrides: str) -> tuple[dict[str, Any], dict[str, float]]:
-    """A run's summary, and seconds by phase; `backbone` is the part of the others spent in the network."""
+def composed(*overrides: str) -> dict[str, Any]:
+    """The checked settings of a command line."""
     register_resolvers()
     with initialize_config_dir(str(CONF.absolute()), version_base="1.3"):
-        settings = check(compose("config", list(overrides)))
+        return check(compose("config", list(overrides)))
+
+
+def run(*overrides: str) -> tuple[dict[str, Any], dict[str, float]]:
+    """A run's summary, and seconds by phase; `backbone` is the part of the others spent in the network."""
+    settings = composed(*overrides)
     device = instantiation.device(settings["gpu"])
     footprint.reset_peak(device)
     with tempfile.TemporaryDirectory() as folder, Stopwatch(",".join(overrides)) as display:

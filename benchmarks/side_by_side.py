@@ -24,13 +24,11 @@ from typing import Any
 import cv2
 import numpy as np
 import torch
-from hydra import compose, initialize_config_dir
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.running import CONF
+from benchmarks.running import composed
 from clbench import evaluation, instantiation
-from clbench.config import check, register_resolvers
 from clbench.data.pictures import Pictures
 from clbench.data.stream import Task
 from clbench.methods.base import Prediction
@@ -65,7 +63,6 @@ def main() -> None:
     parser.add_argument("--their-precision", default="32-true", help="of anomalib's: 32-true or bf16-mixed")
     parser.add_argument("--seeds", default="0", help="of weights and order, on both sides: 0,1,2 gives means")
     given = parser.parse_args()
-    register_resolvers()
     table = Table(
         title=f"ours / anomalib: {given.epochs} epochs" + (f" of {given.steps} steps" if given.steps else ""),
         title_justify="left",
@@ -157,8 +154,7 @@ def _settings(given: argparse.Namespace, method: str, category: str, seed: int) 
         ]
     if rate:
         overrides += [f"method.learning_rate={rate}"]
-    with initialize_config_dir(str(CONF.absolute()), version_base="1.3"):
-        return check(compose("config", overrides))
+    return composed(*overrides)
 
 
 def _ours(settings: dict[str, Any], task: Task, steps: int | None) -> dict[str, Any]:

@@ -9,14 +9,12 @@ import time
 from typing import Any
 
 import torch
-from hydra import compose, initialize_config_dir
 from rich.table import Table
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.running import CONF
+from benchmarks.running import composed
 from clbench import instantiation
-from clbench.config import check, register_resolvers
 from clbench.training import train
 
 METHODS = ("cfa", "stfpm", "efficientad", "draem", "fastflow")
@@ -27,7 +25,6 @@ COMPUTING = ("convolution", "slow_conv2d", "mm")  # within the names of torch's 
 def table(checkpoint: str | None = None, root: str | None = None) -> Table:
     """Steps a second, milliseconds of one, and the share that is computing."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler says when it starts and stops
-    register_resolvers()
     where = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     on_gpu = where.type == "cuda"
     name = torch.cuda.get_device_name(where) if on_gpu else f"CPU, {torch.get_num_threads()} threads"
@@ -60,8 +57,7 @@ def _settings(method: str, benchmark: str) -> dict[str, Any]:
     if benchmark == "paper":  # noise and random weights take as long as images and trained ones
         overrides += ["method.teacher=random"] if method == "efficientad" else []
         overrides += ["backbone.pretrained=false", "dataset.root=."]
-    with initialize_config_dir(str(CONF.absolute()), version_base="1.3"):
-        settings = check(compose("config", [*overrides, "method.epochs=3"]))
+    settings = composed(*overrides, "method.epochs=3")
     for unwanted, instead in {"patience": None, "held_out": 0.0}.items():
         if unwanted in settings["method"]:
             settings["method"][unwanted] = instead

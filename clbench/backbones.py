@@ -213,7 +213,7 @@ def read_weights(path: Path, setting: str) -> dict[str, Tensor]:
         setting: that names the file, for errors.
 
     Raises:
-        UserError: no such file, not readable, more than tensors, or numbers that are none.
+        UserError: no such file, not readable, or more than tensors.
     """
     if not path.is_file():
         raise UserError(f"{setting}={path} does not exist: give a .safetensors or .pth file")
@@ -350,14 +350,14 @@ class FeaturePyramid(nn.Module):
         ]
 
     @torch.no_grad()
-    def check(self, images: Tensor) -> None:
-        """Try an image of the run's size, so that what does not fit is known before anything is learned.
+    def check(self, images: Tensor) -> list[Tensor]:
+        """The levels of an image of the run's size: tried so that misfits are known before anything is learned.
 
         Raises:
             UserError: the network takes no images of this size.
         """
         try:
-            self.network(self.normalisation(images[:1]))
+            return self.network(self.normalisation(images[:1]))
         except (RuntimeError, AssertionError, ValueError) as error:
             height, width = images.shape[-2:]
             raise UserError(

@@ -71,9 +71,9 @@ class CFA(Detector):
         self.register_buffer("tasks", torch.tensor(0))
 
     def check(self, images: Tensor) -> None:
-        super().check(images)
-        with torch.no_grad():
-            positions = self.describe(images).shape[1]
+        positions = self.pyramid.check(images)[0][
+            0, 0
+        ].numel()  # patches are brought to the first level's grid
         wanted = self.attracted + self.repelled
         if wanted > positions:
             raise UserError(
