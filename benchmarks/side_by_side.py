@@ -146,6 +146,8 @@ def _settings(given: argparse.Namespace, method: str, category: str, seed: int) 
     if method == "efficientad":
         overrides += [f"method.teacher={given.teacher or 'random'}", f"method.penalty_count={PICTURES}"]
         overrides += [f"method.width={256 // given.narrow}"]
+    if method == "fastflow":
+        overrides += ["method.trained_normalisation=true"]  # as theirs
     if method == "draem":
         overrides += [
             f"method.texture_count={PICTURES}",

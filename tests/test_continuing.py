@@ -70,7 +70,9 @@ def build(method: str, cache: Path) -> Detector:
             batch_size=3,
             cache=str(cache),
         ),
-        "fastflow": lambda: FastFlow(backbone(), layers=[1, 2, 3], steps=2, epochs=2, batch_size=3),
+        "fastflow": lambda: FastFlow(
+            backbone(), layers=[1, 2, 3], steps=2, trained_normalisation=True, epochs=2, batch_size=3
+        ),
     }
     return builders[method]().to(memory_format=torch.channels_last)
 

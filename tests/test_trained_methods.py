@@ -16,7 +16,7 @@ from clbench import footprint
 from clbench.backbones import Backbone
 from clbench.errors import UserError
 from clbench.methods import draem, efficientad
-from clbench.methods.base import Detector
+from clbench.methods.base import Detector, kept_state
 from clbench.methods.cfa import CFA
 from clbench.methods.draem import DRAEM, Discriminative, Reconstructive
 from clbench.methods.efficientad import Autoencoder, EfficientAD, patch_description_network
@@ -146,9 +146,11 @@ def test_the_student_of_a_random_teacher_is_another_network(backbone: Backbone) 
 # FastFlow
 
 
-@pytest.fixture
-def flow() -> Flow:
-    flow = Flow(6, 4, 1.0, seed=1).double()
+@pytest.fixture(params=[False, True], ids=["couplings", "affine"])
+def flow(request: pytest.FixtureRequest) -> Flow:
+    flow = Flow(6, 4, 1.0, seed=1, affine=request.param).double()
+    if flow.affine is not None:
+        flow.affine.spread(torch.Size([6, 3, 4]))
     random = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for parameter in flow.parameters():
@@ -187,6 +189,37 @@ def test_fastflow_is_its_equations(backbone: Backbone) -> None:
             maps.append(F.interpolate(-likelihood, (48, 48), mode="bilinear")[:, 0])
     assert float(loss) == pytest.approx(expected, rel=1e-4)
     torch.testing.assert_close(prediction.maps, (maps[0] + maps[1]) / 2, rtol=1e-4, atol=1e-6)
+
+
+def test_trained_normalisation_is_layer_normalisation_with_its_factors_in_the_likelihood(
+    backbone: Backbone,
+) -> None:
+    detector = FastFlow(backbone, layers=[1, 2], steps=3, trained_normalisation=True)
+    batch = images(4, 0)
+    without = FastFlow(backbone, layers=[1, 2], steps=3)
+    detector.prepare(batch)
+    random = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        assert torch.equal(detector.training_step(batch), without.training_step(batch))  # 1 and 0 at first
+        for flow in detector.flows:
+            for parameter in flow.affine.parameters():
+                parameter.add_(0.3 * torch.randn(parameter.shape, generator=random))
+        for level, flow, (z, log_determinant) in zip(
+            detector.pyramid(batch), detector.flows, detector.transformed(batch), strict=True
+        ):
+            factor, offset = flow.affine.log_factor.exp(), flow.affine.offset
+            assert factor.shape == level.shape[1:]
+            expected, couplings = F.layer_norm(level, level.shape[1:], factor, offset), torch.zeros(4)
+            for coupling in flow.couplings:
+                expected, part = coupling(expected)
+                couplings = couplings + part
+            torch.testing.assert_close(z, expected, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(log_determinant, couplings + factor.log().sum())
+    again = FastFlow(backbone, layers=[1, 2], steps=3, trained_normalisation=True)
+    again.restore(kept_state(detector))  # which has sizes that a new one has not yet
+    torch.testing.assert_close(again(batch).maps, detector(batch).maps)
+    detector.flows[0].affine.offset.data.zero_()
+    assert float(again.flows[0].affine.offset.abs().max()) > 0  # and shares no memory
 
 
 def test_kernels_of_a_flow_alternate_between_3x3_and_1x1() -> None:

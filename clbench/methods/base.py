@@ -76,7 +76,8 @@ class Detector(nn.Module):
         """Drop banks and statistics of earlier tasks, so that the next task replaces them."""
 
     def prepare(self, images: Tensor) -> None:
-        """Load what steps need beside images like these, uint8 [N, 3, H, W]; it is no part of the state."""
+        """Load what steps need beside images like these, uint8 [N, 3, H, W], and give weights that depend on
+        their size that size; what is loaded is no part of the state."""
 
     def start_task(self, task: int, images: Tensor, stored: Tensor) -> None:
         """Begin a task with its images and stored ones of earlier tasks, both uint8 [N, 3, H, W]."""
@@ -156,16 +157,20 @@ class Detector(nn.Module):
             store.release(keep)
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Take over what `kept_state` of another detector gave; buffers may have other sizes here."""
+        """Take over what `kept_state` of another detector gave; what it keeps may have other sizes here."""
         for name, tensor in state.items():
             owner_name, _, leaf = name.rpartition(".")
             owner = self.get_submodule(owner_name)
             if leaf in owner._buffers:
                 device = next((b.device for b in self.buffers() if b is not None), tensor.device)
                 owner._buffers[leaf] = tensor.to(device)
-            else:
+                continue
+            parameter = owner.get_parameter(leaf)
+            if parameter.shape == tensor.shape:
                 with torch.no_grad():
-                    owner.get_parameter(leaf).copy_(tensor)
+                    parameter.copy_(tensor)
+            else:
+                setattr(owner, leaf, nn.Parameter(tensor.to(parameter.device, copy=True)))
 
 
 def frozen_digest(detector: Detector) -> str:

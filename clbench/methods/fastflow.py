@@ -26,6 +26,8 @@ class FastFlow(Detector):
         layers: levels, each with a flow of its own.
         steps: couplings of a flow; 8 for convolutional backbones, 20 for transformers.
         hidden_ratio: channels inside a subnetwork, relative to those it sees.
+        trained_normalisation: whether levels get a trained factor and offset for each channel and position once
+            they are normalised, as part of the flow; the paper's parameters do not include them.
         epochs, batch_size, learning_rate, weight_decay: of Adam.
         held_out: share of normal images that no step sees, for thresholds, see `Detector`.
         seed: of the flows' permutations and first weights.
@@ -38,6 +40,7 @@ class FastFlow(Detector):
         layers: Layers,
         steps: PositiveInt = 8,
         hidden_ratio: Annotated[float, Gt(0)] = 1.0,
+        trained_normalisation: bool = False,
         epochs: PositiveInt = 15,
         batch_size: PositiveInt = 32,
         learning_rate: PositiveFloat = 1e-3,
@@ -54,7 +57,13 @@ class FastFlow(Detector):
             )
         torch.manual_seed(seed_for(seed, "fastflow weights"))
         self.flows = nn.ModuleList(
-            Flow(channels, steps, hidden_ratio, seed_for(seed, "fastflow permutations", level))
+            Flow(
+                channels,
+                steps,
+                hidden_ratio,
+                seed_for(seed, "fastflow permutations", level),
+                affine=trained_normalisation,
+            )
             for level, channels in enumerate(self.pyramid.channels)
         )
         self.epochs, self.batch_size = epochs, batch_size
@@ -65,6 +74,12 @@ class FastFlow(Detector):
         super().lay_out()
         # Couplings halve their channels, and halves of a tensor that has them last lie in pieces.
         self.flows.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+
+    def prepare(self, images: Tensor) -> None:
+        for level, flow in zip(self.pyramid(images[:1]), self.flows, strict=True):
+            assert isinstance(flow, Flow)
+            if flow.affine is not None:
+                flow.affine.spread(level.shape[1:])
 
     def optimizer(self) -> torch.optim.Optimizer:
         return torch.optim.Adam(
@@ -97,10 +112,15 @@ class FastFlow(Detector):
 
 
 class Flow(nn.Module):
-    """Couplings one after the other, their subnetworks' kernels 3x3 and 1x1 in turn."""
+    """Couplings one after the other, their subnetworks' kernels 3x3 and 1x1 in turn.
 
-    def __init__(self, channels: int, steps: int, hidden_ratio: float, seed: int):
+    Args:
+        affine: whether an `Affine` comes before them.
+    """
+
+    def __init__(self, channels: int, steps: int, hidden_ratio: float, seed: int, affine: bool = False):
         super().__init__()
+        self.affine = Affine() if affine else None
         self.couplings = nn.ModuleList(
             Coupling(channels, 1 if step % 2 else 3, hidden_ratio, seed_for(seed, step))
             for step in range(steps)
@@ -109,6 +129,9 @@ class Flow(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [B, C, h, w] -> z of the same shape, and the log-determinant of the Jacobian [B]."""
         total = x.new_zeros(x.shape[0])
+        if self.affine is not None:
+            x, log_determinant = self.affine(x)
+            total = total + log_determinant
         for coupling in self.couplings:
             x, log_determinant = coupling(x)
             total = total + log_determinant
@@ -118,7 +141,30 @@ class Flow(nn.Module):
         """z [B, C, h, w] -> the x that it came from."""
         for coupling in reversed(self.couplings):
             z = coupling.inverse(z)  # type: ignore[operator]
-        return z
+        return z if self.affine is None else self.affine.inverse(z)
+
+
+class Affine(nn.Module):
+    """A factor and an offset for each channel and position: at first 1 and 0, and of no size until `spread`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.log_factor = nn.Parameter(torch.zeros(1, 1, 1))
+        self.offset = nn.Parameter(torch.zeros(1, 1, 1))
+
+    def spread(self, shape: torch.Size) -> None:
+        """Take the size of inputs of this shape, (C, h, w), where it has none yet."""
+        if self.offset.numel() == 1:
+            self.log_factor = nn.Parameter(self.log_factor.new_zeros(shape))
+            self.offset = nn.Parameter(self.offset.new_zeros(shape))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x [B, C, h, w] -> y of the same shape, and the log-determinant of the Jacobian, one for all."""
+        return x * self.log_factor.exp() + self.offset, self.log_factor.sum()
+
+    def inverse(self, y: Tensor) -> Tensor:
+        """y [B, C, h, w] -> the x that it came from."""
+        return (y - self.offset) * (-self.log_factor).exp()
 
 
 class Coupling(nn.Module):
