@@ -1,5 +1,6 @@
 """CFA, STFPM, FastFlow, DRAEM and EfficientAD against direct transcriptions of their equations."""
 
+import colorsys
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch.nn import functional as F
 from clbench import footprint
 from clbench.backbones import Backbone
 from clbench.errors import UserError
-from clbench.methods import draem, efficientad
+from clbench.methods import draem, efficientad, simulated
 from clbench.methods.base import Detector, kept_state
 from clbench.methods.cfa import CFA
 from clbench.methods.draem import DRAEM, Discriminative, Reconstructive
@@ -23,7 +24,7 @@ from clbench.methods.efficientad import Autoencoder, EfficientAD, patch_descript
 from clbench.methods.fastflow import FastFlow, Flow
 from clbench.methods.maps import to_image_size
 from clbench.methods.nearest import k_nearest
-from clbench.methods.simulated import augment, equalised, perlin, sharpened, simulate
+from clbench.methods.simulated import augment, perlin, simulate
 from clbench.methods.stfpm import STFPM
 from clbench.strategies.replay import Replay
 
@@ -330,19 +331,69 @@ def test_each_texture_is_changed_in_its_own_way_and_stays_an_image() -> None:
     assert len({tuple(image.flatten()[:50].tolist()) for image in changed}) > 25
 
 
-@pytest.mark.parametrize("factor", [0.0, 0.6, 2.5])
-def test_sharpened_and_equalised_are_pillow_s(factor: float) -> None:
-    levels = np.random.default_rng(0).beta(2, 5, (256, 256, 3)) * 200 + 20
-    picture = Image.fromarray(levels.astype(np.uint8))
+PICTURE = Image.fromarray((np.random.default_rng(0).beta(2, 5, (256, 256, 3)) * 200 + 20).astype(np.uint8))
 
-    def tensor(image: Image.Image) -> Tensor:
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 255
 
-    one = tensor(picture)
-    sharp = tensor(ImageEnhance.Sharpness(picture).enhance(factor))
-    torch.testing.assert_close(sharpened(one, torch.tensor(factor)), sharp, rtol=0, atol=2.6 / 255)
-    torch.testing.assert_close(equalised(one), tensor(ImageOps.equalize(picture)), rtol=0, atol=2.6 / 255)
-    assert torch.equal(equalised(one[:, :, :1, :1]), one[:, :, :1, :1])
+def tensor(image: Image.Image) -> Tensor:
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 255
+
+
+@pytest.mark.parametrize(
+    ("ours", "pillows"),
+    [
+        (
+            lambda t: simulated.sharpened(t, torch.tensor(0.0)),
+            lambda p: ImageEnhance.Sharpness(p).enhance(0.0),
+        ),
+        (
+            lambda t: simulated.sharpened(t, torch.tensor(2.5)),
+            lambda p: ImageEnhance.Sharpness(p).enhance(2.5),
+        ),
+        (simulated.equalised, ImageOps.equalize),
+        (lambda t: simulated.stretched(t, torch.zeros(1, 1, 1, 1)), ImageOps.autocontrast),
+        (
+            lambda t: simulated.stretched(t, torch.full((1, 1, 1, 1), 0.17)),
+            lambda p: ImageOps.autocontrast(p, cutoff=17),
+        ),
+        (lambda t: simulated.solarised(t, torch.tensor(99 / 255)), lambda p: ImageOps.solarize(p, 99)),
+        (lambda t: simulated.posterised(t, torch.tensor(3.0)), lambda p: ImageOps.posterize(p, 3)),
+        (lambda t: simulated.posterised(t, torch.tensor(1.0)), lambda p: ImageOps.posterize(p, 1)),
+        (lambda t: simulated.posterised(t, torch.tensor(8.0)), lambda p: ImageOps.posterize(p, 8)),
+    ],
+)
+def test_textures_are_changed_as_pillow_changes_them(
+    ours: Callable[[Tensor], Tensor], pillows: Callable[[Image.Image], Image.Image]
+) -> None:
+    torch.testing.assert_close(ours(tensor(PICTURE)), tensor(pillows(PICTURE)), rtol=0, atol=2.6 / 255)
+
+
+def test_a_channel_of_one_level_is_neither_equalised_nor_stretched() -> None:
+    one = torch.full((2, 3, 4, 4), 0.4)
+    assert torch.equal(simulated.equalised(one), (one * 255).round() / 255)
+    assert torch.equal(simulated.stretched(one, torch.full((2, 1, 1, 1), 0.1)), one)
+
+
+def test_hue_and_saturation_change_as_on_the_hue_circle() -> None:
+    some = torch.rand(2, 3, 5, 6, generator=torch.Generator().manual_seed(0))
+    some[0, :, 0, 0], some[0, :, 0, 1] = 0.0, 0.7  # black, and grey
+    some[1, :, 0, :3] = torch.eye(3)  # red, green, blue
+    turn, more = torch.tensor([0.19, -0.12]).view(2, 1, 1), torch.tensor([-0.1, 0.2]).view(2, 1, 1)
+    found = simulated.recoloured(some, turn, more)
+    for index in range(2):
+        for pixel, one in zip(some[index].flatten(1).T.tolist(), found[index].flatten(1).T, strict=True):
+            hue, saturation, value = colorsys.rgb_to_hsv(*pixel)
+            saturation = min(max(saturation + float(more[index]), 0), 1)
+            expected = colorsys.hsv_to_rgb((hue + float(turn[index])) % 1, saturation, value)
+            torch.testing.assert_close(one, torch.tensor(expected), rtol=0, atol=1e-4)
+
+
+def test_brightness_moves_the_luma_alone() -> None:
+    one = tensor(PICTURE)
+    luma = np.array(PICTURE.convert("YCbCr")).astype(float)
+    luma[..., 0] = luma[..., 0] * 1.1 - 20
+    changed = Image.fromarray(luma.clip(0, 255).round().astype(np.uint8), "YCbCr").convert("RGB")
+    found = simulated.brightened(one, torch.tensor(1.1), torch.tensor(-20 / 255))
+    torch.testing.assert_close(found, tensor(changed), rtol=0, atol=4 / 255)
 
 
 def test_draem_is_its_equations(tmp_path: Path) -> None:

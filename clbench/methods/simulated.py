@@ -122,31 +122,76 @@ def sharpened(images: Tensor, factor: Tensor) -> Tensor:
 
 def equalised(images: Tensor) -> Tensor:
     """Each channel of images [B, 3, H, W] with its 256 levels spread so that all are about as frequent."""
-    levels = (images * 255).round().long().flatten(0, 1).flatten(1)
-    rows = torch.arange(len(levels), device=images.device)[:, None] * 256
-    counts = torch.bincount((levels + rows).flatten(), minlength=256 * len(levels)).view(-1, 256)
-    below = counts.cumsum(1) - counts
-    brightest = counts.gather(1, levels.amax(1, keepdim=True))
-    most = levels.shape[1] - brightest  # where a channel is of one level, it stays
+    levels, counts = _levels(images)
+    below = counts.cumsum(-1) - counts
+    brightest = counts.gather(-1, levels.amax(-1, keepdim=True))
+    most = levels.shape[-1] - brightest  # where a channel is of one level, it stays
     spread = torch.where(most > 0, below / most.clamp_min(1), torch.arange(256, device=images.device) / 255)
-    return spread.to(images.dtype).gather(1, levels).view_as(images)
+    return spread.to(images.dtype).gather(-1, levels).view_as(images)
 
 
-def _stretched(images: Tensor) -> Tensor:
-    """Each channel's values brought to the whole range."""
-    low, high = images.amin((2, 3), keepdim=True), images.amax((2, 3), keepdim=True)
-    return (images - low) / (high - low).clamp_min(1e-6)
+def stretched(images: Tensor, cut: Tensor) -> Tensor:
+    """Each channel of images [B, 3, H, W] brought to the whole range, but for a share [B, 1, 1, 1] of its pixels
+    at either end, which go beyond it and are clamped."""
+    _, counts = _levels(images)
+    darker, all_pixels = counts.cumsum(-1), images.shape[-2] * images.shape[-1]
+    brighter = all_pixels - darker + counts
+    most = (cut * all_pixels).floor().expand(-1, 3, -1, -1).flatten(0, 2)
+    low = (darker <= most).sum(-1).view(-1, 3, 1, 1) / 255
+    high = 1 - (brighter <= most).sum(-1).view(-1, 3, 1, 1) / 255
+    found = high > low
+    return torch.where(found, (images - low) / torch.where(found, high - low, 1), images).clamp_(0, 1)
+
+
+def _levels(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Images [B, 3, H, W] in [0, 1] -> 256 levels [3B, HW], and how many pixels have each [3B, 256]."""
+    levels = (images * 255).add_(0.5).long().flatten(0, 1).flatten(1)
+    counts = torch.zeros(len(levels), 256, dtype=torch.int64, device=images.device)
+    return levels, counts.scatter_add_(1, levels, torch.ones_like(levels))
+
+
+def recoloured(images: Tensor, turn: Tensor, more: Tensor) -> Tensor:
+    """Images [B, 3, H, W] in [0, 1] with their hue turned, by a share of the circle, and saturation added, both [B, 1, 1]."""
+    red, green, blue = images.unbind(1)
+    value = torch.maximum(red, green).maximum(blue)
+    chroma = value - torch.minimum(red, green).minimum(blue)
+    # Where the strongest of them is on the circle, in sixths from red on, and how far the others draw from there.
+    start = torch.where(value == red, 0.0, torch.where(value == green, 2.0, 4.0))
+    drawn = torch.where(value == red, green - blue, torch.where(value == green, blue - red, red - green))
+    hue = drawn.div_(chroma.clamp_min(1e-6)).add_(start).add_(6 * turn)
+    strength = chroma.div_(value.clamp_min(1e-6)).add_(more).clamp_(0, 1).mul_(value)
+    away = hue[:, None] + hue.new_tensor([5.0, 3.0, 1.0]).view(3, 1, 1)
+    away = away.sub_((away / 6).floor_().mul_(6)).sub_(2).abs_().neg_().add_(2).clamp_(0, 1)
+    return torch.addcmul(value[:, None], away, strength[:, None], value=-1)
+
+
+def brightened(images: Tensor, factor: Tensor, more: Tensor) -> Tensor:
+    """Images [B, 3, H, W] in [0, 1] with their luma multiplied and added to, and their chroma as it is."""
+    red, green, blue = images.split(1, 1)
+    luma = (red * 0.299).add_(green, alpha=0.587).add_(blue, alpha=0.114)
+    return (images + luma.mul_(factor - 1).add_(more)).clamp_(0, 1)
+
+
+def solarised(images: Tensor, threshold: Tensor) -> Tensor:
+    """Images in [0, 1], inverted where they are at or above a threshold."""
+    return torch.where(images >= threshold, 1 - images, images)
+
+
+def posterised(images: Tensor, bits: Tensor) -> Tensor:
+    """Images in [0, 1] with only the highest bits, 1 to 8, of their 256 levels."""
+    step = 2 ** (8 - bits)
+    return (images * 255).round_().div_(step).floor_().mul_(step / 255)
 
 
 _CHANGES: tuple[Callable[[Tensor], Tensor], ...] = (
     lambda t: rotated(t, uniform(t, -45, 45)),
-    lambda t: t.clamp_min(0) ** uniform(t, 0.5, 2.0),  # gamma
-    lambda t: (t * uniform(t, 0.8, 1.2) + uniform(t, -30 / 255, 30 / 255)).clamp(0, 1),  # brightness
-    lambda t: (t + uniform(t, -50 / 255, 50 / 255, 3)).clamp(0, 1),  # tint
-    lambda t: torch.where(t > uniform(t, 32 / 255, 128 / 255), 1 - t, t),  # solarise
-    lambda t: (t * 15).round() / 15,  # posterise to four bits
+    lambda t: t.clamp_min(0).log_().mul_(uniform(t, 0.5, 2.0, 3)).exp_(),  # gamma
+    lambda t: brightened(t, uniform(t, 0.8, 1.2), uniform(t, -30 / 255, 30 / 255)),
+    lambda t: recoloured(t, uniform(t, -50 / 255, 50 / 255)[:, 0], uniform(t, -50 / 255, 50 / 255)[:, 0]),
+    lambda t: torch.where(uniform(t, 0, 1) < 0.5, solarised(t, uniform(t, 32 / 255, 128 / 255)), t),
+    lambda t: posterised(t, uniform(t, 1, 9).floor()),
     lambda t: 1 - t,
     lambda t: sharpened(t, uniform(t, 0, 3)),
-    _stretched,
+    lambda t: stretched(t, uniform(t, 0, 0.2)),
     equalised,
 )
