@@ -41,6 +41,6 @@ def table(checkpoint: str | None = None, root: str | None = None) -> Table:
         finished = sorted(path.parent for path in Path(folder).glob("outputs/default/*/summary.json"))
         copies = [Path(shutil.copytree(path, f"{path},copy={n}")) for path in finished for n in range(10)]
         begin = time.perf_counter()
-        sweep_table([Run([path.name], RunDirectory(path), "finished") for path in copies])
+        sweep_table([Run([path.name], RunDirectory(path), "finished") for path in copies], 200)
         built.add_row(f"the table of {len(copies)} runs", f"{time.perf_counter() - begin:.1f}", "0")
     return built

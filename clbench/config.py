@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping
 from contextlib import suppress
 from netrc import NetrcParseError, netrc
+from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 from urllib.parse import urlparse
 
@@ -367,7 +368,7 @@ def explain(error: Exception, arguments: list[str], folder: str) -> UserError:
     for word in words:
         key = re.split("[=@]", word, maxsplit=1)[0].lstrip("+~")
         if not key.startswith("hydra") and key not in keys:
-            return _unknown(key, keys)
+            return _of_another_method(key, groups["method"], folder) or _unknown(key, keys)
         if word.startswith("~"):
             return UserError(f"{word} cannot be taken away: give {key}=... another value, null for none")
         if word.startswith("+") and not word.startswith("++"):
@@ -382,6 +383,19 @@ def explain(error: Exception, arguments: list[str], folder: str) -> UserError:
                 f"for the shell too: '{key}=\"...\"'"
             )
     return UserError(_first_line(error))
+
+
+def _of_another_method(key: str, methods: list[str], folder: str) -> UserError | None:
+    """What to say of a setting that only other methods have."""
+    node, _, name = key.partition(".")
+    own = [
+        method
+        for method in (methods if node == "method" else [])
+        if re.search(
+            rf"^{re.escape(name)}:", Path(folder, "method", f"{method}.yaml").read_text(), re.MULTILINE
+        )
+    ]
+    return UserError(f"{key} is a setting of {', '.join(own)}: give method={own[0]} too") if own else None
 
 
 def _keys(node: Any, prefix: str = "") -> list[str]:

@@ -98,7 +98,8 @@ def run(
 
     for stage in range(first, len(stages)):
         names = "+".join(tasks[task].name for task in stages[stage])
-        title = f"task {stage + 1}/{len(stages)} {names}" if len(stages) > 1 else "all tasks"
+        together = len(stages) < len(tasks)
+        title = "all tasks" if together else f"task {stage + 1}/{len(stages)} {names}"
         display.heading(title)
         if stage > last_learned:
             with spent.on("train_s"), memory_named(f"learning {names}", "method.batch_size"):

@@ -63,8 +63,10 @@ def reader(config: dict[str, Any]) -> Callable[[Progress], list[Task]]:
     size = config["replay"]["size"]
     images = sum(len(dataset.samples(name, "train")) for group in categories for name in group)
     if size is not None and size > images:
+        own = " (the method's own, where none is given)"
         raise UserError(
-            f"replay.size={size} is larger than all {images} training images of the stream: "
+            f"replay.size={size}{own if size == config['method']['protocol']['replay_size'] else ''} is larger than all "
+            f"{images} training images of the stream: "
             f"give at most {images}, or strategy=joint"
         )
     cache = Path(config["cache"]).expanduser()

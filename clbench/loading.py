@@ -208,7 +208,8 @@ def load(
     if task is None or task not in tasks:
         which = "no task is given" if task is None else f"task '{task}' is not one of this run's"
         raise UserError(
-            f"{which}: {directory.path} has a model for each of {', '.join(tasks)}; name one"
+            f"{which}: {directory.path} has a model for each of {', '.join(tasks)}; name one (--task, or "
+            "task=... in Python)"
             if strategy.task_known
             else f"{which}: {directory.path} has learned {', '.join(tasks)}; leave it out, as one model judges all"
         )

@@ -134,7 +134,7 @@ def plan_table(runs: Sequence[Run], wanted: Sequence[Run]) -> Table:
         total += minutes or 0.0 if starts else 0.0
         state = run.state if run.reason is None else f"{run.state}: {run.reason}"
         table.add_row(
-            name,
+            escape(name),
             escape(state),
             {"unfinished": "continue", "failed": "try again"}.get(run.state, "start") if starts else "stay",
             "" if peak is None else f"{peak:.0f}",
@@ -146,7 +146,6 @@ def plan_table(runs: Sequence[Run], wanted: Sequence[Run]) -> Table:
         if total
         else "peak memory and time are known once a run of the method has finished beside these"
     )
-    table.caption_justify = "left"
     return table
 
 
@@ -191,25 +190,28 @@ def distinct(runs: Sequence[Run]) -> list[str]:
     given = [[text.lstrip("+") for text in run.overrides] for run in runs]
     shared = set(given[0]).intersection(*given[1:])
     return [
-        escape(", ".join(text for text in texts if text not in shared) or run.directory.path.name)
+        ", ".join(text for text in texts if text not in shared) or run.directory.path.name
         for texts, run in zip(given, runs, strict=True)
     ]
 
 
-def sweep_table(runs: Sequence[Run]) -> Table:
-    """A row a run, from its directory's summary, named by what it does not share with the others."""
-    table = Table(title="mean over tasks after the last stage", title_justify="left")
-    table.add_column("run", overflow="fold")
-    for metric in SHOWN:
-        table.add_column(TITLES[metric], justify="right")
-    for title in ("F1 forgotten", "kept MB", "peak MB", "train s", "eval s", "ms/image"):
-        table.add_column(title, justify="right")
+def sweep_table(runs: Sequence[Run], width: int) -> Table:
+    """A row a run, from its directory's summary, named by what it does not share with the others.
+
+    Args:
+        width: columns of the terminal; in a narrow one what matters least is left out.
+    """
+    titles = [
+        *(TITLES[metric] for metric in SHOWN),
+        *("F1 forgotten", "kept MB", "peak MB", "train s", "eval s", "ms/image"),
+    ]
+    rows: list[tuple[str, dict[str, str]]] = []
     unfinished: list[str] = []
-    for name, run in zip(distinct(runs), runs, strict=True):
+    for name, run in zip(map(escape, distinct(runs)), runs, strict=True):
         directory, summary = run.directory, run.directory.summary()
         if summary is None or summary["status"] != "complete":
             state = "not begun" if summary is None else summary["status"]
-            table.add_row(f"{name} [red]{state}")
+            rows.append((f"{name} [red]{state}", {}))
             job = directory.job()
             said = [
                 str((summary or {}).get("reason", run.reason or state)),
@@ -218,8 +220,7 @@ def sweep_table(runs: Sequence[Run]) -> Table:
             unfinished.append(f"[red]{name}[/]: {escape('; '.join(said))}")
             continue
         forgotten, memory, time = summary["average_forgetting_pct"], summary["memory"], summary["time"]
-        table.add_row(
-            name,
+        cells = [
             *[number(summary["final"][metric]) for metric in SHOWN],
             "-" if forgotten is None else f"{number(forgotten, 1)} %",
             f"{memory['additional_mb']:.1f}",
@@ -227,7 +228,30 @@ def sweep_table(runs: Sequence[Run]) -> Table:
             f"{time['train_s']:.1f}",
             f"{time['eval_s']:.1f}",
             f"{time['inference_ms_per_image']:.1f}",
-        )
+        ]
+        rows.append((name, dict(zip(titles, cells, strict=True))))
+
+    def needed(between: str) -> int:
+        """Columns of the terminal for these titles, with this between their words."""
+        columns = [
+            [*title.replace(" ", between).split("\n"), *(cells.get(title, "") for _, cells in rows)]
+            for title in titles
+        ]
+        return _NAME + 4 + sum(3 + max(map(len, column)) for column in columns)
+
+    between = " " if needed(" ") <= width else "\n"
+    for title in _DISPENSABLE:
+        if needed(between) > width:
+            titles.remove(title)
+    table = Table(title="mean over tasks after the last stage", title_justify="left")
+    table.add_column("run", overflow="fold")
+    for title in titles:
+        table.add_column(title.replace(" ", between), justify="right", no_wrap=True)
+    for name, shown in rows:
+        table.add_row(name, *[shown.get(title, "") for title in titles])
     table.caption = "\n".join(unfinished)
-    table.caption_justify = "left"
     return table
+
+
+_NAME = 24  # columns of a run's name, at least
+_DISPENSABLE = ("eval s", "train s", "peak MB", "pixel AP", "ms/image", "image AUROC")  # the first goes first

@@ -23,6 +23,11 @@ TITLES = {
 }
 
 
+_BAR = 24  # columns
+_BESIDE = _BAR + 28  # columns of the bar, the count and the time that is left
+_SHORTEST = 16  # columns of a heading
+
+
 def console() -> Console:
     """Of standard output. A log has no width of its own, and a table folded to 80 columns cannot be read."""
     return Console(width=None if sys.stdout.isatty() else 200)
@@ -40,7 +45,7 @@ class Display:
         self._prefix = "" if alone else f"{run}: "
         self._bar = Progress(
             TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
+            BarColumn(bar_width=_BAR),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
             console=self.console,
@@ -63,14 +68,21 @@ class Display:
     def heading(self, text: str) -> None:
         """What the following phases belong to: `task 3/10 cable`."""
         self._heading, self._phase = text, ""
+        self._say("")
 
     def progress(self, phase: str, done: int, total: int, note: str = "") -> None:
         """How far the current phase is, and how it goes."""
         if phase != self._phase:
             self._phase = phase
             self._bar.reset(self._row, total=total)
-        description = f"{self._heading}: {phase}" + (f" ({note})" if note else "")
-        self._bar.update(self._row, completed=done, total=total, description=description)
+        self._bar.update(self._row, completed=done, total=total)
+        self._say(f": {phase}" + (f" ({note})" if note else ""))
+
+    def _say(self, phase: str) -> None:
+        """The phase whole, and as much of the heading as the terminal has room for beside it and the bar."""
+        room = max(_SHORTEST, self.console.width - len(phase) - _BESIDE)
+        heading = self._heading if len(self._heading) <= room else f"{self._heading[: room - 1]}…"
+        self._bar.update(self._row, description=escape(heading + phase))
 
     def line(self, text: str) -> None:
         """A line that stays."""
@@ -80,7 +92,10 @@ class Display:
         if self._prefix:  # a title is folded to the table's width, and names of runs can be long
             self.line(str(table.title))
             table.title = None
+        caption, table.caption = table.caption, None  # which would be folded to the table's width too
         self.console.print(table)
+        if caption:
+            self.console.print(caption, highlight=False, soft_wrap=True)
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -127,5 +142,4 @@ def run_table(
         f"{time['train_s']:.1f} s, evaluation {time['eval_s']:.1f} s, "
         f"{time['inference_ms_per_image']:.1f} ms an image"
     )
-    table.caption_justify = "left"
     return table

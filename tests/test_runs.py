@@ -116,7 +116,7 @@ def test_every_strategy_with_the_trained_methods(train: Train, tmp_path: Path) -
 
 def test_the_paper_s_replay_is_what_auto_means_for_trained_methods(train: Train, tmp_path: Path) -> None:
     refused = train("method=stfpm", "method.batch_size=2")
-    assert "replay.size=40 is larger than all 18 training images" in refused.stderr
+    assert "replay.size=40 (the method's own, where none is given) is larger than all 18" in refused.stderr
     paper = train("method=stfpm", "benchmark=paper", "backbone=small", "task_order=alphabetical")
     assert "replay.size=300" in paper.stderr
 

@@ -1,5 +1,6 @@
 """Sweeps: what is started, what is left out, and what one failure does to the rest."""
 
+import io
 import json
 import os
 import shutil
@@ -12,10 +13,13 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT, Train, clbench, command, run_directories
+from rich.console import Console
 
 from clbench.errors import UserError
 from clbench.footprint import memory_named
-from clbench.sweeping import suited
+from clbench.recording.run_directory import RunDirectory
+from clbench.sweeping import Run, suited, sweep_table
+from clbench.terminal import SHOWN, Display
 
 FAILING = (
     "-m",
@@ -36,6 +40,7 @@ def test_a_failed_run_is_shown_leaves_the_others_and_is_tried_again(train: Train
     assert result.returncode == 1 and "Traceback" not in result.stderr
     assert sorted(map(status, run_directories(tmp_path))) == ["complete"] * 2 + ["failed"] * 2
     said = " ".join(result.stdout.split())
+    assert said.count("run 1 of 4: ") == said.count("run 4 of 4: ") == 1
     assert said.count("failed") >= 2 and "task 1/3 brick: the loss became" in said
 
     assert "0 would be started" in train(*FAILING, "seed=0,1", "only=missing", "dry_run=true").stdout
@@ -93,6 +98,10 @@ def test_every_ready_made_sweep_can_be_started(name: str, folder: Path, tmp_path
     words += [f"dataset.root={folder}"] * name.startswith("paper") + [f"cache={tmp_path}/cache"]
     words[0] = command(folder, tmp_path)[0]
     result = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+    if name in ("paper_bounds", "paper_replay"):  # before any of the runs that need no teacher
+        assert result.returncode == 2 and "method.teacher" in result.stderr
+        words.append("method.teacher=random")
+        result = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert f"{count} runs: 0 finished, {count} would be started" in result.stdout
 
@@ -171,6 +180,40 @@ def test_long_runs_are_told_apart_in_tables_and_flags_stand_anywhere(folder: Pat
     for seed in (0, 1):
         for epsilon in (0.5, 0.6):
             assert f"method.epsilon={epsilon}, seed={seed}" in result.stdout
+
+
+@pytest.mark.parametrize("width", [80, 110, 200])
+def test_a_sweep_s_table_is_read_in_any_terminal(width: int, tmp_path: Path) -> None:
+    runs = []
+    for method in ("efficientad", "fastflow"):
+        directory = RunDirectory(tmp_path / f"method={method},strategy=finetune")
+        directory.create()
+        summary = {
+            "status": "complete",
+            "final": dict.fromkeys(SHOWN, 0.8765),
+            "average_forgetting_pct": -133.3,
+            "memory": {"additional_mb": 1541.0, "peak_mb": 4492.0},
+            "time": {"train_s": 1440.9, "eval_s": 204.9, "inference_ms_per_image": 136.9},
+        }
+        (directory.path / "summary.json").write_text(json.dumps(summary))
+        runs.append(Run([f"method={method}", "strategy=finetune"], directory, "finished"))
+    printed = Console(width=width, record=True, file=io.StringIO())
+    printed.print(sweep_table(runs, width))
+    lines = printed.export_text().splitlines()
+    assert max(map(len, lines)) <= width and "…" not in "".join(lines)
+    for method in ("efficientad", "fastflow"):
+        (row,) = (line for line in lines if f"method={method}" in line)
+        assert row.count("0.876") == {80: 4, 110: 5, 200: 5}[width] and "-133.3 %" in row
+    assert ("204.9" in row) == (width == 200)
+
+
+def test_what_happens_now_is_seen_beside_a_long_heading() -> None:
+    display = Display("run")
+    display.console.width = 80
+    display.heading("method=fastflow,replay.size=20," * 5)
+    display.progress("reading images", 3, 9, "bottle")
+    (bar,) = display._bar.tasks
+    assert "…: reading images (bottle)" in bar.description and len(bar.description) <= 80 - 24 - 15
 
 
 def test_overwriting_starts_anew_once_and_a_run_of_it_continues(

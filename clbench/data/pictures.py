@@ -34,7 +34,7 @@ class Texture(Sample):
 
 def _existing(folder: str) -> str:
     if not Path(folder).expanduser().is_dir():
-        raise ValueError("it is no folder: give one with images, or null for procedural ones")
+        raise ValueError("it is no folder: give one with images, or leave it out for procedural ones")
     return folder
 
 
@@ -67,13 +67,13 @@ class Pictures:
         root = Path(folder).expanduser()
         if not root.is_dir():
             raise UserError(
-                f"{setting}={folder} is no folder: give one with images, or null for procedural ones"
+                f"{setting}={folder} is no folder: give one with images, or leave it out for procedural ones"
             )
         paths = sorted(path for path in root.rglob("*") if path.suffix.lower() in SUFFIXES)
         if not paths:
             raise UserError(
                 f"{setting}={folder} holds no image ({', '.join(SUFFIXES)}), nor do the folders in it: "
-                "give another, or null for procedural ones"
+                "give another, or leave it out for procedural ones"
             )
         order = torch.randperm(len(paths), generator=random)[:count].sort().values
         self.samples = [

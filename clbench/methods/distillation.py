@@ -107,6 +107,13 @@ def _lines() -> Progress:
     return say
 
 
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is less than 1")
+    return number
+
+
 def main() -> None:
     """The command; see the module's text."""
     about, _, _ = (__doc__ or "").partition("\n\n")
@@ -120,19 +127,21 @@ def main() -> None:
     )
     parser.add_argument("--layers", type=int, nargs="+", default=[2, 3], help="levels to imitate (2 3)")
     parser.add_argument("--images", help="folder of any images; left out: procedural textures")
-    parser.add_argument("--count", type=int, default=20_000, help="images of it, at most (20000)")
-    parser.add_argument("--size", type=int, default=256, help="pixels (256)")
+    parser.add_argument("--count", type=_positive, default=20_000, help="images of it, at most (20000)")
+    parser.add_argument("--size", type=_positive, default=256, help="pixels (256)")
     parser.add_argument(
-        "--width", type=int, default=256, help="channels of the first layer (256, the medium size)"
+        "--width", type=_positive, default=256, help="channels of the first layer (256, the medium size)"
     )
-    parser.add_argument("--steps", type=int, default=60_000)
-    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--steps", type=_positive, default=60_000)
+    parser.add_argument("--batch-size", type=_positive, default=16)
     parser.add_argument("--learning-rate", type=float, default=1e-4)
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, required=True, help=".safetensors, for method.teacher=")
     given = parser.parse_args()
+    if given.output.suffix != ".safetensors":
+        parser.error(f"--output={given.output}: its name must end in .safetensors, to be read as a teacher")
     try:
         backbone = Backbone(
             given.backbone,
@@ -166,6 +175,11 @@ def main() -> None:
         {name: tensor.contiguous().cpu() for name, tensor in network.state_dict().items()}, given.output
     )
     print(f"{given.output}: {100 * explained:.0f} % of the features' variance explained")
+    if explained <= 0:
+        print(
+            "which is no better than their mean: give more --steps, or another --learning-rate",
+            file=sys.stderr,
+        )
 
 
 if __name__ == "__main__":

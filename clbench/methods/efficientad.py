@@ -5,7 +5,7 @@ from typing import Annotated
 
 import torch
 from annotated_types import MultipleOf
-from pydantic import AfterValidator, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import BeforeValidator, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -31,7 +31,12 @@ _GREY = 0.3  # share of penalty images shown in grey
 _JITTER = 0.2  # of brightness, contrast or saturation
 
 
-def _teacher(name: str) -> str:
+def _teacher(name: str | None) -> str:
+    if name is None:
+        raise ValueError(
+            "it has no value: give a file of distilled weights (python -m clbench.methods.distillation --help makes "
+            "one, published ones are read too), or random"
+        )
     return name if name == "random" else existing_weights(name)
 
 
@@ -64,7 +69,7 @@ class EfficientAD(Detector):
     def __init__(
         self,
         *,
-        teacher: Annotated[str, AfterValidator(_teacher)] | None,
+        teacher: Annotated[str, BeforeValidator(_teacher)],
         width: Annotated[PositiveInt, MultipleOf(8)] = 256,
         penalty_images: Folder | None = None,
         penalty_count: PositiveInt = 1000,
@@ -80,11 +85,6 @@ class EfficientAD(Detector):
         cache: str,
     ):
         super().__init__()
-        if teacher is None:
-            raise UserError(
-                "method.teacher has no value: give a file of distilled weights (python -m "
-                "clbench.methods.distillation --help makes one, published ones are read too), or random"
-            )
         self.pictures = Pictures(penalty_images, penalty_count, "method.penalty_images", seed, cache)
         self.epochs, self.batch_size = epochs, batch_size
         self.learning_rate, self.weight_decay = learning_rate, weight_decay

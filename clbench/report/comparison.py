@@ -274,7 +274,7 @@ class Group:
         without = {row.variant.method_title for row in self.own if row.variant.learner not in joint}
         if without and self.own:
             notes.append(
-                f"no finished joint run, so no gap to it: {', '.join(sorted(without))} (strategy=joint makes it)"
+                f"no finished joint run, so no gap to it: {'; '.join(sorted(without))} (strategy=joint makes it)"
             )
         return notes
 
@@ -307,8 +307,14 @@ class Group:
 def variant(run: Run) -> Variant:
     """What a run is of."""
     about, own = run.summary, run.departures
-    changed, given = (tuple(f"{k}={v}" for k, v in part.items()) for part in (own.changed, own.given))
+    changed, given = (
+        tuple(f"{k}={_as_given(v)}" for k, v in part.items()) for part in (own.changed, own.given)
+    )
     return Variant(about["method"], about["strategy"], about["replay_size"], changed, given)
+
+
+def _as_given(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def grouped(runs: Sequence[Run]) -> list[Group]:

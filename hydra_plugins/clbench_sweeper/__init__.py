@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn, JobStatus
@@ -15,7 +16,7 @@ from hydra.utils import get_class
 from clbench.config import check, check_sweep
 from clbench.errors import UserError, in_one_line
 from clbench.recording.run_directory import RunDirectory
-from clbench.sweeping import Run, chosen, finished_unchanged, plan_table, suited, sweep_table
+from clbench.sweeping import Run, chosen, distinct, finished_unchanged, plan_table, suited, sweep_table
 
 
 class RunSweeper(BasicSweeper):
@@ -68,7 +69,7 @@ class RunSweeper(BasicSweeper):
                 display.line(f"failed before, tried again: {run.directory.path}: {run.reason}")
         failed = self._launch(wanted, runs[0].directory.path.parent)
         if len(runs) > 1:
-            display.table(sweep_table(runs))
+            display.table(sweep_table(runs, display.console.width))
         if not failed or len(runs) > 1:
             single = len(runs) == 1
             display.line(f"results: {runs[0].directory.path if single else runs[0].directory.path.parent}")
@@ -111,13 +112,11 @@ class RunSweeper(BasicSweeper):
         """Run what is pending; print why a run failed, and keep it for the table; whether one did."""
         assert self.launcher is not None and self.config is not None
         self.config.hydra.sweep.dir = str(folder)
-        jobs: Sequence[JobReturn] = []
-        if pending:
-            try:
-                jobs = self.launcher.launch([run.overrides for run in pending], initial_job_idx=0)
-            except UserError as error:  # of the launcher: no cluster, a job that it rejects
-                print(f"error: {error}", file=sys.stderr)
-                return True
+        try:
+            jobs = self._jobs(pending) if pending else []
+        except UserError as error:  # of the launcher: no cluster, a job that it rejects
+            print(f"error: {error}", file=sys.stderr)
+            return True
         failures = [
             (run, job) for run, job in zip(pending, jobs, strict=True) if job.status != JobStatus.COMPLETED
         ]
@@ -134,3 +133,16 @@ class RunSweeper(BasicSweeper):
             )
             print(f"error: {name}{message}", file=sys.stderr)
         return bool(failures)
+
+    def _jobs(self, pending: list[Run]) -> Sequence[JobReturn]:
+        """Launch what is pending, all at once where the launcher can, or one after the other, each announced."""
+        assert self.launcher is not None
+        if not isinstance(self.launcher, BasicLauncher) or len(pending) == 1:
+            return self.launcher.launch([run.overrides for run in pending], initial_job_idx=0)
+        from clbench.terminal import Display
+
+        display, jobs = Display("sweep"), []
+        for index, (run, name) in enumerate(zip(pending, distinct(pending), strict=True)):
+            display.line(f"run {index + 1} of {len(pending)}: {name}")
+            jobs += self.launcher.launch([run.overrides], initial_job_idx=index)
+        return jobs
