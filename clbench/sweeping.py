@@ -253,5 +253,5 @@ def sweep_table(runs: Sequence[Run], width: int) -> Table:
     return table
 
 
-_NAME = 24  # columns of a run's name, at least
+_NAME = 20  # columns of a run's name, at least
 _DISPENSABLE = ("eval s", "train s", "peak MB", "pixel AP", "ms/image", "image AUROC")  # the first goes first
