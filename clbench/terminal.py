@@ -24,7 +24,7 @@ TITLES = {
 
 
 _BAR = 24  # columns
-_BESIDE = _BAR + 28  # columns of the bar, the count and the time that is left
+_BESIDE = _BAR + 22  # columns of the bar, the count and the time that is left
 _SHORTEST = 16  # columns of a heading
 
 
@@ -52,7 +52,7 @@ class Display:
             transient=True,
             disable=not (alone and self.console.is_terminal),
         )
-        self._row = self._bar.add_task("", total=None)
+        self._row = self._bar.add_task("starting", total=None)
         self._heading = ""
         self._phase = ""
 
