@@ -76,10 +76,10 @@ class FastFlow(Detector):
         self.flows.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
 
     def prepare(self, images: Tensor) -> None:
-        for level, flow in zip(self.pyramid(images[:1]), self.flows, strict=True):
-            assert isinstance(flow, Flow)
-            if flow.affine is not None:
-                flow.affine.spread(level.shape[1:])
+        affines = [module for module in self.flows.modules() if isinstance(module, Affine)]
+        if affines:
+            for affine, level in zip(affines, self.pyramid(images[:1]), strict=True):
+                affine.spread(level.shape[1:])
 
     def optimizer(self) -> torch.optim.Optimizer:
         return torch.optim.Adam(
