@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import altair as alt
 
@@ -284,11 +284,17 @@ def _against_memory(group: Group, rows: list[Row]) -> Figure | None:
     steps = front.mark_line(
         interpolate="step-after", strokeWidth=1.5, strokeDash=[4, 3], color="#8a8a8a"
     ).encode(x=x, y=y, order="at:Q")
-    names_on_front = (
-        front.transform_calculate(label="datum.title + ', ' + datum.how")
-        .mark_text(align="left", dx=9, dy=-10, fontSize=12, fontWeight=600, fill="currentColor")
+    middle = math.sqrt(
+        low * high
+    )  # a name to the right of it is written towards the left, where there is room
+    sides: list[tuple[str, Literal["left", "right"], int]] = [("<=", "left", 9), (">", "right", -9)]
+    names_on_front = [
+        front.transform_filter(f"datum.at {there} {middle}")
+        .transform_calculate(label="datum.title + ', ' + datum.how")
+        .mark_text(align=align, dx=dx, dy=-10, fontSize=12, fontWeight=600, fill="currentColor")
         .encode(x=x, y=y, text="label:N")
-    )
+        for there, align, dx in sides
+    ]
     points = base.mark_point(filled=True, size=120, opacity=0.95).encode(
         x=x,
         y=y,
@@ -308,7 +314,7 @@ def _against_memory(group: Group, rows: list[Row]) -> Figure | None:
         "Quality against memory",
         "The dashed steps are the Pareto front: the best pixel F1 for what is kept, among the rows that learn task by "
         f"task and are not told the task. {_holds(shown)}.",
-        _finished(alt.layer(steps, points, names_on_front).properties(width=720, height=340)),
+        _finished(alt.layer(steps, points, *names_on_front).properties(width=720, height=340)),
     )
 
 
