@@ -218,6 +218,7 @@ def _over_stages(group: Group, rows: list[Row]) -> Figure | None:
         .properties(width=250, height=200)
         .facet(alt.Facet("title:N", title=None, sort=_titles(rows)), columns=4, data=alt.Data(values=data))
         .transform_filter(_FILTER)
+        .resolve_axis(x="independent")  # or empty places of the last row would have one
     )
     return Figure(
         "stages",
@@ -373,6 +374,7 @@ def _matrices(group: Group, rows: list[Row]) -> Figure | None:
             data=alt.Data(values=data),
         )
         .transform_filter(_FILTER)
+        .resolve_axis(x="independent")
     )
     return Figure(
         "r-matrices",
