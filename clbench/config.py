@@ -388,13 +388,10 @@ def explain(error: Exception, arguments: list[str], folder: str) -> UserError:
 def _of_another_method(key: str, methods: list[str], folder: str) -> UserError | None:
     """What to say of a setting that only other methods have."""
     node, _, name = key.partition(".")
-    own = [
-        method
-        for method in (methods if node == "method" else [])
-        if re.search(
-            rf"^{re.escape(name)}:", Path(folder, "method", f"{method}.yaml").read_text(), re.MULTILINE
-        )
-    ]
+    if node != "method":
+        return None
+    setting = re.compile(rf"^{re.escape(name)}:", re.MULTILINE)
+    own = [method for method in methods if setting.search(Path(folder, node, f"{method}.yaml").read_text())]
     return UserError(f"{key} is a setting of {', '.join(own)}: give method={own[0]} too") if own else None
 
 

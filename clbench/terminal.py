@@ -68,21 +68,21 @@ class Display:
     def heading(self, text: str) -> None:
         """What the following phases belong to: `task 3/10 cable`."""
         self._heading, self._phase = text, ""
-        self._say("")
+        self._bar.update(self._row, description=self._described(""))
 
     def progress(self, phase: str, done: int, total: int, note: str = "") -> None:
         """How far the current phase is, and how it goes."""
         if phase != self._phase:
             self._phase = phase
             self._bar.reset(self._row, total=total)
-        self._bar.update(self._row, completed=done, total=total)
-        self._say(f": {phase}" + (f" ({note})" if note else ""))
+        description = self._described(f": {phase}" + (f" ({note})" if note else ""))
+        self._bar.update(self._row, completed=done, total=total, description=description)
 
-    def _say(self, phase: str) -> None:
+    def _described(self, phase: str) -> str:
         """The phase whole, and as much of the heading as the terminal has room for beside it and the bar."""
         room = max(_SHORTEST, self.console.width - len(phase) - _BESIDE)
         heading = self._heading if len(self._heading) <= room else f"{self._heading[: room - 1]}…"
-        self._bar.update(self._row, description=escape(heading + phase))
+        return escape(heading + phase)
 
     def line(self, text: str) -> None:
         """A line that stays."""

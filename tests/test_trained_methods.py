@@ -349,6 +349,10 @@ def tensor(image: Image.Image) -> Tensor:
             lambda t: simulated.sharpened(t, torch.tensor(2.5)),
             lambda p: ImageEnhance.Sharpness(p).enhance(2.5),
         ),
+        (
+            lambda t: simulated.sharpened(t, torch.tensor(0.6)),
+            lambda p: ImageEnhance.Sharpness(p).enhance(0.6),
+        ),
         (simulated.equalised, ImageOps.equalize),
         (lambda t: simulated.stretched(t, torch.zeros(1, 1, 1, 1)), ImageOps.autocontrast),
         (
@@ -370,6 +374,8 @@ def test_textures_are_changed_as_pillow_changes_them(
 def test_a_channel_of_one_level_is_neither_equalised_nor_stretched() -> None:
     one = torch.full((2, 3, 4, 4), 0.4)
     assert torch.equal(simulated.equalised(one), (one * 255).round() / 255)
+    pixel = tensor(PICTURE)[:, :, :1, :1]
+    assert torch.equal(simulated.equalised(pixel), pixel)
     assert torch.equal(simulated.stretched(one, torch.full((2, 1, 1, 1), 0.1)), one)
 
 

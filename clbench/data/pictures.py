@@ -32,9 +32,12 @@ class Texture(Sample):
         return texture(self.number, 0, _SIDE).mul(255).byte().permute(1, 2, 0).numpy(), None
 
 
+_NO_FOLDER = "is no folder: give one with images, or leave it out for procedural ones"
+
+
 def _existing(folder: str) -> str:
     if not Path(folder).expanduser().is_dir():
-        raise ValueError("it is no folder: give one with images, or leave it out for procedural ones")
+        raise ValueError(f"it {_NO_FOLDER}")
     return folder
 
 
@@ -66,9 +69,7 @@ class Pictures:
             return
         root = Path(folder).expanduser()
         if not root.is_dir():
-            raise UserError(
-                f"{setting}={folder} is no folder: give one with images, or leave it out for procedural ones"
-            )
+            raise UserError(f"{setting}={folder} {_NO_FOLDER}")
         paths = sorted(path for path in root.rglob("*") if path.suffix.lower() in SUFFIXES)
         if not paths:
             raise UserError(

@@ -156,8 +156,9 @@ def recoloured(images: Tensor, turn: Tensor, more: Tensor) -> Tensor:
     value = torch.maximum(red, green).maximum(blue)
     chroma = value - torch.minimum(red, green).minimum(blue)
     # Where the strongest of them is on the circle, in sixths from red on, and how far the others draw from there.
-    start = torch.where(value == red, 0.0, torch.where(value == green, 2.0, 4.0))
-    drawn = torch.where(value == red, green - blue, torch.where(value == green, blue - red, red - green))
+    is_red, is_green = value == red, value == green
+    start = torch.where(is_red, 0.0, torch.where(is_green, 2.0, 4.0))
+    drawn = torch.where(is_red, green - blue, torch.where(is_green, blue - red, red - green))
     hue = drawn.div_(chroma.clamp_min(1e-6)).add_(start).add_(6 * turn)
     strength = chroma.div_(value.clamp_min(1e-6)).add_(more).clamp_(0, 1).mul_(value)
     away = hue[:, None] + hue.new_tensor([5.0, 3.0, 1.0]).view(3, 1, 1)

@@ -285,9 +285,8 @@ def _against_memory(group: Group, rows: list[Row]) -> Figure | None:
     steps = front.mark_line(
         interpolate="step-after", strokeWidth=1.5, strokeDash=[4, 3], color="#8a8a8a"
     ).encode(x=x, y=y, order="at:Q")
-    middle = math.sqrt(
-        low * high
-    )  # a name to the right of it is written towards the left, where there is room
+    # A name to the right of the middle is written towards the left, where there is room.
+    middle = math.sqrt(low * high)
     sides: list[tuple[str, Literal["left", "right"], int]] = [("<=", "left", 9), (">", "right", -9)]
     names_on_front = [
         front.transform_filter(f"datum.at {there} {middle}")

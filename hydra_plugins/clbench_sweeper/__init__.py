@@ -17,6 +17,7 @@ from clbench.config import check, check_sweep
 from clbench.errors import UserError, in_one_line
 from clbench.recording.run_directory import RunDirectory
 from clbench.sweeping import Run, chosen, distinct, finished_unchanged, plan_table, suited, sweep_table
+from clbench.terminal import Display
 
 
 class RunSweeper(BasicSweeper):
@@ -43,8 +44,6 @@ class RunSweeper(BasicSweeper):
         Raises:
             SystemExit: something is wrong with a run's settings (status 2), or a run failed (status 1).
         """
-        from clbench.terminal import Display
-
         try:
             assert self.config is not None
             check_sweep(self.config, arguments)
@@ -67,7 +66,7 @@ class RunSweeper(BasicSweeper):
                 display.line(f"finished already, skipped: {run.directory.path}")
             elif run.state == "failed" and run in wanted:
                 display.line(f"failed before, tried again: {run.directory.path}: {run.reason}")
-        failed = self._launch(wanted, runs[0].directory.path.parent)
+        failed = self._launch(wanted, runs[0].directory.path.parent, display)
         if len(runs) > 1:
             display.table(sweep_table(runs, display.console.width))
         if not failed or len(runs) > 1:
@@ -108,12 +107,12 @@ class RunSweeper(BasicSweeper):
             raise UserError(f"{' '.join(arguments)} asks for no run: a list in it is empty")
         return list(found.values())
 
-    def _launch(self, pending: list[Run], folder: Path) -> bool:
+    def _launch(self, pending: list[Run], folder: Path, display: Display) -> bool:
         """Run what is pending; print why a run failed, and keep it for the table; whether one did."""
         assert self.launcher is not None and self.config is not None
         self.config.hydra.sweep.dir = str(folder)
         try:
-            jobs = self._jobs(pending) if pending else []
+            jobs = self._jobs(pending, display) if pending else []
         except UserError as error:  # of the launcher: no cluster, a job that it rejects
             print(f"error: {error}", file=sys.stderr)
             return True
@@ -134,14 +133,12 @@ class RunSweeper(BasicSweeper):
             print(f"error: {name}{message}", file=sys.stderr)
         return bool(failures)
 
-    def _jobs(self, pending: list[Run]) -> Sequence[JobReturn]:
+    def _jobs(self, pending: list[Run], display: Display) -> Sequence[JobReturn]:
         """Launch what is pending, all at once where the launcher can, or one after the other, each announced."""
         assert self.launcher is not None
         if not isinstance(self.launcher, BasicLauncher) or len(pending) == 1:
             return self.launcher.launch([run.overrides for run in pending], initial_job_idx=0)
-        from clbench.terminal import Display
-
-        display, jobs = Display("sweep"), []
+        jobs: list[JobReturn] = []
         for index, (run, name) in enumerate(zip(pending, distinct(pending), strict=True)):
             display.line(f"run {index + 1} of {len(pending)}: {name}")
             jobs += self.launcher.launch([run.overrides], initial_job_idx=index)
