@@ -90,6 +90,11 @@ class Detector(nn.Module):
         """A fresh one for a task; None for methods that only collect."""
         return None
 
+    @classmethod
+    def has_gradients(cls) -> bool:
+        """Whether it is trained by an optimizer, or only collects."""
+        return cls.optimizer is not Detector.optimizer
+
     def learning_rate_factor(self, done: float) -> float:
         """What the optimizer's learning rates are multiplied with when this share of the steps is done."""
         return 1.0

@@ -20,14 +20,30 @@ class Strategy:
         seed: of what the strategy draws.
         replay_size: images of the replay buffer; only `replay` has one.
 
+    What a strategy can do is said on its class; configuration, footprint, recording and report look there and never
+    at its name.
+
     Attributes:
+        has_buffer: whether it keeps images of earlier tasks: the settings of the `replay` group are for it, and its
+            constructor takes them, each after `replay_`.
+        joint: whether one stage learns all tasks.
+        task_known: whether an image comes with its task, so that each task has a model of its own.
+        continual: whether it learns task by task and judges without being told the task: it counts in best marks and
+            Pareto fronts, and the others are bounds to compare with.
+        needs_gradients: whether it works on the steps of an optimizer, and so makes no sense for a detector without.
+        needs_native_update: whether it relies on the method's own update of banks and statistics.
+        why_no_buffer: said to who gives it a buffer.
         bookmark: where a training under way is kept and continued from, if anywhere.
         on_epoch: told of every epoch: stage, epoch, mean loss.
-        task_known: whether an image comes with its task, so that each has a model of its own.
     """
 
-    replays = False
+    has_buffer = False
+    joint = False
     task_known = False
+    continual = True
+    needs_gradients = False
+    needs_native_update = False
+    why_no_buffer = "it keeps no images"
 
     def __init__(self, detector: Detector, *, seed: int = 0, replay_size: int | None = None):
         self.detector = detector
@@ -37,8 +53,8 @@ class Strategy:
         self.on_epoch: Callable[[int, int, float], None] = lambda stage, epoch, loss: None
 
     def stages(self, tasks: int) -> list[list[int]]:
-        """The tasks that each stage learns: one a stage."""
-        return [[task] for task in range(tasks)]
+        """The tasks that each stage learns: one a stage, or all in one where training is joint."""
+        return [list(range(tasks))] if self.joint else [[task] for task in range(tasks)]
 
     def check(self, tasks: Sequence[Task]) -> None:
         """Whether the detector can learn and judge these tasks, before it begins to.

@@ -8,6 +8,8 @@ from clbench.strategies.base import Strategy
 class Finetune(Strategy):
     """Each stage sees its own images; banks and statistics are replaced."""
 
+    why_no_buffer = "fine-tuning keeps nothing of earlier tasks"
+
     def learn(self, stage: int, images: Tensor) -> None:
         self.detector.forget()
         self.fit(self.detector, stage, images)

@@ -8,8 +8,9 @@ from clbench.strategies.base import Strategy
 class Joint(Strategy):
     """One stage, which sees the images of all tasks."""
 
-    def stages(self, tasks: int) -> list[list[int]]:
-        return [list(range(tasks))]
+    joint = True
+    continual = False
+    why_no_buffer = "joint training has all images at once"
 
     def learn(self, stage: int, images: Tensor) -> None:
         self.fit(self.detector, stage, images)

@@ -8,5 +8,8 @@ from clbench.strategies.base import Strategy
 class Native(Strategy):
     """Each stage sees its own images; banks and statistics are merged with those of earlier tasks."""
 
+    needs_native_update = True
+    why_no_buffer = "a method's own update keeps statistics and no images"
+
     def learn(self, stage: int, images: Tensor) -> None:
         self.fit(self.detector, stage, images)

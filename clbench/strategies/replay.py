@@ -21,7 +21,7 @@ class Replay(Strategy):
     training stays held out when it is replayed.
     """
 
-    replays = True
+    has_buffer = True
 
     def __init__(self, detector: Detector, **settings: Any):
         super().__init__(detector, **settings)

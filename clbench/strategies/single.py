@@ -13,6 +13,8 @@ class Single(Strategy):
     """Each stage learns a fresh detector of its own; only the frozen networks are shared."""
 
     task_known = True
+    continual = False
+    why_no_buffer = "each task has a model of its own"
 
     def __init__(self, detector: Detector, **settings: Any):
         super().__init__(detector, **settings)
