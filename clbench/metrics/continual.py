@@ -13,7 +13,7 @@ Matrix = Sequence[Sequence[float | None]]
 
 def final_mean(R: Matrix) -> float | None:
     """Mean over tasks after the last stage."""
-    return _mean(R[-1]) if R else None
+    return mean(R[-1]) if R else None
 
 
 def average_forgetting_pct(R: Matrix, learned: Sequence[int]) -> float | None:
@@ -22,7 +22,7 @@ def average_forgetting_pct(R: Matrix, learned: Sequence[int]) -> float | None:
     Mean of (just learned - final) / just learned over the tasks learned before the last stage, None for a
     run of one stage. A task whose just-learned value is 0 has nothing to lose and is left out.
     """
-    return _mean(100 * (just - final) / just for just, final in _just_learned_and_final(R, learned) if just)
+    return mean(100 * (just - final) / just for just, final in _just_learned_and_final(R, learned) if just)
 
 
 def forgetting(R: Matrix, learned: Sequence[int]) -> float | None:
@@ -36,12 +36,12 @@ def forgetting(R: Matrix, learned: Sequence[int]) -> float | None:
         earlier = [value for s in range(stage, final) if (value := _entry(R, s, task)) is not None]
         last = _entry(R, final, task) if earlier else None
         losses.append(max(earlier) - last if last is not None else None)
-    return _mean(losses)
+    return mean(losses)
 
 
 def backward_transfer(R: Matrix, learned: Sequence[int]) -> float | None:
     """Mean of final minus just learned (Lopez-Paz & Ranzato, 2017); negative when tasks are forgotten."""
-    return _mean(final - just for just, final in _just_learned_and_final(R, learned))
+    return mean(final - just for just, final in _just_learned_and_final(R, learned))
 
 
 def forward_transfer(R: Matrix, learned: Sequence[int]) -> float | None:
@@ -50,7 +50,7 @@ def forward_transfer(R: Matrix, learned: Sequence[int]) -> float | None:
     None when unseen tasks were not evaluated.
     """
     stages = len(R)
-    return _mean(_entry(R, s, task) for task, stage in enumerate(learned) for s in range(min(stage, stages)))
+    return mean(_entry(R, s, task) for task, stage in enumerate(learned) for s in range(min(stage, stages)))
 
 
 def _just_learned_and_final(R: Matrix, learned: Sequence[int]) -> list[tuple[float, float]]:
@@ -66,6 +66,6 @@ def _entry(R: Matrix, stage: int, task: int) -> float | None:
     return R[stage][task] if task < len(R[stage]) else None
 
 
-def _mean(values: Iterable[float | None]) -> float | None:
+def mean(values: Iterable[float | None]) -> float | None:
     defined = [value for value in values if value is not None]
     return sum(defined) / len(defined) if defined else None
