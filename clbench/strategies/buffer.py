@@ -32,14 +32,14 @@ class Buffer:
         parts = [*self.parts, (learned, held_out)]
         shares, extra = divmod(self.size, len(parts))
         self.parts = []
-        for owner, (learned, held_out) in enumerate(parts):
+        for owner, pair in enumerate(parts):
             share = shares + (owner < extra)  # what does not divide evenly goes to the oldest stages
-            there = len(learned) + len(held_out)
+            there = sum(map(len, pair))
             count = min(share, there)
-            of_held_out = round(count * len(held_out) / there) if there else 0
+            of_held_out = round(count * len(pair[1]) / there) if there else 0
             random = generator(self.seed, "replay buffer", stage, owner)
             kept = []
-            for part, size in ((learned, count - of_held_out), (held_out, of_held_out)):
+            for part, size in zip(pair, (count - of_held_out, of_held_out), strict=True):
                 order = torch.randperm(len(part), generator=random)[:size].sort().values
                 kept.append(part[order.to(part.device)].clone())
             self.parts.append((kept[0], kept[1]))
