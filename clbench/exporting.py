@@ -80,7 +80,7 @@ def trace(detector: Detector, images: Tensor) -> tuple[ExportedProgram, bool]:
 
 
 def write_torch(program: ExportedProgram, path: Path) -> Runtime:
-    """Write the graph as a .pt2 file at `path`, and give a function that runs that file.
+    """Write the graph `program` as a .pt2 file at `path`, and give a function that runs that file.
 
     Raises:
         UserError: the disk is full or may not be written.
@@ -150,8 +150,8 @@ def write_onnx(program: ExportedProgram, path: Path, threads: int | None = None)
 def difference(ours: Prediction, theirs: Runtime, images: Tensor, any_number: bool) -> float:
     """The largest difference between a detector's maps and scores and those of a runtime, relative.
 
-    It is relative to the range of the detector's maps, or to 1 % of their largest absolute value where that is
-    more.
+    It is relative to the range of the detector's maps, or to 1 % of their largest absolute value where that
+    is more.
 
     Args:
         ours: the detector's prediction of the images.

@@ -58,7 +58,7 @@ class FeatureStore:
         self._weights: Tensor | None = None
 
     def keys(self, images: Tensor) -> list[Key]:
-        """Images [B, 3, H, W], uint8 or float32 -> their keys: two independent 64-bit sums over the pixels."""
+        """Images [B, 3, H, W], uint8 or float32 -> their keys, two independent 64-bit sums over pixels."""
         flat = images.reshape(len(images), -1)
         flat = flat.view(torch.int32) if flat.dtype == torch.float32 else flat
         if self._weights is None or self._weights.shape[1] != flat.shape[1]:

@@ -127,7 +127,10 @@ class DRAEM(Detector):
 
 
 def focal(logits: Tensor, masks: Tensor) -> Tensor:
-    """L_seg: the mean focal loss of logits [B, 2, H, W] against masks [B, 1, H, W] of 0 and 1 (Lin et al., 2017)."""
+    """L_seg, a scalar: the mean focal loss (Lin et al., 2017) of logits [B, 2, H, W] against masks.
+
+    Masks are [B, 1, H, W] of 0 and 1.
+    """
     log_probability = F.log_softmax(logits, 1).gather(1, masks.long())
     return -((1 - log_probability.exp()) ** _FOCUS * log_probability).mean()
 
@@ -160,7 +163,7 @@ def _dissimilarity(one: Tensor, other: Tensor) -> Tensor:
 
 
 def block(*channels: int) -> nn.Sequential:
-    """3x3 convolutions, batch-normalised and rectified, from each of these numbers of channels to the next."""
+    """3x3 convolutions, batch-normalised and rectified, from each number of channels to the next."""
     layers: list[nn.Module] = []
     for before, after in itertools.pairwise(channels):
         layers += [nn.Conv2d(before, after, 3, padding=1), nn.BatchNorm2d(after), nn.ReLU(inplace=True)]

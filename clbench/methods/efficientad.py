@@ -153,8 +153,8 @@ class EfficientAD(Detector):
     def training_step(self, images: Tensor) -> Tensor:
         """Images [B, 3, H, W] -> the loss L_ST + L_AE + L_STAE, a scalar.
 
-        L_ST is L_hard plus the penalty for imitating the teacher on one out-of-distribution picture (Batzner et
-        al., 2024, sections 3.2 and 3.3).
+        L_ST is L_hard plus the penalty for imitating the teacher on one out-of-distribution picture (Batzner
+        et al., 2024, sections 3.2 and 3.3).
         """
         batch = len(images)
         jittered = jitter(unit(images))

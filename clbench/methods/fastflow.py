@@ -173,7 +173,7 @@ class Affine(nn.Module):
             self.offset = nn.Parameter(self.offset.new_zeros(shape))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x [B, C, h, w] -> y [B, C, h, w], and the log-determinant of the Jacobian, a scalar for all images."""
+        """x [B, C, h, w] -> y [B, C, h, w], and the log-determinant of the Jacobian, one for all images."""
         return x * self.log_factor.exp() + self.offset, self.log_factor.sum()
 
     def inverse(self, y: Tensor) -> Tensor:

@@ -16,7 +16,8 @@ Sigma = Annotated[float, Ge(0), Le(100)]  # standard deviation of a map's Gaussi
 def to_image_size(grid: Tensor, size: Sequence[int], sigma: float) -> Tensor:
     """Grid [B, h, w] -> maps [B, H, W] of `size` (H, W): upsampled bilinearly, then smoothed by a Gaussian.
 
-    Both are linear and separable, so together they are one matrix on each side.
+    The Gaussian's standard deviation is `sigma` pixels. Both operations are linear and separable, so together
+    they are one matrix for each side.
     """
     rows = _resampling(grid.shape[1], size[0], sigma).to(grid)
     columns = _resampling(grid.shape[2], size[1], sigma).to(grid)

@@ -129,7 +129,7 @@ class PaDiM(Detector):
         del self._origin, self._sum, self._squares
 
     def _weight(self, count: int) -> float:
-        """Weight of a new task of `count` images: 1 / tasks in Algorithm 1, its share of images when pooled."""
+        """Weight of a new task of `count` images: 1 / tasks in Algorithm 1, its share of all when pooled."""
         if self.update == "pooled":
             return count / (int(self.counts.sum()) + count)
         return 1 / (len(self.counts) + 1)
@@ -174,7 +174,7 @@ class PaDiM(Detector):
         return Prediction(maps, maps.amax((1, 2)))
 
     def embedding(self, images: Tensor) -> Tensor:
-        """Images [B, 3, H, W] -> the chosen channels at each position of the first level's grid, [P, D, B]."""
+        """Images [B, 3, H, W] -> chosen channels at each position of the first level's grid, [P, D, B]."""
         levels = [
             level[:, channels.to(level.device)]
             for level, channels in zip(self.pyramid(images), self.channels, strict=True)

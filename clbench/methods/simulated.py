@@ -64,8 +64,8 @@ def perlin(batch: int, height: int, width: int, device: torch.device) -> Tensor:
 
     Each of the `batch` pictures has its own numbers of cells along x and y. The noise is read at turned
     coordinates, so that no corner stays empty. At (x, y) it is the mean of g_x (x - i) + g_y (y - j) over the
-    four corners (i, j) of the cell, with faded weights: x times the mean of g_x, plus y times that of g_y, minus
-    that of g_x i + g_y j. These three means are the channels of one bilinear look-up.
+    four corners (i, j) of the cell, with faded weights: x times the mean of g_x, plus y times that of g_y,
+    minus that of g_x i + g_y j. These three means are the channels of one bilinear look-up.
     """
     cells = 2.0 ** torch.randint(_FINEST, (batch, 1, 2), device=device)
     angle = math.pi * (torch.rand(batch, device=device) - 0.5)
@@ -135,7 +135,7 @@ def sharpened(images: Tensor, factor: Tensor) -> Tensor:
 
 
 def equalised(images: Tensor) -> Tensor:
-    """Images [B, 3, H, W] in [0, 1] with each channel's 256 levels spread until they are about as frequent."""
+    """Images [B, 3, H, W] in [0, 1] with each channel's 256 levels spread: all are then about as frequent."""
     levels, counts = _levels(images)
     below = counts.cumsum(-1) - counts
     brightest = counts.gather(-1, levels.amax(-1, keepdim=True))
@@ -203,7 +203,7 @@ def solarised(images: Tensor, threshold: Tensor) -> Tensor:
 
 
 def posterised(images: Tensor, bits: Tensor) -> Tensor:
-    """Images [B, 3, H, W] in [0, 1], of whose 256 levels only the highest `bits` [B, 1, 1, 1] are kept, 1 to 8."""
+    """Images [B, 3, H, W] in [0, 1] with only the highest `bits` [B, 1, 1, 1] of their 256 levels, 1 to 8."""
     step = 2 ** (8 - bits)
     return (images * 255).round_().div_(step).floor_().mul_(step / 255)
 

@@ -52,7 +52,7 @@ class STFPM(Detector):
         )
 
     def training_step(self, images: Tensor) -> Tensor:
-        """Images [B, 3, H, W] -> the loss, a scalar: the mean discrepancy of each level, summed over levels."""
+        """Images [B, 3, H, W] -> the loss, a scalar: each level's mean discrepancy, summed over levels."""
         return torch.stack([discrepancy.mean() for discrepancy in self.discrepancies(images)]).sum()
 
     def forward(self, images: Tensor) -> Prediction:
