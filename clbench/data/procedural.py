@@ -72,7 +72,7 @@ def shaded(base: Array, light: Array) -> Array:
     return base * light[..., None]
 
 
-# (random, size S) -> a picture of a product [S, S, 3], about 0 to 1, and a map [S, S], 1 where defects may be.
+# (random, size S) -> a product's picture [S, S, 3], about 0 to 1, and a map [S, S], 1 where defects may be.
 Product = Callable[[np.random.Generator, int], tuple[Array, Array]]
 
 
