@@ -20,9 +20,9 @@ import numpy as np
 import pytest
 
 from clbench.cli import main
-from clbench.data import download, published
-from clbench.data.download import BadArchive, address, checksum, fetch, pin, pinned, verify
-from clbench.data.unpack import unpack
+from clbench.data.acquire import download, published
+from clbench.data.acquire.download import BadArchive, address, checksum, fetch, pin, pinned, verify
+from clbench.data.acquire.unpack import unpack
 from clbench.errors import UserError
 
 CONTENT = np.random.default_rng(0).integers(0, 255, 300_000, dtype=np.uint8).tobytes()
@@ -452,7 +452,7 @@ def test_what_the_disk_refuses_is_told_with_what_to_do(
         raise OSError(number, os.strerror(number))
 
     archive = make_tar(tmp_path / "archive", (tar_info("a"), b"1"))
-    monkeypatch.setattr("clbench.data.unpack.shutil.copyfileobj", refuse)
+    monkeypatch.setattr("clbench.data.acquire.unpack.shutil.copyfileobj", refuse)
     with pytest.raises(UserError, match=rf"cannot be unpacked to \S+ \({os.strerror(number)}\): {message}"):
         unpack(archive, tmp_path / "out", ignore)
 

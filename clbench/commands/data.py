@@ -15,8 +15,8 @@ from clbench.errors import UserError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from clbench.data.check import Category
-    from clbench.data.published import Published
+    from clbench.data.acquire.check import Category
+    from clbench.data.acquire.published import Published
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -66,8 +66,8 @@ def main(options: argparse.Namespace) -> int:
 
 
 def _check(options: argparse.Namespace) -> int:
-    from clbench.data.check import check
-    from clbench.data.published import layout_of, named, recognise, recognise_all
+    from clbench.data.acquire.check import check
+    from clbench.data.acquire.published import layout_of, named, recognise, recognise_all
 
     given = root = options.root.expanduser().absolute()
     if not root.is_dir():
@@ -101,7 +101,7 @@ def _check(options: argparse.Namespace) -> int:
 
 def _not_checked(given: Path, root: Path) -> list[str]:
     """A note where the folder that was given holds more datasets than the one that was checked."""
-    from clbench.data.published import recognise_all
+    from clbench.data.acquire.published import recognise_all
 
     try:
         others = [str(folder) for _, folder in recognise_all(given) if folder != root]
@@ -128,8 +128,8 @@ def _print_table(categories: list[Category]) -> None:
 
 
 def _list(options: argparse.Namespace) -> int:
-    from clbench.data.download import in_words
-    from clbench.data.published import datasets
+    from clbench.data.acquire.download import in_words
+    from clbench.data.acquire.published import datasets
 
     for dataset in sorted(datasets().values(), key=lambda dataset: dataset.name):
         train, good, defective = dataset.total
@@ -143,8 +143,8 @@ def _list(options: argparse.Namespace) -> int:
 
 
 def _get(options: argparse.Namespace) -> int:
-    from clbench.data.download import fetch, in_words, pin
-    from clbench.data.published import named
+    from clbench.data.acquire.download import fetch, in_words, pin
+    from clbench.data.acquire.published import named
 
     dataset = named(options.name)
     root = options.root.expanduser().absolute()
@@ -186,7 +186,7 @@ def _get(options: argparse.Namespace) -> int:
 
 def _archive_name(dataset: Published, url: str | None) -> str:
     """The publisher's name for it, or the address's, unless that is the name of the folder that it is unpacked to."""
-    from clbench.data.download import address
+    from clbench.data.acquire.download import address
 
     name = dataset.archive or (PurePosixPath(urlsplit(address(url)).path).name if url else "")
     return f"{dataset.name}.archive" if name in ("", "..", dataset.name) else name
@@ -198,8 +198,8 @@ def _unpack(archive: Path, folder: Path, expected: str | None, by_hand: bool) ->
     Raises:
         UserError: it is another file, is damaged or does not fit.
     """
-    from clbench.data.download import BadArchive, checksum, pinned, verify
-    from clbench.data.unpack import unpack
+    from clbench.data.acquire.download import BadArchive, checksum, pinned, verify
+    from clbench.data.acquire.unpack import unpack
 
     try:
         with _bar("checking") as (progress, write):
@@ -233,7 +233,7 @@ def _ask(dataset: Published, accepted: bool) -> None:
 
 
 def _say_how(folder: Path) -> int:
-    from clbench.data.published import recognise
+    from clbench.data.acquire.published import recognise
 
     found = recognise(folder)
     if found is None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO
 
-from clbench.data.download import BadArchive, Progress, in_words, room, way_out
+from clbench.data.acquire.download import BadArchive, Progress, in_words, room, way_out
 from clbench.errors import UserError
 
 _NAMES = {  # what the file system has against an archive's names
