@@ -128,7 +128,7 @@ def _print_table(categories: list[Category]) -> None:
 
 
 def _list(options: argparse.Namespace) -> int:
-    from clbench.data.acquire.download import in_words
+    from clbench.data.acquire.disk import in_words
     from clbench.data.acquire.published import datasets
 
     for dataset in sorted(datasets().values(), key=lambda dataset: dataset.name):
@@ -143,7 +143,9 @@ def _list(options: argparse.Namespace) -> int:
 
 
 def _get(options: argparse.Namespace) -> int:
-    from clbench.data.acquire.download import fetch, in_words, pin
+    from clbench.data.acquire.checksums import pin
+    from clbench.data.acquire.disk import in_words
+    from clbench.data.acquire.download import fetch
     from clbench.data.acquire.published import named
 
     dataset = named(options.name)
@@ -198,7 +200,7 @@ def _unpack(archive: Path, folder: Path, expected: str | None, by_hand: bool) ->
     Raises:
         UserError: it is another file, is damaged or does not fit.
     """
-    from clbench.data.acquire.download import BadArchive, checksum, pinned, verify
+    from clbench.data.acquire.checksums import BadArchive, checksum, pinned, verify
     from clbench.data.acquire.unpack import unpack
 
     try:

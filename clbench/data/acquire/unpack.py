@@ -1,4 +1,8 @@
-"""Archives from elsewhere: files and folders come out of them, and only into the folder they are meant for."""
+"""Archives from elsewhere: files and folders come out of them, and only into the folder they are meant for.
+
+`zipfile` and `tarfile` (with its `data` filter) do the writing. Both would make a path that leads out of the folder
+harmless without a word, and take links; an archive of images that holds either is refused here as a whole.
+"""
 
 import errno
 import lzma
@@ -8,12 +12,13 @@ import stat
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import IO
 
-from clbench.data.acquire.download import BadArchive, Progress, in_words, room, way_out
+from clbench.data.acquire.checksums import BadArchive
+from clbench.data.acquire.disk import check_room, way_out
+from clbench.data.acquire.download import Progress
 from clbench.errors import UserError
 
 _NAMES = {  # what the file system has against an archive's names
@@ -24,35 +29,24 @@ _NAMES = {  # what the file system has against an archive's names
 }
 
 
-@dataclass(frozen=True)
-class _Member:
-    name: str
-    kind: str  # file, folder, or what it should not be
-    size: int  # bytes
-    open: Callable[[], IO[bytes]]
-
-
 def unpack(archive: Path, folder: Path, progress: Progress) -> None:
     """Unpack a tar (also gzip, bzip2, xz) or a zip; the folder appears when it is whole.
 
-    Nothing but files and folders is taken, and nothing of an archive that holds anything else, or a path that
-    leads out of the folder.
-
     Raises:
-        BadArchive: it holds what it should not, or is damaged or no archive.
+        BadArchive: it holds a link, a device or a path that leads out of the folder, or is damaged or no archive.
         UserError: the disk is full, or something else is in the way.
     """
     part = folder.with_name(f".{folder.name}.unpacking")
     shutil.rmtree(part, ignore_errors=True)  # of a process that was killed
     total = archive.stat().st_size
+    # At the least: pictures are compressed already.
+    check_room(archive.parent, total, f"unpacking {archive.name}")
     try:
-        room(
-            archive.parent, total, f"unpacking {archive.name}"
-        )  # at the least: pictures are compressed already
         part.mkdir(parents=True)
         with open(archive, "rb") as raw:
-            for member in _members(raw, archive):
-                _write(member, part, archive)
+            extract = _unzip if zipfile.is_zipfile(raw) else _untar
+            raw.seek(0)
+            for _ in extract(raw, part, archive):
                 progress(raw.tell(), total)
         if not any(part.iterdir()):
             raise BadArchive(f"{archive} is empty")
@@ -78,48 +72,42 @@ def unpack(archive: Path, folder: Path, progress: Progress) -> None:
         shutil.rmtree(part, ignore_errors=True)
 
 
-def _members(raw: IO[bytes], archive: Path) -> Iterator[_Member]:
-    if zipfile.is_zipfile(raw):
-        raw.seek(0)
-        with zipfile.ZipFile(raw) as zipped:
-            listed = zipped.infolist()
-            room(archive.parent, sum(info.file_size for info in listed), f"unpacking {archive.name}")
-            for info in listed:
-                mode = stat.S_IFMT(info.external_attr >> 16)
-                kind = "file" if mode in (0, stat.S_IFREG) else "link or device"
-                if info.is_dir() or mode == stat.S_IFDIR:
-                    kind = "folder"
-                yield _Member(info.filename, kind, info.file_size, lambda info=info: zipped.open(info))  # type: ignore[misc]
-        return
-    raw.seek(0)
+def _unzip(raw: IO[bytes], part: Path, archive: Path) -> Iterator[None]:
+    """Extract one member at a time."""
+    with zipfile.ZipFile(raw) as zipped:
+        members = zipped.infolist()
+        check_room(part, sum(member.file_size for member in members), f"unpacking {archive.name}")
+        for member in members:
+            kind = stat.S_IFMT(member.external_attr >> 16)  # 0 where it was made on no Unix
+            member.filename = _safe(archive, member.filename, kind in (0, stat.S_IFREG, stat.S_IFDIR))
+            zipped.extract(member, part)
+            yield
+
+
+def _untar(raw: IO[bytes], part: Path, archive: Path) -> Iterator[None]:
+    """Extract one member at a time."""
+    if not hasattr(tarfile, "data_filter"):
+        raise RuntimeError("this Python has no safe tarfile: 3.10.12, 3.11.4 or a later one has")
     with tarfile.open(fileobj=raw, mode="r:*") as tar:
-        for entry in tar:
-            kind = "file" if entry.isreg() else "folder" if entry.isdir() else "link or device"
-            yield _Member(entry.name, kind, entry.size, lambda entry=entry: tar.extractfile(entry))  # type: ignore[misc,arg-type]
+        for member in tar:
+            member.name = _safe(archive, member.name, member.isreg() or member.isdir())
+            check_room(part, member.size, f"'{member.name}' of {archive.name}")
+            tar.extract(member, part, filter="data")
+            yield
 
 
-def _write(member: _Member, folder: Path, archive: Path) -> None:
-    path = PurePosixPath(member.name.replace("\\", "/"))
-    if (
-        path.is_absolute()
-        or ".." in path.parts
-        or ":" in member.name.partition("/")[0]
-        or "\0" in member.name
-    ):
-        raise BadArchive(f"{archive} holds '{member.name}', which leads out of its folder: do not trust it")
-    if member.kind not in ("file", "folder"):
-        raise BadArchive(f"{archive} holds '{member.name}', a {member.kind}: do not trust it")
-    target = folder / path
-    if member.kind == "folder":
-        target.mkdir(parents=True, exist_ok=True)
-        return
-    if member.size > shutil.disk_usage(folder).free:
-        raise UserError(
-            f"{archive} does not fit: '{member.name}' alone takes {in_words(member.size)}; free space, or give "
-            "another --root"
-        )
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with member.open() as source, open(target, "wb") as file:
-        shutil.copyfileobj(source, file, 1 << 20)
-    if target.stat().st_size != member.size:
-        raise BadArchive(f"{archive} is damaged: '{member.name}' ends too early")
+def _safe(archive: Path, name: str, plain: bool) -> str:
+    """A member's name, with slashes for the backslashes that some programs write.
+
+    Args:
+        plain: whether it is a file or a folder.
+
+    Raises:
+        BadArchive: it is neither, or its name leads out of the folder.
+    """
+    path = PurePosixPath(name.replace("\\", "/"))
+    if path.is_absolute() or ".." in path.parts or ":" in name.partition("/")[0] or "\0" in name:
+        raise BadArchive(f"{archive} holds '{name}', which leads out of its folder: do not trust it")
+    if not plain:
+        raise BadArchive(f"{archive} holds '{name}', a link or device: do not trust it")
+    return name.replace("\\", "/")
