@@ -1,4 +1,4 @@
-"""clbench data: which datasets there are, how to come by them, and whether a folder of one is sound."""
+"""clbench data: which datasets there are, how to get them, whether a folder of one is sound, the synthetic one."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
+from clbench.commands.numbers import whole
 from clbench.errors import UserError
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    """check, list and get."""
+    """What each action takes: check, list, get and synthetic."""
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     check = actions.add_parser(
         "check",
@@ -52,11 +53,34 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--sha256", metavar="HEX", help="that the archive should have, in place of the known one"
     )
     get.add_argument("--keep-archive", action="store_true", help="do not remove it when it is unpacked")
+    synthetic = actions.add_parser(
+        "synthetic",
+        help="write the synthetic stream to disk",
+        description="Draws the ten products of dataset=synthetic and writes them in the MVTec AD layout, as PNG.",
+        epilog="for example: clbench data synthetic data/synthetic && "
+        "python train.py dataset=mvtec dataset.root=data/synthetic",
+    )
+    synthetic.add_argument("root", type=Path, metavar="FOLDER", help="where to; it must be new or empty")
+    for name, least, default, what in (
+        ("seed", 0, 0, "another one draws other pictures of the same products"),
+        ("size", 32, 256, "pixels a side"),  # the least is Synthetic's
+        ("train", 1, 40, "normal images a category to learn from"),
+        ("test-good", 0, 12, "normal images a category to test with"),
+        ("test-defect", 0, 20, "defective images a category to test with"),
+    ):
+        synthetic.add_argument(
+            f"--{name}", type=whole(least), default=default, metavar="N", help=f"{what} ({default})"
+        )
 
 
 def main(options: argparse.Namespace) -> int:
     """Do what was asked, and give the exit status."""
-    actions: dict[str, Callable[[argparse.Namespace], int]] = {"check": _check, "list": _list, "get": _get}
+    actions: dict[str, Callable[[argparse.Namespace], int]] = {
+        "check": _check,
+        "list": _list,
+        "get": _get,
+        "synthetic": _synthetic,
+    }
     try:
         return actions[options.action](options)
     except OSError as error:  # what the file system refuses on the way
@@ -245,6 +269,16 @@ def _say_how(folder: Path) -> int:
     dataset, root = found
     print(f"clbench data check {root}")
     print(f"python train.py dataset={dataset.name} dataset.root={root}")
+    return 0
+
+
+def _synthetic(options: argparse.Namespace) -> int:
+    from clbench.data.synthetic import Synthetic, write
+
+    folder = options.root.expanduser()
+    sizes = {name: getattr(options, name) for name in ("seed", "size", "train", "test_good", "test_defect")}
+    write(Synthetic(**sizes), folder)
+    print(f"python train.py dataset=mvtec dataset.root={folder}")
     return 0
 
 
