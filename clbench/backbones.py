@@ -10,10 +10,10 @@ import torch
 from pydantic import AfterValidator, NonNegativeInt, PositiveInt
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from timm.models._features import FeatureGetterNet
+from timm.models._features import FeatureGetterNet  # private, so that pyproject.toml bounds timm above
 from torch import Tensor, nn
 
-from clbench.errors import UserError
+from clbench.errors import UserError, first_line
 from clbench.feature_store import FeatureStore
 from clbench.randomness import seed_for
 
@@ -30,7 +30,11 @@ def _ascending(layers: list[int]) -> list[int]:
 
 
 def existing_weights(name: str) -> str:
-    """The name of a file that is there: for settings, whose mistakes are found when they are composed."""
+    """Check, when a config is checked, that the file which a setting names is there; gives the name back.
+
+    Raises:
+        ValueError: it is not there.
+    """
     if not weights_path(name).is_file():
         raise ValueError("it does not exist: give a .safetensors or .pth file")
     return name
@@ -40,18 +44,22 @@ Layers = Annotated[list[int], AfterValidator(_ascending)]  # levels of a pyramid
 
 
 class Backbone:
-    """Which pretrained network to take features from; detectors ask it for the levels they need.
+    """Which frozen network to take features from; detectors ask it for the levels they need.
 
     Args:
         name: a timm model.
-        weights: `pretrained` (timm downloads them), `random` (by seed), or `checkpoint`.
-        checkpoint: a local file, .safetensors or .pth (tensors only), used in place of a download.
+        pretrained: whether timm downloads its weights, where no checkpoint is given; else they are random.
+        checkpoint: a file of weights, .safetensors or .pth (tensors only), or `package:NAME` for one of the package's.
         arguments: further arguments of `timm.create_model`.
         seed: of random weights.
         batch_size: images the network sees at a time.
-        feature_memory_mb, feature_disk_mb: how much the feature store may hold in memory, and after that in
-            a temporary file; what does not fit is computed again.
-        precision: `fp32`, or `bf16` or `fp16` for mixed precision inside the frozen network.
+        feature_memory_mb: features that are kept in memory so that an image is seen once per run, 10^6 bytes.
+        feature_disk_mb: features that are kept in a temporary file after that; what does not fit is computed again.
+        precision: `fp32`, or `bf16` or `fp16` for mixed precision inside the network.
+        compile: whether `torch.compile` compiles the network.
+
+    Raises:
+        UserError: timm has no such model.
     """
 
     def __init__(
@@ -83,12 +91,18 @@ class Backbone:
         self.compile = compile
 
     def pyramid(self, layers: list[int]) -> "FeaturePyramid":
-        """The frozen network up to the last of `layers`, giving those levels (timm's `out_indices`).
+        """The frozen network up to the last of `layers`, giving those levels.
+
+        Args:
+            layers: numbers of levels from 0, ascending (timm's `out_indices`).
 
         Raises:
-            UserError: no such layer, weights that cannot be had here, or weights that do not fit.
+            UserError: no such level, weights that cannot be downloaded, or weights that do not fit.
         """
-        network = self.network(layers)
+        torch.manual_seed(seed_for(self.seed, "backbone weights"))
+        network = self._create(layers, pretrained=self.pretrained and self.checkpoint is None)
+        if self.checkpoint is not None:
+            self._load(network, self.checkpoint)
         store = FeatureStore(*self.store_limits)
         dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[self.precision]
         pyramid = FeaturePyramid(
@@ -107,20 +121,17 @@ class Backbone:
         return pyramid
 
     def student(self, layers: list[int]) -> "Student":
-        """A network of the same architecture to be trained, its weights random by seed."""
+        """A network of the same architecture and levels to be trained, its weights random by seed.
+
+        Raises:
+            UserError: no such level.
+        """
         torch.manual_seed(seed_for(self.seed, "student weights"))
         network = self._create(layers, pretrained=False)
         return Student(network, self._whole_parameters(), self._normalisation(network))
 
-    def network(self, layers: list[int]) -> nn.Module:
-        """The network itself, in evaluation mode: uint8 images are not for it; see `FeaturePyramid`."""
-        torch.manual_seed(seed_for(self.seed, "backbone weights"))
-        network = self._create(layers, pretrained=self.pretrained and self.checkpoint is None)
-        if self.checkpoint is not None:
-            self._load(network)
-        return network.eval()
-
     def _create(self, layers: list[int], pretrained: bool) -> nn.Module:
+        """A network, images [B, 3, H, W] -> levels [B, C_l, H_l, W_l]; weights by torch's global seed where random."""
         create: dict[str, Any] = {
             "features_only": True,
             "out_indices": tuple(layers),
@@ -129,9 +140,8 @@ class Backbone:
         try:
             with torch.device("meta"):
                 kind = type(timm.create_model(self.name, **{**create, "pretrained": False}, **self.arguments))
-            if (
-                kind is FeatureGetterNet
-            ):  # a transformer, whose last normalisation is for the tokens of any block
+            if kind is FeatureGetterNet:
+                # A transformer: its last normalisation is for the tokens of any block.
                 whole = timm.create_model(self.name, pretrained=pretrained, **self.arguments)
                 network = FeatureGetterNet(whole, out_indices=tuple(layers), norm=True)
                 network.pretrained_cfg = whole.pretrained_cfg
@@ -153,7 +163,7 @@ class Backbone:
                 ) from error
             raise UserError(
                 f"the pretrained weights of backbone.name={self.name} could not be downloaded "
-                f"({_first_line(error)}): on a machine with a network, save timm.create_model('{self.name}', "
+                f"({first_line(error)}): on a machine with a network, save timm.create_model('{self.name}', "
                 "pretrained=True).state_dict() with safetensors, bring the file here and set "
                 "backbone.checkpoint=FILE; or take backbone=small, which needs no download"
             ) from error
@@ -166,15 +176,12 @@ class Backbone:
         )
 
     def _levels(self) -> str:
+        """How many levels there are, for an error message."""
         try:
             with torch.device("meta"):
                 reductions = _info(timm.create_model(self.name, features_only=True)).reduction()
-        except (
-            RuntimeError,
-            AssertionError,
-            AttributeError,
-            TypeError,
-        ):  # only words for an error that is on its way
+        except (RuntimeError, AssertionError, AttributeError, TypeError):
+            # These words are for an error that is on its way.
             return "other levels"
         return f"{len(reductions)} levels"
 
@@ -184,9 +191,8 @@ class Backbone:
             whole = timm.create_model(self.name, pretrained=False, **self.arguments)
         return sum(parameter.numel() for parameter in whole.parameters())
 
-    def _load(self, network: nn.Module) -> None:
-        assert self.checkpoint is not None
-        state = read_weights(weights_path(self.checkpoint), "backbone.checkpoint")
+    def _load(self, network: nn.Module, checkpoint: str) -> None:
+        state = read_weights(weights_path(checkpoint), "backbone.checkpoint")
         # timm wraps a transformer to give levels; its weights are saved without the wrapper.
         inner = network.model if isinstance(network, FeatureGetterNet) else network
         wanted = inner.state_dict()
@@ -199,7 +205,7 @@ class Backbone:
                 + [f"{key} is {list(state[key].shape)}, not {list(wanted[key].shape)}" for key in wrong[:3]]
             )
             raise UserError(
-                f"backbone.checkpoint={self.checkpoint} does not fit backbone.name={self.name} "
+                f"backbone.checkpoint={checkpoint} does not fit backbone.name={self.name} "
                 f"({len(missing)} tensors missing, {len(wrong)} of another size: {examples}): "
                 "give the weights of that timm model, or name the model they are of"
             )
@@ -210,10 +216,13 @@ def read_weights(path: Path, setting: str) -> dict[str, Tensor]:
     """The tensors of a .safetensors or .pth file, which is never unpickled.
 
     Args:
-        setting: that names the file, for errors.
+        setting: name of the config key or option that names the file, quoted in error messages.
+
+    Returns:
+        Name -> tensor, on the CPU.
 
     Raises:
-        UserError: no such file, not readable, or more than tensors.
+        UserError: the file does not exist, cannot be read, or holds more than tensors.
     """
     if not path.is_file():
         raise UserError(f"{setting}={path} does not exist: give a .safetensors or .pth file")
@@ -222,7 +231,7 @@ def read_weights(path: Path, setting: str) -> dict[str, Tensor]:
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, OSError, RuntimeError, ValueError, EOFError) as error:
-        raise UserError(f"{setting}={path} cannot be read: {_first_line(error)}") from error
+        raise UserError(f"{setting}={path} cannot be read: {first_line(error)}") from error
     except Exception as error:  # pickle.UnpicklingError and what it wraps
         if "global" not in str(error).lower():
             raise UserError(f"{setting}={path} cannot be read: it is no file of tensors") from error
@@ -239,18 +248,18 @@ def read_weights(path: Path, setting: str) -> dict[str, Tensor]:
 
 
 def weights_path(name: str) -> Path:
-    """The file that a setting names: a path, or one of the package's own."""
+    """The file that a setting names: a path, or `package:NAME` for one of the package's weights."""
     if name.startswith(PACKAGED):
         return Path(__file__).parent / "weights" / name.removeprefix(PACKAGED)
     return Path(name).expanduser()
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
 class Normalisation(nn.Module):
-    """Images in [0, 1] -> what a network was trained to see."""
+    """Images as a network was trained to see them: minus a mean, over a deviation.
+
+    Args:
+        mean, deviation: of red, green and blue, of images in [0, 1]; ImageNet's by default.
+    """
 
     mean: Tensor
     deviation: Tensor
@@ -270,8 +279,10 @@ class Normalisation(nn.Module):
 class Student(nn.Module):
     """A network to be trained, of which only the first levels are run.
 
-    Attributes:
-        whole_parameters: of the whole network, which the paper counts.
+    Args:
+        network: normalised images [B, 3, H, W] -> levels [B, C_l, H_l, W_l].
+        whole_parameters: number of parameters of the whole network, which the paper counts.
+        normalisation: of the images it takes.
     """
 
     def __init__(self, network: nn.Module, whole_parameters: int, normalisation: Normalisation):
@@ -293,10 +304,13 @@ class FeaturePyramid(nn.Module):
 
     Args:
         network: normalised images [B, 3, H, W] -> levels [B, C_l, H_l, W_l].
-        name: for errors.
+        name: the network's, quoted in error messages.
         channels: C_l of each level.
-        whole_parameters: of the whole network, of which only the first levels are run.
+        whole_parameters: number of parameters of the whole network, of which only the first levels are run.
+        store: keeps the levels of images that were seen.
+        batch_size: images the network sees at a time.
         dtype: of mixed precision inside the network; None for single precision.
+        normalisation: of the images it takes; ImageNet's where none is given.
         normalised: whether the levels come from a transformer's normalisation of its tokens.
     """
 
@@ -351,7 +365,13 @@ class FeaturePyramid(nn.Module):
 
     @torch.no_grad()
     def check(self, images: Tensor) -> list[Tensor]:
-        """The levels of an image of the run's size: tried so that misfits are known before anything is learned.
+        """Try an image of the run's size, so that a misfit is known before anything is learned.
+
+        Args:
+            images: of any number, [B, 3, H, W]; the first is tried.
+
+        Returns:
+            Its levels, [1, C_l, H_l, W_l].
 
         Raises:
             UserError: the network takes no images of this size.
@@ -361,18 +381,18 @@ class FeaturePyramid(nn.Module):
         except (RuntimeError, AssertionError, ValueError) as error:
             height, width = images.shape[-2:]
             raise UserError(
-                f"{self.name} takes no images of {width}x{height} ({_first_line(error)}): set dataset.resize and "
-                "dataset.crop, or for a transformer backbone.arguments.img_size"
+                f"{self.name} takes no images of {width}x{height} ({first_line(error)}): set dataset.resize and "
+                f"dataset.crop, or for a transformer ++backbone.arguments.img_size={height}"
             ) from error
 
     @torch.no_grad()
     def compute(self, images: Tensor) -> list[Tensor]:
-        """The levels of images that will not be seen again: nothing is looked up or kept."""
+        """The levels, float32 [B, C_l, H_l, W_l], of images that will not be seen again: nothing is looked up or kept."""
         parts = [self._whole_batch(part) for part in images.split(self.batch_size)]
         return [torch.cat(levels) if len(parts) > 1 else levels[0] for levels in zip(*parts, strict=True)]
 
     def _whole_batch(self, images: Tensor) -> list[Tensor]:
-        """The levels of at most a batch of images."""
+        """The levels of at most a batch of images, which is filled up with copies of the first."""
         missing = self.batch_size - len(images)
         if missing:
             images = torch.cat([images, images[:1].expand(missing, -1, -1, -1)])
@@ -383,7 +403,7 @@ class FeaturePyramid(nn.Module):
 
 
 def _info(network: nn.Module) -> Any:
-    """timm's description of a pyramid's levels."""
+    """timm's `FeatureInfo` of a network's levels: their channels and strides."""
     return network.feature_info
 
 

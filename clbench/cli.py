@@ -1,4 +1,4 @@
-"""The command line: clbench run, report, predict, export, data. Imports only what the chosen command needs."""
+"""The command line: clbench run, report, predict, export, data, distil. Imports only what the chosen command needs."""
 
 from __future__ import annotations
 
@@ -30,6 +30,10 @@ COMMANDS = {
     "data": (
         "which datasets there are, how to come by them, and whether a folder of one is sound",
         "clbench data get visa --root data\n  clbench data check data/visa",
+    ),
+    "distil": (
+        "a teacher for EfficientAD, distilled from a pretrained backbone on any images",
+        "clbench distil --backbone wide_resnet101_2 --images IMAGENET/train --output teacher.safetensors",
     ),
 }
 

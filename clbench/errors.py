@@ -9,10 +9,15 @@ class UserError(Exception):
 
 
 def in_one_line(error: BaseException) -> str | None:
-    """What a person must change, or None where the error is nobody's but ours."""
+    """The message of the `UserError` that an error is or was raised from; None where there is none: a fault of ours."""
     cause: BaseException | None = error
     while cause is not None:  # hydra.utils.instantiate wraps what a constructor raises
         if isinstance(cause, UserError):
             return str(cause)
         cause = cause.__cause__
     return None
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, the name of its type where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

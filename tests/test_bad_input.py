@@ -75,7 +75,7 @@ MISTAKES = [
         "leave it out",
     ),
     (["method=efficientad", "replay.size=6", "method.teacher=/nowhere"], "method.teacher=/nowhere", "give a"),
-    (["method=efficientad", "replay.size=6", "method.teacher=null"], "method.teacher", "distillation"),
+    (["method=efficientad", "replay.size=6", "method.teacher=null"], "method.teacher", "clbench distil"),
     (["method=efficientad", "replay.size=6", "method.width=128"], "method.width=128", "[32, 3, 4, 4]"),
     (["method=efficientad", "replay.size=6", "dataset.resize=24"], "24x24", "dataset.resize"),
     (["method=draem", "replay.size=6", "dataset.resize=16"], "16x16", "32 or more"),

@@ -53,5 +53,13 @@ def test_projection_keeps_distances_within_epsilon() -> None:
     assert ratio.mean() == pytest.approx(1, abs=0.05)
 
 
+@pytest.mark.parametrize("epsilon", [0.3, 0.5, 0.9, 0.99])
+@pytest.mark.parametrize("points", [1, 2, 3, 10, 784, 9408, 94_080, 10**7])
+def test_the_projection_is_as_large_as_the_bound_and_not_one_less(points: int, epsilon: float) -> None:
+    bound = 4 * np.log(max(points, 2)) / (epsilon**2 / 2 - epsilon**3 / 3)
+    size = projection(3000, points, epsilon, torch.Generator().manual_seed(0)).shape[1]
+    assert bound <= size < bound + 1
+
+
 def test_projection_never_enlarges() -> None:
     assert projection(20, 100_000, 0.9, torch.Generator().manual_seed(0)).shape == (20, 20)

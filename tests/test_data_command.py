@@ -20,9 +20,10 @@ import numpy as np
 import pytest
 
 from clbench.cli import main
-from clbench.data import download, published
-from clbench.data.download import BadArchive, address, checksum, fetch, pin, pinned, verify
-from clbench.data.unpack import unpack
+from clbench.data.acquire import disk, download, published
+from clbench.data.acquire.checksums import BadArchive, checksum, pin, pinned, verify
+from clbench.data.acquire.download import address, fetch
+from clbench.data.acquire.unpack import unpack
 from clbench.errors import UserError
 
 CONTENT = np.random.default_rng(0).integers(0, 255, 300_000, dtype=np.uint8).tobytes()
@@ -309,8 +310,8 @@ def test_addresses_are_quoted_where_they_have_to_be(url: str, sent: str) -> None
 def test_a_disk_without_room_is_told_before(
     server: tuple[Server, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    usage = download.shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(download.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda path: usage._replace(free=1000))
     with pytest.raises(UserError, match=r"the archive needs 0.3 MB, but \S+ has 1,000 bytes left.*--root"):
         fetch(server[1], tmp_path / "a.zip", ignore)
 
@@ -427,7 +428,7 @@ def test_a_damaged_archive_is_refused_whole(tmp_path: Path, kind: str) -> None:
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (["a", "a/b"], "holds 'a', which conflicts with another name in it: remove it, and"),
+        (["a", "a/b"], "holds 'a/b', which conflicts with another name in it: remove it, and"),
         (["a", "a/b/c"], "which conflicts with another name in it: remove it, and"),
         (["a/b", "a"], "holds 'a', which conflicts with another name in it: remove it, and"),
         (["x" * 300], "holds 'x+', a name too long for this disk: remove it, and"),
@@ -452,7 +453,7 @@ def test_what_the_disk_refuses_is_told_with_what_to_do(
         raise OSError(number, os.strerror(number))
 
     archive = make_tar(tmp_path / "archive", (tar_info("a"), b"1"))
-    monkeypatch.setattr("clbench.data.unpack.shutil.copyfileobj", refuse)
+    monkeypatch.setattr(tarfile, "copyfileobj", refuse)
     with pytest.raises(UserError, match=rf"cannot be unpacked to \S+ \({os.strerror(number)}\): {message}"):
         unpack(archive, tmp_path / "out", ignore)
 
@@ -465,6 +466,24 @@ def test_an_archive_with_a_password_is_not_damaged(tmp_path: Path) -> None:
     archive.write_bytes(data)
     with pytest.raises(UserError, match="encrypted.*: unpack it by hand to"):
         unpack(archive, tmp_path / "out", ignore)
+
+
+def test_a_python_whose_tarfile_cannot_be_trusted_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    archive = make_tar(tmp_path / "archive", (tar_info("a"), b"1"))
+    monkeypatch.delattr(tarfile, "data_filter")
+    with pytest.raises(UserError, match=r"no safe tarfile: 3.10.12, 3.11.4 or a later.*unpack it by hand to"):
+        unpack(archive, tmp_path / "out", ignore)
+    assert [path.name for path in tmp_path.iterdir()] == ["archive"]
+
+
+@pytest.mark.parametrize("kind", ["zip", "tar"])
+def test_backslashes_in_names_are_folders(tmp_path: Path, kind: str) -> None:
+    archive = tmp_path / "archive"
+    make_zip(archive, ("a\\b", b"1")) if kind == "zip" else make_tar(archive, (tar_info("a\\b"), b"1"))
+    unpack(archive, tmp_path / "out", ignore)
+    assert (tmp_path / "out/a/b").read_bytes() == b"1"
 
 
 # The command

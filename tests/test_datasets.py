@@ -16,6 +16,7 @@ from hydra import compose, initialize_config_dir
 
 from clbench.cli import main
 from clbench.config import check, register_resolvers
+from clbench.data.acquire.published import datasets, recognise
 from clbench.data.bmad import BMAD
 from clbench.data.btad import BTAD
 from clbench.data.cache import load
@@ -25,7 +26,6 @@ from clbench.data.mvtec import MVTec
 from clbench.data.mvtec_ad_2 import MVTecAD2
 from clbench.data.mvtec_loco import MVTecLOCO
 from clbench.data.on_disk import OnDisk
-from clbench.data.published import datasets, recognise
 from clbench.data.real_iad import RealIAD
 from clbench.data.samples import GOOD, Geometry
 from clbench.data.visa import SPLIT, VisA

@@ -1,16 +1,24 @@
 """The synthetic stream: the same by seed, its masks exact, its layout the one that users have."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT
 
+from clbench.cli import main
 from clbench.data.mvtec import MVTec
 from clbench.data.samples import Dataset, Split
-from clbench.data.synthetic import KINDS, LEAST_AREA, MOST_AREA, PLAIN, PRODUCTS, VISIBLE, Drawn, Synthetic
+from clbench.data.synthetic import (
+    KINDS,
+    LEAST_AREA,
+    LEAST_SIZE,
+    MOST_AREA,
+    PLAIN,
+    PRODUCTS,
+    VISIBLE,
+    Drawn,
+    Synthetic,
+)
 from clbench.errors import UserError
 
 
@@ -77,20 +85,34 @@ def contents(dataset: Dataset, category: str, split: Split) -> list[tuple[bytes,
     )
 
 
-def test_the_stream_on_disk_is_the_stream_in_memory(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "clbench.data.synthetic", str(tmp_path / "stream")]
-    sizes = {"size": 48, "train": 2, "test_good": 1, "test_defect": 4}
+def test_the_stream_on_disk_is_the_stream_in_memory(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    folder = tmp_path / "stream"
+    sizes = {"seed": 3, "size": 48, "train": 2, "test_good": 1, "test_defect": 4}
     flags = [text for name, size in sizes.items() for text in (f"--{name.replace('_', '-')}", str(size))]
-    subprocess.run([*command, *flags], cwd=ROOT, check=True, capture_output=True)
-    drawn, stored = Synthetic(**sizes), MVTec(str(tmp_path / "stream"))
+    assert main(["data", "synthetic", str(folder), *flags]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"python train.py dataset=mvtec dataset.root={folder}"
+    drawn, stored = Synthetic(**sizes), MVTec(str(folder))
     assert stored.categories == drawn.categories
     for category in drawn.categories:
         for split in ("train", "test"):
             assert contents(drawn, category, split) == contents(stored, category, split)
+    assert main(["data", "check", str(folder)]) == 0
 
-    again = subprocess.run([*command, *flags], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert again.returncode == 1
-    assert "is not empty: give a new directory" in again.stderr
+    assert main(["data", "synthetic", str(folder), *flags]) == 1
+    assert "is not empty: give a new directory" in capsys.readouterr().err
+
+
+def test_sizes_that_the_config_refuses_the_command_refuses_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    limits = {"size": LEAST_SIZE, "train": 1, "test-good": 0, "test-defect": 0, "seed": 0}
+    for name, least in limits.items():
+        with pytest.raises(SystemExit):
+            main(["data", "synthetic", str(tmp_path / "stream"), f"--{name}", str(least - 1)])
+        assert f"argument --{name}: {least - 1} is less than {least}" in capsys.readouterr().err
+    (tmp_path / "file").write_text("")
+    assert main(["data", "synthetic", str(tmp_path / "file" / "stream"), "--size", "32", "--train", "1"]) == 1
+    assert f"{tmp_path}/file" in (error := capsys.readouterr().err) and error.count("\n") == 1
 
 
 def test_an_unknown_category_names_the_nearest() -> None:

@@ -1,4 +1,4 @@
-"""clbench data: which datasets there are, how to come by them, and whether a folder of one is sound."""
+"""clbench data: which datasets there are, how to get them, whether a folder of one is sound, the synthetic one."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
+from clbench.commands.numbers import whole
 from clbench.errors import UserError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from clbench.data.check import Category
-    from clbench.data.published import Published
+    from clbench.data.acquire.check import Category
+    from clbench.data.acquire.published import Published
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    """check, list and get."""
+    """What each action takes: check, list, get and synthetic."""
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     check = actions.add_parser(
         "check",
@@ -52,11 +53,34 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--sha256", metavar="HEX", help="that the archive should have, in place of the known one"
     )
     get.add_argument("--keep-archive", action="store_true", help="do not remove it when it is unpacked")
+    synthetic = actions.add_parser(
+        "synthetic",
+        help="write the synthetic stream to disk",
+        description="Draws the ten products of dataset=synthetic and writes them in the MVTec AD layout, as PNG.",
+        epilog="for example: clbench data synthetic data/synthetic && "
+        "python train.py dataset=mvtec dataset.root=data/synthetic",
+    )
+    synthetic.add_argument("root", type=Path, metavar="FOLDER", help="where to; it must be new or empty")
+    for name, least, default, what in (
+        ("seed", 0, 0, "another one draws other pictures of the same products"),
+        ("size", 32, 256, "pixels a side"),  # the least is Synthetic's
+        ("train", 1, 40, "normal images a category to learn from"),
+        ("test-good", 0, 12, "normal images a category to test with"),
+        ("test-defect", 0, 20, "defective images a category to test with"),
+    ):
+        synthetic.add_argument(
+            f"--{name}", type=whole(least), default=default, metavar="N", help=f"{what} ({default})"
+        )
 
 
 def main(options: argparse.Namespace) -> int:
     """Do what was asked, and give the exit status."""
-    actions: dict[str, Callable[[argparse.Namespace], int]] = {"check": _check, "list": _list, "get": _get}
+    actions: dict[str, Callable[[argparse.Namespace], int]] = {
+        "check": _check,
+        "list": _list,
+        "get": _get,
+        "synthetic": _synthetic,
+    }
     try:
         return actions[options.action](options)
     except OSError as error:  # what the file system refuses on the way
@@ -66,8 +90,8 @@ def main(options: argparse.Namespace) -> int:
 
 
 def _check(options: argparse.Namespace) -> int:
-    from clbench.data.check import check
-    from clbench.data.published import layout_of, named, recognise, recognise_all
+    from clbench.data.acquire.check import check
+    from clbench.data.acquire.published import layout_of, named, recognise, recognise_all
 
     given = root = options.root.expanduser().absolute()
     if not root.is_dir():
@@ -101,7 +125,7 @@ def _check(options: argparse.Namespace) -> int:
 
 def _not_checked(given: Path, root: Path) -> list[str]:
     """A note where the folder that was given holds more datasets than the one that was checked."""
-    from clbench.data.published import recognise_all
+    from clbench.data.acquire.published import recognise_all
 
     try:
         others = [str(folder) for _, folder in recognise_all(given) if folder != root]
@@ -128,8 +152,8 @@ def _print_table(categories: list[Category]) -> None:
 
 
 def _list(options: argparse.Namespace) -> int:
-    from clbench.data.download import in_words
-    from clbench.data.published import datasets
+    from clbench.data.acquire.disk import in_words
+    from clbench.data.acquire.published import datasets
 
     for dataset in sorted(datasets().values(), key=lambda dataset: dataset.name):
         train, good, defective = dataset.total
@@ -143,8 +167,10 @@ def _list(options: argparse.Namespace) -> int:
 
 
 def _get(options: argparse.Namespace) -> int:
-    from clbench.data.download import fetch, in_words, pin
-    from clbench.data.published import named
+    from clbench.data.acquire.checksums import pin
+    from clbench.data.acquire.disk import in_words
+    from clbench.data.acquire.download import fetch
+    from clbench.data.acquire.published import named
 
     dataset = named(options.name)
     root = options.root.expanduser().absolute()
@@ -186,7 +212,7 @@ def _get(options: argparse.Namespace) -> int:
 
 def _archive_name(dataset: Published, url: str | None) -> str:
     """The publisher's name for it, or the address's, unless that is the name of the folder that it is unpacked to."""
-    from clbench.data.download import address
+    from clbench.data.acquire.download import address
 
     name = dataset.archive or (PurePosixPath(urlsplit(address(url)).path).name if url else "")
     return f"{dataset.name}.archive" if name in ("", "..", dataset.name) else name
@@ -198,8 +224,8 @@ def _unpack(archive: Path, folder: Path, expected: str | None, by_hand: bool) ->
     Raises:
         UserError: it is another file, is damaged or does not fit.
     """
-    from clbench.data.download import BadArchive, checksum, pinned, verify
-    from clbench.data.unpack import unpack
+    from clbench.data.acquire.checksums import BadArchive, checksum, pinned, verify
+    from clbench.data.acquire.unpack import unpack
 
     try:
         with _bar("checking") as (progress, write):
@@ -233,7 +259,7 @@ def _ask(dataset: Published, accepted: bool) -> None:
 
 
 def _say_how(folder: Path) -> int:
-    from clbench.data.published import recognise
+    from clbench.data.acquire.published import recognise
 
     found = recognise(folder)
     if found is None:
@@ -243,6 +269,16 @@ def _say_how(folder: Path) -> int:
     dataset, root = found
     print(f"clbench data check {root}")
     print(f"python train.py dataset={dataset.name} dataset.root={root}")
+    return 0
+
+
+def _synthetic(options: argparse.Namespace) -> int:
+    from clbench.data.synthetic import Synthetic, write
+
+    folder = options.root.expanduser()
+    sizes = {name: getattr(options, name) for name in ("seed", "size", "train", "test_good", "test_defect")}
+    write(Synthetic(**sizes), folder)
+    print(f"python train.py dataset=mvtec dataset.root={folder}")
     return 0
 
 

@@ -1,11 +1,9 @@
 """The synthetic stream: ten procedural products with realistic defects, drawn on the fly.
 
-`python -m clbench.data.synthetic DIRECTORY` writes it to disk in the MVTec AD layout.
+`clbench data synthetic FOLDER` writes it to disk in the MVTec AD layout.
 """
 
-import argparse
 import difflib
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +23,7 @@ VERSION = 1  # raise it when the same arguments draw other pictures: the cache m
 
 VISIBLE = 10  # grey levels: a pixel that a defect changes by less is not in its mask
 PLAIN = 25  # grey levels: the least mean change within a mask, so that a person sees the defect
-_LEAST_SIZE = 32  # pixels of a picture's side
+LEAST_SIZE = 32  # pixels of a picture's side
 LEAST_AREA, MOST_AREA = 0.004, 0.12  # share of the picture that a mask covers
 
 
@@ -253,7 +251,7 @@ class Synthetic(Dataset):
         self,
         *,
         seed: int = 0,
-        size: Annotated[int, Ge(_LEAST_SIZE)] = 256,
+        size: Annotated[int, Ge(LEAST_SIZE)] = 256,
         train: PositiveInt = 40,
         test_good: NonNegativeInt = 12,
         test_defect: NonNegativeInt = 20,
@@ -316,31 +314,3 @@ def write(dataset: Synthetic, directory: Path) -> None:
 def _save(path: Path, picture: Array) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(cv2.imencode(".png", picture)[1].tobytes())
-
-
-def main() -> None:
-    """The command that writes the stream to disk."""
-    parser = argparse.ArgumentParser(
-        prog="python -m clbench.data.synthetic",
-        description="Writes the synthetic stream in the MVTec AD layout.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument("directory", type=Path, help="where to")
-    for name, default, about in (
-        ("seed", 0, "what is drawn follows from it"),
-        ("size", 256, "pixels a side"),
-        ("train", 40, "normal images a category to learn from"),
-        ("test-good", 12, "normal images a category to test with"),
-        ("test-defect", 20, "defective ones"),
-    ):
-        parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=about)
-    given = vars(parser.parse_args())
-    directory = given.pop("directory")
-    try:
-        write(Synthetic(**given), directory)
-    except (UserError, OSError) as error:
-        sys.exit(f"error: {error}")
-
-
-if __name__ == "__main__":
-    main()

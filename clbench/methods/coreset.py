@@ -86,9 +86,16 @@ def _shrink(distances: Tensor, points: Tensor, norms: Tensor, centers: Tensor) -
 def projection(features: int, points: int, epsilon: float, generator: torch.Generator) -> Tensor:
     """A random linear map float32 [features, k] that keeps distances between `points` points within epsilon.
 
-    k is the Johnson-Lindenstrauss bound 4 ln(points) / (epsilon^2 / 2 - epsilon^3 / 3), at most `features`;
-    the entries are Gaussian with variance 1 / k. The paper takes epsilon = 0.9 (supplement, 1.2.6).
+    k is the least whole number from the Johnson-Lindenstrauss bound 4 ln(points) / (epsilon^2 / 2 - epsilon^3 / 3)
+    on, at most `features`; the entries are Gaussian with variance 1 / k. The paper takes epsilon = 0.9 (supplement,
+    1.2.6).
+
+    Args:
+        epsilon: relative error of squared distances, between 0 and 1.
     """
-    bound = math.ceil(4 * math.log(max(points, 2)) / (epsilon**2 / 2 - epsilon**3 / 3))
+    from sklearn.random_projection import johnson_lindenstrauss_min_dim  # a second to import
+
+    # scikit-learn rounds the bound down, which is one too few: ln(points) makes it no whole number.
+    bound = int(johnson_lindenstrauss_min_dim(max(points, 2), eps=epsilon)) + 1
     size = min(bound, features)
     return torch.randn(features, size, generator=generator) / math.sqrt(size)

@@ -1,31 +1,21 @@
-"""Distil EfficientAD's teacher from a pretrained backbone, on any folder of images (Batzner et al., 2024, app. A).
+"""Distillation of EfficientAD's teacher from a pretrained backbone (Batzner et al., 2024, appendix A).
 
-    python -m clbench.methods.distillation --backbone wide_resnet101_2 --layers 2 3 \
-        --images IMAGENET/train --output teacher.safetensors
-
-The network learns to give, for the patch around every position, what the backbone's levels give for the
-image at twice its size: averaged over 3x3 neighbours, brought to as many channels, and normalised.
+The teacher, a small network, learns to give for the patch around every position what the backbone's levels give
+for the image at twice its size: averaged over 3 x 3 neighbours, brought to as many channels, and normalised.
+`clbench distil` is the command.
 """
 
-import argparse
-import sys
-import tempfile
 import time
-from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from clbench.backbones import Backbone, FeaturePyramid, Normalisation, unit
-from clbench.data.pictures import Pictures
-from clbench.errors import UserError
+from clbench.backbones import FeaturePyramid, Normalisation, unit
 from clbench.methods.base import Progress, silent
 from clbench.methods.efficientad import patch_description_network
 from clbench.methods.patches import neighbourhood_patches
 from clbench.randomness import generator, seed_for
-from clbench.terminal import Display
 
 _GREY = 0.1  # share of images shown in grey
 _STATISTICS = 200  # images that the targets' mean and deviation are taken from
@@ -44,11 +34,22 @@ def distil(
     seed: int = 0,
     progress: Progress = silent,
 ) -> tuple[nn.Module, float]:
-    """A patch description network that imitates a pyramid, and the share of variance it explains at the end.
+    """Train a patch description network to imitate a pyramid's levels, by their mean squared difference.
 
     Args:
-        pictures: uint8 [N, 3, H, W], on the device to train on.
-        width: channels of the network's first layer.
+        pyramid: the frozen backbone's levels, on the device to train on.
+        pictures: uint8 [N, 3, H, W], on the same device.
+        width: channels of the network's first layer; it gives 3 * width / 2.
+        steps: batches to learn from; the learning rate falls to a tenth for the last 5 %.
+        batch_size: images a step, drawn with replacement.
+        learning_rate: of Adam.
+        precision: of the network's mixed precision; None for single precision.
+        seed: of first weights and of which images a step sees.
+        progress: told now and then of the steps done, and of the loss.
+
+    Returns:
+        The network, which takes images [B, 3, H, W] from `Normalisation` and gives [B, C, h, w] at stride 4; and the
+        share of the levels' variance that it explains at the end: 1 is all of it, 0 no more than their mean does.
     """
     channels = 3 * width // 2
     device = pictures.device
@@ -86,101 +87,9 @@ def distil(
 
 
 def _targets(pyramid: FeaturePyramid, images: Tensor, channels: int) -> Tensor:
-    """What the backbone says of images [B, 3, H, W]: [B, C, h, w] at stride 4."""
+    """What the network is to give for images float32 [B, 3, H, W]: float32 [B, channels, h, w], stride 4."""
     larger = F.interpolate(images, scale_factor=2, mode="bilinear")
     patches = neighbourhood_patches(pyramid(larger))
     batch, height, width, _ = patches.shape
     pooled = F.adaptive_avg_pool1d(patches.flatten(1, 2), channels)
     return pooled.view(batch, height, width, channels).permute(0, 3, 1, 2)
-
-
-def _lines() -> Progress:
-    """A line for every twentieth of the work, where nobody watches a bar."""
-    said = 0
-
-    def say(phase: str, done: int, total: int, note: str = "") -> None:
-        nonlocal said
-        if 20 * done // total > said:
-            said = 20 * done // total
-            print(f"{phase}: {done} of {total} steps, {note}", flush=True)
-
-    return say
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is less than 1")
-    return number
-
-
-def main() -> None:
-    """The command; see the module's text."""
-    about, _, _ = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(prog="python -m clbench.methods.distillation", description=about)
-    parser.add_argument("--backbone", required=True, help="a timm model, e.g. wide_resnet101_2")
-    parser.add_argument(
-        "--checkpoint", help="its weights, where timm cannot download them; or package:small.safetensors"
-    )
-    parser.add_argument(
-        "--channels", type=int, nargs="+", help="of a narrow ResNet's levels: 48 96 192 384 for ours"
-    )
-    parser.add_argument("--layers", type=int, nargs="+", default=[2, 3], help="levels to imitate (2 3)")
-    parser.add_argument("--images", help="folder of any images; left out: procedural textures")
-    parser.add_argument("--count", type=_positive, default=20_000, help="images of it, at most (20000)")
-    parser.add_argument("--size", type=_positive, default=256, help="pixels (256)")
-    parser.add_argument(
-        "--width", type=_positive, default=256, help="channels of the first layer (256, the medium size)"
-    )
-    parser.add_argument("--steps", type=_positive, default=60_000)
-    parser.add_argument("--batch-size", type=_positive, default=16)
-    parser.add_argument("--learning-rate", type=float, default=1e-4)
-    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, required=True, help=".safetensors, for method.teacher=")
-    given = parser.parse_args()
-    if given.output.suffix != ".safetensors":
-        parser.error(f"--output={given.output}: its name must end in .safetensors, to be read as a teacher")
-    try:
-        backbone = Backbone(
-            given.backbone,
-            checkpoint=given.checkpoint,
-            arguments={"channels": given.channels} if given.channels else None,
-            batch_size=given.batch_size,
-            precision=given.precision,
-        )
-        pyramid = backbone.pyramid(given.layers).to(given.device)
-        with tempfile.TemporaryDirectory(prefix="clbench-") as cache:
-            pictures = Pictures(given.images, given.count, "--images", given.seed, cache)
-            print(f"reading {len(pictures.samples)} images", flush=True)
-            loaded = pictures.load(given.size, given.size).to(given.device)
-            with Display("distillation") as display:
-                network, explained = distil(
-                    pyramid,
-                    loaded,
-                    width=given.width,
-                    steps=given.steps,
-                    batch_size=given.batch_size,
-                    learning_rate=given.learning_rate,
-                    precision=torch.bfloat16 if given.precision == "bf16" else None,
-                    seed=given.seed,
-                    progress=display.progress if sys.stdout.isatty() else _lines(),
-                )
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    given.output.parent.mkdir(parents=True, exist_ok=True)
-    save_file(
-        {name: tensor.contiguous().cpu() for name, tensor in network.state_dict().items()}, given.output
-    )
-    print(f"{given.output}: {100 * explained:.0f} % of the features' variance explained")
-    if explained <= 0:
-        print(
-            "which is no better than their mean: give more --steps, or another --learning-rate",
-            file=sys.stderr,
-        )
-
-
-if __name__ == "__main__":
-    main()

@@ -34,8 +34,8 @@ _JITTER = 0.2  # largest relative change of brightness, contrast or saturation
 def _teacher(name: str | None) -> str:
     if name is None:
         raise ValueError(
-            "it has no value: give a file of distilled weights (python -m clbench.methods.distillation --help makes "
-            "one, published ones are read too), or random"
+            "it has no value: give a file of distilled weights (clbench distil makes one, published ones "
+            "are read too), or random"
         )
     return name if name == "random" else existing_weights(name)
 
@@ -44,7 +44,7 @@ class EfficientAD(Detector):
     """The average of a student's local and an autoencoder's global anomaly map (supplement, section 1.5).
 
     Args:
-        teacher: file of the distilled network's weights (python -m clbench.methods.distillation makes one;
+        teacher: file of the distilled network's weights (`clbench distil` makes one;
             published ones of the same width are read too), or `random` for weights drawn by seed.
         width: channels of the networks' first layer: 256 is the paper's medium size.
         penalty_images: folder of out-of-distribution images that the student must not imitate the teacher on,

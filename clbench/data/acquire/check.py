@@ -7,8 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from clbench.data.acquire.published import Counts, Published
 from clbench.data.files import FileSample, read_image, read_mask_of
-from clbench.data.published import Counts, Published
 from clbench.data.samples import GOOD
 from clbench.errors import UserError
 

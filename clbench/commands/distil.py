@@ -1,0 +1,120 @@
+"""clbench distil: a teacher for EfficientAD, distilled from a pretrained backbone on any folder of images."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from clbench.commands.numbers import whole
+from clbench.errors import UserError
+
+if TYPE_CHECKING:
+    from clbench.methods.base import Progress
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Which network to imitate, on which images, and for how long."""
+    parser.add_argument("--backbone", required=True, help="a timm model, e.g. wide_resnet101_2")
+    parser.add_argument(
+        "--checkpoint", help="its weights, where timm cannot download them; or package:small.safetensors"
+    )
+    parser.add_argument(
+        "--channels", type=whole(1), nargs="+", help="of a narrow ResNet's levels: 48 96 192 384 for ours"
+    )
+    parser.add_argument(
+        "--layers", type=whole(0), nargs="+", default=[2, 3], help="levels to imitate, ascending (2 3)"
+    )
+    parser.add_argument("--images", help="folder of any images; left out: procedural textures")
+    parser.add_argument("--count", type=whole(1), default=20_000, help="images of it, at most (20000)")
+    parser.add_argument("--size", type=whole(1), default=256, help="pixels a side (256)")
+    parser.add_argument(
+        "--width", type=whole(1), default=256, help="channels of the first layer (256, the medium size)"
+    )
+    parser.add_argument("--steps", type=whole(1), default=60_000, help="(60000)")
+    parser.add_argument("--batch-size", type=whole(1), default=16, help="images a step (16)")
+    parser.add_argument("--learning-rate", type=float, default=1e-4, help="of Adam (0.0001)")
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="of networks (fp32)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:1 (auto)")
+    parser.add_argument("--seed", type=int, default=0, help="of first weights and the order of images (0)")
+    parser.add_argument(
+        "--output", type=Path, required=True, metavar="FILE", help=".safetensors, for method.teacher="
+    )
+
+
+def main(options: argparse.Namespace) -> int:
+    """Distil, write the weights and say how much of the features' variance they explain.
+
+    Raises:
+        UserError: the backbone, images, device or output cannot be had.
+    """
+    output: Path = options.output.expanduser()
+    if output.suffix != ".safetensors":
+        raise UserError(f"--output={output}: its name must end in .safetensors, to be read as a teacher")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output={output} cannot be written ({error.strerror}): give another") from error
+
+    import torch
+    from safetensors.torch import save_file
+
+    from clbench.backbones import Backbone
+    from clbench.data.pictures import Pictures
+    from clbench.methods.distillation import distil
+    from clbench.terminal import Display
+
+    device = options.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        raise UserError(f"--device={device} is not to be had here: give cpu, or leave it out") from error
+    backbone = Backbone(
+        options.backbone,
+        checkpoint=options.checkpoint,
+        arguments={"channels": options.channels} if options.channels else None,
+        batch_size=options.batch_size,
+        precision=options.precision,
+    )
+    pyramid = backbone.pyramid(options.layers).to(device)
+    with tempfile.TemporaryDirectory(prefix="clbench-") as cache:
+        pictures = Pictures(options.images, options.count, "--images", options.seed, cache)
+        print(f"reading {len(pictures.samples)} images", flush=True)
+        loaded = pictures.load(options.size, options.size).to(device)
+        with Display("distillation") as display:
+            network, explained = distil(
+                pyramid,
+                loaded,
+                width=options.width,
+                steps=options.steps,
+                batch_size=options.batch_size,
+                learning_rate=options.learning_rate,
+                precision=torch.bfloat16 if options.precision == "bf16" else None,
+                seed=options.seed,
+                progress=display.progress if sys.stdout.isatty() else _lines(),
+            )
+    save_file({name: tensor.contiguous().cpu() for name, tensor in network.state_dict().items()}, output)
+    print(f"{output}: {100 * explained:.0f} % of the features' variance explained")
+    if explained <= 0:
+        print(
+            "which is no better than their mean: give more --steps, or another --learning-rate",
+            file=sys.stderr,
+        )
+    return 0
+
+
+def _lines() -> Progress:
+    """A progress that prints a line for every twentieth of the work, where output is no terminal."""
+    printed = 0  # twentieths
+
+    def progress(phase: str, done: int, total: int, note: str = "") -> None:
+        nonlocal printed
+        if 20 * done // total > printed:
+            printed = 20 * done // total
+            print(f"{phase}: {done} of {total} steps, {note}", flush=True)
+
+    return progress
