@@ -9,7 +9,7 @@ import torch
 from hydra.utils import get_class, instantiate
 
 from clbench.backbones import Backbone
-from clbench.config import arguments, takes
+from clbench.config import Config, takes
 from clbench.data import stream
 from clbench.data.samples import Dataset, Geometry
 from clbench.data.stream import Task
@@ -56,7 +56,8 @@ def tasks(config: dict[str, Any], progress: Progress) -> list[Task]:
 
 def reader(config: dict[str, Any]) -> Callable[[Progress], list[Task]]:
     """What reads the stream's tasks, once folders and categories are found and no image is read yet."""
-    dataset: Dataset = instantiate(arguments(config, "dataset"))
+    node = Config.stored(config).dataset
+    dataset: Dataset = instantiate({"_target_": node.target, **node.settings})
     order = config["task_order"]
     categories = stream.order(dataset, order["kind"], order["tasks"], config["seed"])
     geometry = Geometry(config["dataset"]["resize"], config["dataset"]["crop"])
@@ -76,8 +77,9 @@ def reader(config: dict[str, Any]) -> Callable[[Progress], list[Task]]:
 def detector(config: dict[str, Any]) -> Detector:
     """The method's detector on its backbone, fresh."""
     gpu = config["gpu"]
-    own = {name: config[name] for name in ("seed", "cache") if takes(config, "method", name)}
-    if takes(config, "method", "backbone"):
+    typed = Config.stored(config)
+    own = {name: config[name] for name in ("seed", "cache") if takes(typed, "method", name)}
+    if takes(typed, "method", "backbone"):
         own["backbone"] = Backbone(**config["backbone"], precision=gpu["precision"], compile=gpu["compile"])
     built = _build(config, "method", Detector, **own)
     built.lay_out()
@@ -93,7 +95,8 @@ def strategy(config: dict[str, Any], detector: Detector) -> Strategy:
 
 def _build(config: dict[str, Any], node: str, kind: type[Kind], *parts: Any, **own: Any) -> Kind:
     """What a node's `_target_` names, which must be of that kind: a config that is loaded cannot run code."""
-    chosen = arguments(config, node)
+    found = getattr(Config.stored(config), node)
+    chosen = {"_target_": found.target, **found.settings}
     if not issubclass(get_class(chosen["_target_"]), kind):
         raise UserError(f"{node}._target_={chosen['_target_']} is not a {kind.__module__}.{kind.__name__}")
     return instantiate(chosen, *parts, **own, _convert_="all", _recursive_=False)

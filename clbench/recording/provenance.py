@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from clbench.config import takes
+from clbench.config import Config, takes
 
 _LIBRARIES = ("clbench", "torch", "torchvision", "timm", "numpy", "opencv-python", "hydra-core")
 
@@ -20,7 +20,9 @@ def identity(config: dict[str, Any], tasks: list[str]) -> dict[str, Any]:
         "method": config["method"]["name"],
         "strategy": config["strategy"]["name"],
         "replay_size": config["replay"]["size"],
-        "backbone": config["backbone"]["name"] if takes(config, "method", "backbone") else None,
+        "backbone": config["backbone"]["name"]
+        if takes(Config.stored(config), "method", "backbone")
+        else None,
         "dataset": config["dataset"]["name"],
         "tasks": tasks,
         "seed": config["seed"],
