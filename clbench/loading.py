@@ -191,8 +191,7 @@ def load(
     stored, summary = directory.config(), directory.summary()
     if stored is None or summary is None:
         raise _nothing_trained(directory)
-    stored["gpu"] = {"deterministic": False, "threads": None, **stored.get("gpu", {}), **(gpu or {})}
-    config = Config.stored(stored)
+    config = Config.stored(stored).changed("gpu", **(gpu or {}))
     # A detector that was trained in fp16 judges on a CPU too, if slowly.
     settings = config.gpu.model_copy(update={"device": device, "precision": "fp32"})
     chosen = assembly.select_device(settings)

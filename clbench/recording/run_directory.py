@@ -97,6 +97,7 @@ class RunDirectory:
         if stored is None or config["overwrite"]:
             return False
         made_by = stored.pop("made_by", None) or {}
+        stored.pop("departures", None)
         if changed := differences(stored, config):
             raise UserError(
                 f"{self.path} holds a run of another config ({'; '.join(changed)}): "
@@ -212,8 +213,12 @@ class RunDirectory:
     def write_thresholds(self, thresholds: Mapping[str, Any]) -> None:
         self._write("thresholds.json", json.dumps(dict(thresholds)) + "\n")
 
-    def write_config(self, config: Mapping[str, Any], made_by: Mapping[str, Any]) -> None:
-        text = yaml.safe_dump({**config, "made_by": dict(made_by)}, sort_keys=False)
+    def write_config(
+        self, config: Mapping[str, Any], departures: Mapping[str, Any], made_by: Mapping[str, Any]
+    ) -> None:
+        """config.yaml: the settings, what the benchmark has in place of those that differ, and what made the run."""
+        beside = {"departures": dict(departures), "made_by": dict(made_by)}
+        text = yaml.safe_dump({**config, **beside}, sort_keys=False, allow_unicode=True)
         self._write("config.yaml", text)
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
