@@ -9,7 +9,7 @@ from rich.table import Table
 from benchmarks.images import training_images
 from benchmarks.kernels import seconds
 from benchmarks.running import composed
-from clbench import exporting, instantiation
+from clbench import assembly, exporting
 from clbench.training import train
 
 METHODS = ("patchcore", "padim", "cfa", "stfpm", "efficientad", "draem", "fastflow")
@@ -34,7 +34,7 @@ def table(checkpoint: str | None = None, root: str | None = None) -> Table:
         overrides = [f"method={method}", "gpu=cpu"]
         overrides += [] if method in ("patchcore", "padim") else ["method.epochs=1"]
         settings = composed(*overrides)
-        detector = instantiation.detector(settings)
+        detector = assembly.build_detector(settings)
         train(detector, 0, images[:24], [], 0)
         detector.eval()
         with torch.no_grad(), detector.uncached(), tempfile.TemporaryDirectory() as folder:

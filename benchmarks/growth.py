@@ -25,8 +25,19 @@ _METHOD = (
 
 def table(checkpoint: str | None = None, root: str | None = None) -> Table:
     """Seconds of runs of 20 to 160 tasks of 8 tiny images each, and those spent on neither learning nor evaluating."""
-    shown = Table(title="Growing streams: tasks of 8 images of 32 x 32 pixels, PatchCore", title_justify="left")
-    for title in ("tasks", "evaluations", "all, s", "learning, s", "evaluating, s", "the rest, s", "share", "ms an evaluation"):
+    shown = Table(
+        title="Growing streams: tasks of 8 images of 32 x 32 pixels, PatchCore", title_justify="left"
+    )
+    for title in (
+        "tasks",
+        "evaluations",
+        "all, s",
+        "learning, s",
+        "evaluating, s",
+        "the rest, s",
+        "share",
+        "ms an evaluation",
+    ):
         shown.add_column(title, justify="right")
     with tempfile.TemporaryDirectory() as folder:
         stream = Path(folder) / "stream"
@@ -35,7 +46,12 @@ def table(checkpoint: str | None = None, root: str | None = None) -> Table:
         for tasks in TASKS:
             names = ",".join(f"product_{number:03d}" for number in range(tasks))
             place = Path(folder) / str(tasks)
-            overrides = (*_METHOD, f"dataset.root={stream}", f"task_order.tasks=[{names}]", f"cache={folder}/cache")
+            overrides = (
+                *_METHOD,
+                f"dataset.root={stream}",
+                f"task_order.tasks=[{names}]",
+                f"cache={folder}/cache",
+            )
             begin = time.perf_counter()
             summary = run_in(place, *overrides)[0]
             whole = time.perf_counter() - begin

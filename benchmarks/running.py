@@ -7,18 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra import compose, initialize_config_dir
 
-from clbench import experiment, footprint, instantiation
+from clbench import experiment
+from clbench.assembly import assemble
 from clbench.backbones import FeaturePyramid
-from clbench.config import check, register_resolvers
+from clbench.config import Config, check, sources
 from clbench.interruption import Interruption
-from clbench.recording.provenance import identity
 from clbench.recording.recorder import Recorder
 from clbench.recording.run_directory import RunDirectory
 from clbench.terminal import Display
-
-CONF = Path(__file__).parent.parent / "conf"
 
 
 class Stopwatch(Display):
@@ -53,41 +50,28 @@ class Stopwatch(Display):
         self.spent("measuring inference time")
 
 
-def composed(*overrides: str) -> dict[str, Any]:
+def composed(*overrides: str) -> Config:
     """The checked settings of a command line."""
-    register_resolvers()
-    with initialize_config_dir(str(CONF.absolute()), version_base="1.3"):
-        return check(compose("config", list(overrides))).plain()
+    return check(sources.composed(*overrides))
 
 
 def run(*overrides: str) -> tuple[dict[str, Any], dict[str, float]]:
     """A run's summary, and seconds by phase; `backbone` is the part of the others spent in the network."""
-    settings = composed(*overrides)
-    device = instantiation.device(settings["gpu"])
-    footprint.reset_peak(device)
-    with tempfile.TemporaryDirectory() as folder, Stopwatch(",".join(overrides)) as display:
-        tasks = instantiation.tasks(settings, display.progress)
-        detector = instantiation.detector(settings).to(device)
-        inside = [0.0]
-        for module in detector.modules():
+    with tempfile.TemporaryDirectory() as folder:
+        return run_in(Path(folder), *overrides)
+
+
+def run_in(folder: Path, *overrides: str) -> tuple[dict[str, Any], dict[str, float]]:
+    """As `run`, the run's directory being given."""
+    config = composed(*overrides)
+    inside = [0.0]
+    with Stopwatch(",".join(overrides)) as display:
+        made = assemble(config, display.progress)
+        for module in made.strategy.detector.modules():
             if isinstance(module, FeaturePyramid):
                 _time(module.network, inside)
-        strategy = instantiation.strategy(settings, detector)
-        about = identity(settings, [task.name for task in tasks])
         display.spent("start")
-        summary = experiment.run(
-            strategy,
-            tasks,
-            RunDirectory(folder),
-            display,
-            device,
-            about,
-            Interruption(),
-            Recorder(),
-            evaluate=settings["evaluate"],
-            maps=False,
-            checkpoint_s=settings["checkpoint_s"],
-        )
+        summary = experiment.run(made, RunDirectory(folder), display, Interruption(), Recorder())
     return summary, {**display.seconds, "backbone": inside[0]}
 
 

@@ -28,7 +28,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.running import composed
-from clbench import evaluation, instantiation
+from clbench import assembly, evaluation
+from clbench.config import Config
 from clbench.data.pictures import Pictures
 from clbench.data.stream import Task
 from clbench.methods.base import Prediction
@@ -85,7 +86,7 @@ def main() -> None:
 def _row(
     given: argparse.Namespace, method: str, category: str, folder: Path, metrics: list[str]
 ) -> list[str]:
-    task = instantiation.tasks(_settings(given, method, category, 0), lambda *_: None)[0]
+    task = assembly.reader(_settings(given, method, category, 0))(lambda *_: None)[0]
     _write(task, folder / "images" / category)
     _write_pictures(task.train.images.shape[-1], folder / "pictures" / "all")
     seeds = [int(seed) for seed in given.seeds.split(",")]
@@ -121,7 +122,7 @@ def _simulation(python: str) -> str:
     return f"{ours:.1f} / {theirs:.1f} ({theirs / ours:.1f} times)"
 
 
-def _settings(given: argparse.Namespace, method: str, category: str, seed: int) -> dict[str, Any]:
+def _settings(given: argparse.Namespace, method: str, category: str, seed: int) -> Config:
     overrides = [
         f"method={method}",
         f"seed={seed}",
@@ -159,10 +160,10 @@ def _settings(given: argparse.Namespace, method: str, category: str, seed: int) 
     return composed(*overrides)
 
 
-def _ours(settings: dict[str, Any], task: Task, steps: int | None) -> dict[str, Any]:
+def _ours(settings: Config, task: Task, steps: int | None) -> dict[str, Any]:
     """Metrics, seconds an epoch, steps a second, and milliseconds an image."""
-    detector = instantiation.detector(settings)
-    strategy = instantiation.strategy(settings, detector)
+    detector = assembly.build_detector(settings)
+    strategy = assembly.build_strategy(settings, detector)
     images = task.train.images[: steps * detector.batch_size if steps else None]
     begun: list[float] = []
     step = detector.training_step
@@ -175,12 +176,16 @@ def _ours(settings: dict[str, Any], task: Task, steps: int | None) -> dict[str, 
     strategy.learn(0, images)
     # From the first step on, as the other side's epochs are counted.
     spent = time.perf_counter() - begun[0]
-    prediction = evaluation.predict(strategy, task.test, 0, torch.device("cpu"), lambda *_: None)
+    prediction = evaluation.predict(
+        strategy, task.categories[0].test, 0, torch.device("cpu"), lambda *_: None
+    )
     return {
-        **evaluation.measure(prediction, task.test),
+        **evaluation.measure(prediction, task.categories[0].test),
         "epoch": spent / detector.epochs,
         "rate": len(begun) / spent,
-        "image": evaluation.inference_time(strategy, task, 0, torch.device("cpu"), lambda *_: None),
+        "image": evaluation.inference_time(
+            strategy, task.categories[0].test.images, 0, torch.device("cpu"), lambda *_: None
+        ),
     }
 
 
@@ -210,10 +215,10 @@ def _theirs(
     _work(given.python, settings)
     found = np.load(folder / "result.npz")
     order = {Path(path).stem: row for row, path in enumerate(found["paths"])}
-    rows = [order[f"{number:04d}"] for number in range(len(task.test))]
+    rows = [order[f"{number:04d}"] for number in range(len(task.categories[0].test))]
     prediction = Prediction(torch.from_numpy(found["maps"][rows]), torch.from_numpy(found["scores"][rows]))
     return {
-        **evaluation.measure(prediction, task.test),
+        **evaluation.measure(prediction, task.categories[0].test),
         "epoch": float(found["epochs"].mean()),
         "rate": len(found["steps"]) / float(found["epochs"].sum()),
         "image": 1000 * float(found["image_seconds"]),
@@ -236,9 +241,9 @@ def _write(task: Task, folder: Path) -> None:
         (folder / name).mkdir(parents=True)
     for number, image in enumerate(task.train.images):
         _save(folder / f"train/good/{number:04d}.png", image)
-    for number, (image, mask, bad) in enumerate(
-        zip(task.test.images, task.test.masks, task.test.labels.tolist(), strict=True)
-    ):
+    test = task.categories[0].test
+    shown = zip(test.images, test.masks, test.labels.tolist(), strict=True)
+    for number, (image, mask, bad) in enumerate(shown):
         _save(folder / f"test/{'defect' if bad else 'good'}/{number:04d}.png", image)
         if bad:
             cv2.imwrite(

@@ -6,7 +6,6 @@ the demo's, where computing is convolutions and matrix products.
 
 import os
 import time
-from typing import Any
 
 import torch
 from rich.table import Table
@@ -14,7 +13,8 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.running import composed
-from clbench import instantiation
+from clbench import assembly
+from clbench.config import Config
 from clbench.training import train
 
 METHODS = ("cfa", "stfpm", "efficientad", "draem", "fastflow")
@@ -39,7 +39,7 @@ def table(checkpoint: str | None = None, root: str | None = None) -> Table:
     )
     for method in METHODS:
         settings = _settings(method, "paper" if on_gpu else "demo")
-        batch, side = settings["method"]["batch_size"], _side(settings)
+        batch, side = settings.method.settings["batch_size"], _side(settings)
         seconds, computing = _measure(settings, where, batch, side)
         shown.add_row(
             method,
@@ -52,27 +52,26 @@ def table(checkpoint: str | None = None, root: str | None = None) -> Table:
     return shown
 
 
-def _settings(method: str, benchmark: str) -> dict[str, Any]:
+def _settings(method: str, benchmark: str) -> Config:
     overrides = [f"method={method}", f"benchmark={benchmark}"]
     if benchmark == "paper":  # noise and random weights take as long as images and trained ones
         overrides += ["method.teacher=random"] if method == "efficientad" else []
         overrides += ["backbone.pretrained=false", "dataset.root=."]
     settings = composed(*overrides, "method.epochs=3")
-    for unwanted, instead in {"patience": None, "held_out": 0.0}.items():
-        if unwanted in settings["method"]:
-            settings["method"][unwanted] = instead
-    return settings
+    unwanted = {"patience": None, "held_out": 0.0}
+    there = {name: value for name, value in unwanted.items() if name in settings.method.settings}
+    return settings.changed("method", **there)
 
 
-def _side(settings: dict[str, Any]) -> int:
-    size = settings["dataset"]["crop"] or settings["dataset"]["resize"]
+def _side(settings: Config) -> int:
+    size = settings.dataset.crop or settings.dataset.resize
     assert isinstance(size, int)
     return size
 
 
-def _measure(settings: dict[str, Any], where: torch.device, batch: int, side: int) -> tuple[float, float]:
+def _measure(settings: Config, where: torch.device, batch: int, side: int) -> tuple[float, float]:
     """Seconds a step, and the share of it that is computing."""
-    detector = instantiation.detector(settings).to(where)
+    detector = assembly.build_detector(settings).to(where)
     current, past = torch.randint(256, (2, STEPS * batch, 3, side, side), dtype=torch.uint8, device=where)
     ended: list[float] = []
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if where.type == "cuda" else [])]

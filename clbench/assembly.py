@@ -1,7 +1,7 @@
 """From a checked config to everything that a run is made of: the one place."""
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -92,7 +92,7 @@ def reader(config: Config) -> Callable[[Progress], list[Task]]:
     Raises:
         UserError: a folder or category is not there, or the buffer is larger than the stream.
     """
-    dataset = _class(config.dataset, "dataset", Dataset)(**config.dataset.settings)
+    dataset = _class(config.dataset, "dataset", Dataset)(**config.dataset.settings)  # type: ignore[type-abstract]
     order = config.task_order
     categories = stream.order(dataset, order.kind, order.tasks, config.seed)
     geometry = Geometry(config.dataset.resize, config.dataset.crop)
@@ -170,11 +170,11 @@ def build_recorder(assembly: Assembly, directory: Path) -> tuple[Recorder, str |
         directory: the run's, which has its config.yaml.
     """
     config = assembly.config
-    mode, reason = wandb_mode(config.wandb)
+    plain = config.plain()
+    mode, reason = wandb_mode(plain["wandb"])
     if mode == "disabled":
         return Recorder(), reason
     from clbench.recording.wandb import WandbRun
 
-    plain: Mapping[str, Any] = config.plain()
     names = [category.name for task in assembly.tasks for category in task.categories]
     return WandbRun(directory, {**plain["wandb"], "mode": mode}, plain, names), reason

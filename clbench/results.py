@@ -64,7 +64,7 @@ class Results:
         Asked for in the order of stages, each costs as much as it has categories.
         """
         found: dict[str, Values] = {}
-        for category in np.flatnonzero(self._evaluated[stage]):
+        for category in np.flatnonzero(self._evaluated[stage]).tolist():
             found[self.categories[category]] = self.get(stage, category) or {}
         seen = self.seen(stage)
         found["mean"] = {m: continual.mean(map(_value, R[stage, seen])) for m, R in self._R.items()}

@@ -221,8 +221,8 @@ class Descent:
         # All of an epoch's rows go to the device together: a copy in every step would wait for the device.
         sizes = [len(batch) for batch in batches]
         columns = (values.split(sizes) for values in (rows.to(images.device), stages, own_rows))
-        for chosen, *where in zip(*columns, strict=True):
-            self._step(Batch(images[chosen], *where, self.stage), (before + self.step) / budget)
+        for chosen, stages_of, rows_of in zip(*columns, strict=True):
+            self._step(Batch(images[chosen], stages_of, rows_of, self.stage), (before + self.step) / budget)
             self._keep(epoch_ended=False)
             if self.step == steps or time.perf_counter() - looked > _LOOK_S:
                 self._check()

@@ -189,8 +189,14 @@ def test_a_strategy_adds_to_the_loss_changes_gradients_and_knows_where_images_co
     first = {3: 0, 0: 100, 2: 200}
     for batch in hooks.batches:
         assert len(batch.stages) == len(batch.rows) == len(batch.images)
-        assert batch.replayed.tolist() == [False] * (len(batch.images) // 2) + [True] * (len(batch.images) // 2)
-    rows = {(stage, row) for b in hooks.batches for stage, row in zip(b.stages.tolist(), b.rows.tolist(), strict=True)}
+        assert batch.replayed.tolist() == [False] * (len(batch.images) // 2) + [True] * (
+            len(batch.images) // 2
+        )
+    rows = {
+        (stage, row)
+        for b in hooks.batches
+        for stage, row in zip(b.stages.tolist(), b.rows.tolist(), strict=True)
+    }
     assert {stage for stage, _ in rows} == {0, 2, 3}
     shown = {
         (stage, row): number

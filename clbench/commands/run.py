@@ -122,10 +122,10 @@ def train(config: Config, hydra_config: Any) -> None:
             with directory.reporting(assembly.identity(config)) as report:
                 display.heading(directory.path.name)
                 made = assembly.assemble(config, interruption.watching(display.progress))
-                made.identity["composed_from"] = sources.composed_from(hydra_config, hydra_config.overrides.task)
-                directory.write_config(
-                    config.plain(), departures(config, hydra_config), made_by(made.device)
+                made.identity["composed_from"] = sources.composed_from(
+                    hydra_config, hydra_config.overrides.task
                 )
+                directory.write_config(config.plain(), departures(config, hydra_config), made_by(made.device))
                 report(made.identity)
                 recorder, notice = assembly.build_recorder(made, directory.path)
                 if notice:
