@@ -22,8 +22,9 @@ from clbench.metrics import continual
 from clbench.metrics.curves import METRICS
 from clbench.recording.run_directory import RunDirectory
 from clbench.report import page, tables
-from clbench.report.comparison import PAPER_TASKS, Group, grouped, marks
-from clbench.report.reading import Run, read
+from clbench.report.comparison import PAPER_TASKS, Group, grouped
+from clbench.report.reading import FoundRun, read
+from clbench.report.rows import marks
 
 Matrix = Sequence[Sequence[float | None]]
 JUST_AND_FINAL: Matrix = [[0.6], [0.3, 0.5], [0.15, 0.4, 0.45]]  # a mean of 1/3 after the last of three tasks
@@ -84,7 +85,7 @@ def only_group(experiment: Path) -> Group:
 
 
 def values(group: Group, how: str, key: str) -> Any:
-    (row,) = (row for row in group.rows if row.variant.how == how and not row.published)
+    (row,) = (row for row in group.rows if row.variant.strategy_title == how and not row.published)
     return row.values[key]
 
 
@@ -173,7 +174,7 @@ def test_best_and_worst_are_among_those_that_learn_task_by_task(tmp_path: Path) 
     make(tmp_path, "method=padim", "strategy=finetune", R=[[0.5], [0.1, 0.3]], tasks="ab")
     make(tmp_path, "method=padim", "strategy=joint", R=[[0.9, 0.9]], tasks="ab")
     rows = only_group(tmp_path).rows
-    marked = {(rows[index].variant.how, key): mark for (index, key), mark in marks(rows).items()}
+    marked = {(rows[index].variant.strategy_title, key): mark for (index, key), mark in marks(rows).items()}
     assert marked["native", "pixel_f1"] == "best" and marked["finetune", "pixel_f1"] == "worst"
     assert marked["native", "average_forgetting_pct"] == "best"  # where less is better
     assert ("joint", "pixel_f1") not in marked
@@ -336,7 +337,7 @@ def test_output_that_is_a_file_is_refused(tmp_path: Path) -> None:
 
 
 def test_damaged_runs_are_in_no_group(mixed: Path) -> None:
-    runs: list[Run] = read([mixed])
+    runs: list[FoundRun] = read([mixed])
     groups = grouped(runs)
     assert not {run.path for run in runs if run.state == "damaged"} & {r.path for g in groups for r in g.runs}
 
