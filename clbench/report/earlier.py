@@ -43,12 +43,23 @@ def departures(config: Mapping[str, Any]) -> dict[str, Any] | None:
     usual = _usual(str(config["benchmark"]), str(config["method"]["name"]), str(config["dataset"]["name"]))
     if usual is None:
         return None
-    return {key: usual.get(key, "absent") for key, value in flat(config) if value != usual.get(key, "absent")}
+    values = _with_seeds_named(dict(flat(config)))
+    return {
+        key: usual.get(key, "absent") for key, value in values.items() if value != usual.get(key, "absent")
+    }
+
+
+def _with_seeds_named(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Flat settings in which the seed of a part that is the run's own seed is so called, whatever its number."""
+    return {
+        key: "the run's" if key.endswith(".seed") and value == values["seed"] else value
+        for key, value in values.items()
+    }
 
 
 @lru_cache
 def _usual(benchmark: str, method: str, dataset: str) -> dict[str, Any] | None:
-    """What conf/ composes for a benchmark's run of a method: flat key -> value."""
+    """What conf/ composes for a benchmark's run of a method, see `departures`: flat key -> value."""
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
     from hydra.errors import HydraException
@@ -69,4 +80,4 @@ def _usual(benchmark: str, method: str, dataset: str) -> dict[str, Any] | None:
     except (HydraException, OmegaConfBaseException):
         return None
     assert isinstance(plain, dict)
-    return dict(flat({str(key): value for key, value in plain.items()}))
+    return _with_seeds_named(dict(flat({str(key): value for key, value in plain.items()})))

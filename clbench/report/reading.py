@@ -233,24 +233,23 @@ def _matrices(text: str, categories: Sequence[Sequence[str]], tasks: Sequence[st
     Raises:
         ValueError, IndexError: the text is none of a metrics.csv of these tasks.
     """
-    rows = list(csv.reader(io.StringIO(text)))[1:]
-    columns = {
-        (task, name): column
-        for column, (task, name) in enumerate(
-            (task, name) for task, names in zip(tasks, categories, strict=True) for name in names
-        )
-    }
-    stages = 1 + max((int(row[0]) for row in rows), default=-1)
-    R: dict[str, list[list[float | None]]] = {
-        metric: [[None] * len(columns) for _ in range(stages)] for metric in REPORTED
-    }
-    for stage, index, task, *category, metric, value in rows:
-        name = category[0] if category else task
-        if int(stage) < 0 or tasks[int(index)] != task or (task, name) not in columns:
-            raise ValueError(f"a row of metrics.csv is of stage {stage}, task {index} '{task}' and '{name}'")
-        if metric in R:
-            number = None if value == "undefined" else float(value)
-            if number is not None and not math.isfinite(number):
-                raise ValueError(f"{metric} of '{name}' in metrics.csv is {value}")
-            R[metric][int(stage)][columns[task, name]] = number
+    columns = {name: column for column, name in enumerate(name for names in categories for name in names)}
+    R: dict[str, list[list[float | None]]] = {metric: [] for metric in REPORTED}
+    last, stage, column = None, 0, 0
+    for *where, metric, value in list(csv.reader(io.StringIO(text)))[1:]:
+        if where != last:  # the metrics of a category stand together
+            last = where
+            task, name = int(where[1]), where[-1]
+            stage, column = int(where[0]), columns.get(name, -1)
+            if stage not in range(len(tasks)) or tasks[task] != where[2] or name not in categories[task]:
+                raise ValueError(
+                    f"a row of metrics.csv is of stage {stage}, task {task} '{where[2]}' and '{name}'"
+                )
+            for rows in R.values():
+                rows += [[None] * len(columns) for _ in range(stage + 1 - len(rows))]
+        if metric in R and value != "undefined":
+            number = float(value)
+            if not math.isfinite(number):
+                raise ValueError(f"{metric} of '{where[-1]}' in metrics.csv is {value}")
+            R[metric][stage][column] = number
     return dict(R)

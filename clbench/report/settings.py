@@ -87,8 +87,7 @@ class Departures:
 def departures(config: Mapping[str, Any]) -> Departures:
     """What a run was set to, apart from method, strategy, replay size and seed, which a report compares.
 
-    It is read from `departures` in config.yaml, so that editing conf/ relabels no run. The seed of a part, as
-    `dataset.seed`, is a departure where it is not the run's seed.
+    It is read from `departures` in config.yaml, so that editing conf/ relabels no run.
 
     Raises:
         KeyError, TypeError, AttributeError: config.yaml is not a run's.
@@ -96,13 +95,13 @@ def departures(config: Mapping[str, Any]) -> Departures:
     values = dict(flat({key: value for key, value in config.items() if key != "departures"}))
     usual = config["departures"] if "departures" in config else earlier.departures(config)
     found = Departures(known=usual is not None)
-    usual = dict.fromkeys(values, "absent") if usual is None else usual
-    for key in sorted({*usual, *(key for key in values if key.endswith(".seed"))} & values.keys()):
-        value = values[key]
-        if not _is_compared(key) or (key.endswith(".seed") and value == config["seed"]):
-            continue
-        part, shown = _part(found, key, usual, values)
-        part[shown] = in_words(value)
+    if usual is None:
+        seeds = {key for key, value in values.items() if key.endswith(".seed") and value == config["seed"]}
+        usual = dict.fromkeys(values.keys() - seeds, "absent")
+    for key in sorted(usual.keys() & values.keys()):
+        if _is_compared(key):
+            part, shown = _part(found, key, usual, values)
+            part[shown] = in_words(values[key])
     return found
 
 
@@ -118,12 +117,12 @@ def _part(
     found: Departures, key: str, usual: Mapping[str, Any], values: Mapping[str, Any]
 ) -> tuple[dict[str, str], str]:
     """The part of a run's departures that a setting belongs to, and the name that it has there."""
-    short = key.rpartition(".")[2]
+    short = key.partition(".")[2]
     if key.startswith(("strategy.", "replay.")):
-        return found.strategy_changed, short
+        return found.strategy_changed, key.removeprefix("strategy.")
     pretrained = usual.get("backbone.pretrained", values.get("backbone.pretrained"))
     weights = key == "backbone.checkpoint" and usual[key] is None and pretrained is True
-    if weights or (key.startswith("method.") and usual.get(key) == REQUIRED):
+    if weights or (key.startswith("method.") and usual[key] == REQUIRED):
         return found.given, key
     return (found.changed, short) if key.startswith(("method.", "gpu.precision")) else (found.apart, key)
 
