@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
+from hydra.utils import get_class
 from omegaconf import OmegaConf
 from rich.table import Table
 
@@ -47,7 +48,7 @@ def table(checkpoint: str | None = None, root: str | None = None) -> Table:
         report = page.write(runs, experiment / "report", "made")
         seconds = (f"{time.perf_counter() - begin:.1f}", f"{time.process_time() - cpu:.1f}")
         built.add_row("tables, figures and the page", *seconds, f"{report.page.stat().st_size / 1e6:.1f}")
-        assert sum(len(row.runs) for group in report.groups for row in group.own) == len(runs)
+        assert sum(len(row.runs) for group in report.groups for row in group.found) == len(runs)
     return built
 
 
@@ -68,32 +69,34 @@ def _settings() -> Iterator[tuple[str, dict[str, Any], str, int | None, int]]:
 
 
 def make_run(path: Path, config: dict[str, Any], strategy: str, size: int | None, seed: int) -> None:
-    """A finished run's directory, as train.py would leave it; its results are drawn."""
+    """Write a finished run's directory, as train.py would leave it; its results are drawn."""
     directory = RunDirectory(path)
     directory.create()
     draw = generator(seed, "a made run")
-    stages = 1 if strategy == "joint" else len(_TASKS)
-    learned = [0 if strategy == "joint" else task for task in range(len(_TASKS))]
-    rows = [
-        (stage, task, name, metric, float(draw.initial_seed() * (stage + task + 1) % 997) / 997)
-        for stage in range(stages)
-        for task, name in enumerate(_TASKS)
-        for metric in METRICS
-        if learned[task] <= stage
-    ]
+    flags = get_class(config["strategy"]["_target_"])
+    stages = 1 if flags.joint else len(_TASKS)
     R = {m: [[None] * len(_TASKS) for _ in range(stages)] for m in METRICS}
-    for stage, task, _, metric, value in rows:
-        R[metric][stage][task] = value
-    directory.write_config(config, {"device": "cpu (made)", "git_revision": "made"})
-    directory.write_metrics(rows)
+    lines = ["stage,task_index,task,category,metric,value"]
+    for stage in range(stages):
+        for task, name in enumerate(_TASKS):
+            if task > stage and not flags.joint:
+                continue
+            for metric in METRICS:
+                value = float(draw.initial_seed() * (stage + task + 1) % 997) / 997
+                R[metric][stage][task] = value
+                lines.append(f"{stage},{task},{name},{name},{metric},{value:.6f}")
+    (path / "metrics.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    directory.write_config({**config, "departures": {}}, {"device": "cpu (made)", "git_revision": "made"})
     summary = {
         "status": "complete",
         "method": config["method"]["name"],
         "strategy": strategy,
+        "strategy_flags": {name: getattr(flags, name) for name in ("joint", "continual", "needs_gradients")},
         "replay_size": size,
         "backbone": "resnet18",
         "dataset": config["dataset"]["name"],
         "tasks": _TASKS,
+        "categories": [[name] for name in _TASKS],
         "seed": seed,
         "final": {metric: continual.final_mean(R[metric]) for metric in METRICS},
         "memory": {"architecture_mb": 26.8, "executed_mb": 8.6, "additional_mb": 34.6, "peak_mb": 900.0},

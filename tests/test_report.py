@@ -16,14 +16,17 @@ from conftest import ROOT, Train
 from hydra import compose, initialize_config_dir
 
 from clbench import cli
-from clbench.config import check, register_resolvers
+from clbench.config import check, flat, register_resolvers
 from clbench.errors import UserError
 from clbench.metrics import continual
 from clbench.metrics.curves import METRICS
 from clbench.recording.run_directory import RunDirectory
-from clbench.report import page, tables
-from clbench.report.comparison import PAPER_TASKS, Group, grouped, marks
-from clbench.report.reading import Run, read
+from clbench.report import earlier, page, tables, titles
+from clbench.report.comparison import PAPER_TASKS, Group, grouped
+from clbench.report.figures import figures
+from clbench.report.reading import FoundRun, read
+from clbench.report.rows import marks
+from clbench.report.titles import strategy_styles
 
 Matrix = Sequence[Sequence[float | None]]
 JUST_AND_FINAL: Matrix = [[0.6], [0.3, 0.5], [0.15, 0.4, 0.45]]  # a mean of 1/3 after the last of three tasks
@@ -37,27 +40,72 @@ def composed(*overrides: str) -> str:
         return json.dumps(check(compose("config", list(overrides))).plain())
 
 
+FLAGS = {  # of the strategies in the package, as their classes say
+    "native": {"joint": False, "continual": True, "needs_gradients": False},
+    "replay": {"joint": False, "continual": True, "needs_gradients": False},
+    "finetune": {"joint": False, "continual": True, "needs_gradients": False},
+    "joint": {"joint": True, "continual": False, "needs_gradients": False},
+    "single": {"joint": False, "continual": False, "needs_gradients": False},
+}
+
+
+def departures(config: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """What a run stores: the settings that its choices alone are not composed to, each with the usual value."""
+    chosen = ("benchmark", "method", "dataset", "strategy", "seed", "dataset.root")
+    choices = [text for text in overrides if text.partition("=")[0] in chosen]
+    usual = dict(flat(json.loads(composed(*choices))))
+    usual["dataset.root"] = "???"
+    return {key: usual.get(key, "absent") for key, value in flat(config) if value != usual.get(key, "absent")}
+
+
 def make(
     experiment: Path,
     *overrides: str,
     R: Matrix = JUST_AND_FINAL,
-    tasks: Sequence[str] = ("cap", "nut", "pin"),
+    tasks: Sequence[str | Sequence[str]] = ("cap", "nut", "pin"),
     status: str = "complete",
     name: str | None = None,
+    earlier: bool = False,
+    strategy: dict[str, Any] | None = None,
+    flags: dict[str, bool] | None = None,
+    changes: dict[str, Any] | None = None,
 ) -> Path:
-    """A run directory whose every metric has the matrix R."""
+    """A run directory whose every metric has the matrix R: [stage][category].
+
+    Args:
+        tasks: names of categories; a list is a task of several.
+        earlier: as earlier versions wrote it, without flags, categories and departures.
+        strategy: a user's own strategy in place of the overrides': its node of the config.
+        flags: of that strategy.
+        changes: keys of config.yaml that are written with other values, not in its departures.
+    """
     path = experiment / (name or ",".join(text.replace("/", "-") for text in overrides))
     directory = RunDirectory(path)
     directory.create()
     config = json.loads(composed(*overrides))
+    stored = departures(config, overrides)
+    if strategy:
+        config["strategy"], config["replay"]["size"] = strategy, None
+        stored |= {f"strategy.{key}": 1.0 for key in strategy if key not in ("name", "_target_")}
+    config |= changes or {}
+    groups = [[task] if isinstance(task, str) else list(task) for task in tasks]
+    names = ["+".join(group) for group in groups]
+    columns = [(task, category) for task, group in enumerate(groups) for category in group]
+    if earlier:
+        assert len(columns) == len(groups), "earlier versions had no categories"
     rows = [
-        (stage, task, tasks[task], metric, value)
-        for stage, values in enumerate(R)
-        for task, value in enumerate(values)
-        for metric in METRICS
+        "stage,task_index,task,metric,value" if earlier else "stage,task_index,task,category,metric,value"
     ]
-    directory.write_config(config, {"device": "cpu (by hand)", "git_revision": "0"})
-    directory.write_metrics(rows)
+    for stage, row in enumerate(R):
+        for (task, category), value in zip(columns, row, strict=False):
+            where = [str(stage), str(task), names[task], *([] if earlier else [category])]
+            word = "undefined" if value is None else f"{value:.6f}"
+            rows += [",".join([*where, metric, word]) for metric in METRICS]
+    (path / "metrics.csv").write_text("\n".join(rows) + "\n")
+    directory.write_config(
+        config if earlier else {**config, "departures": stored},
+        {"device": "cpu (by hand)", "git_revision": "0"},
+    )
     identity = {
         "status": status,
         "method": config["method"]["name"],
@@ -65,9 +113,14 @@ def make(
         "replay_size": config["replay"]["size"],
         "backbone": "resnet18",
         "dataset": config["dataset"]["name"],
-        "tasks": list(tasks),
+        "tasks": names,
         "seed": config["seed"],
     }
+    if not earlier:
+        identity |= {
+            "strategy_flags": flags or FLAGS[config["strategy"]["name"]],
+            "categories": groups,
+        }
     results = {
         "final": {metric: continual.final_mean(R) for metric in METRICS},
         "memory": {"architecture_mb": 20.0, "executed_mb": 9.0, "additional_mb": 30.0, "peak_mb": 800.0},
@@ -83,8 +136,8 @@ def only_group(experiment: Path) -> Group:
     return group
 
 
-def values(group: Group, how: str, key: str) -> Any:
-    (row,) = (row for row in group.rows if row.variant.how == how and not row.published)
+def values(group: Group, strategy: str, key: str) -> Any:
+    (row,) = (row for row in group.rows if row.variant.strategy_title == strategy and not row.published)
     return row.values[key]
 
 
@@ -173,7 +226,7 @@ def test_best_and_worst_are_among_those_that_learn_task_by_task(tmp_path: Path) 
     make(tmp_path, "method=padim", "strategy=finetune", R=[[0.5], [0.1, 0.3]], tasks="ab")
     make(tmp_path, "method=padim", "strategy=joint", R=[[0.9, 0.9]], tasks="ab")
     rows = only_group(tmp_path).rows
-    marked = {(rows[index].variant.how, key): mark for (index, key), mark in marks(rows).items()}
+    marked = {(rows[index].variant.strategy_title, key): mark for (index, key), mark in marks(rows).items()}
     assert marked["native", "pixel_f1"] == "best" and marked["finetune", "pixel_f1"] == "worst"
     assert marked["native", "average_forgetting_pct"] == "best"  # where less is better
     assert ("joint", "pixel_f1") not in marked
@@ -336,9 +389,283 @@ def test_output_that_is_a_file_is_refused(tmp_path: Path) -> None:
 
 
 def test_damaged_runs_are_in_no_group(mixed: Path) -> None:
-    runs: list[Run] = read([mixed])
+    runs: list[FoundRun] = read([mixed])
     groups = grouped(runs)
     assert not {run.path for run in runs if run.state == "damaged"} & {r.path for g in groups for r in g.runs}
+
+
+EWC = {"name": "ewc", "_target_": "penalties.EWC"}
+DISTILLED = {"joint": False, "continual": True, "needs_gradients": True}
+
+
+def ewc(weight: float) -> dict[str, Any]:
+    """A user's own strategy, whose weight is usually 1."""
+    return {**EWC, "weight": weight}
+
+
+def test_a_strategy_nobody_here_knows_is_reported_like_the_others(tmp_path: Path) -> None:
+    make(tmp_path, "method=stfpm", "strategy=finetune", R=[[0.5], [0.1, 0.3]], tasks="ab")
+    for weight, final in ((10, 0.4), (1000, 0.2)):
+        R = [[0.5], [final, 0.4]]
+        own = {"strategy": ewc(weight), "flags": DISTILLED, "name": f"ewc{weight}"}
+        make(tmp_path, "method=stfpm", R=R, tasks="ab", **own)
+    make(tmp_path, "method=stfpm", "strategy=joint", R=[[0.9, 0.9]], tasks="ab")
+    runs = read([tmp_path])
+    (group,) = grouped(runs)
+    assert [run.state for run in runs] == ["finished"] * 4
+    shown = [row.variant.strategy_title for row in group.rows]
+    assert shown == [
+        "finetune",
+        "joint",
+        "ewc, weight=10",
+        "ewc, weight=1000",
+    ]  # known ones first, then by name
+    assert values(group, "ewc, weight=10", "relative_gap_pct").mean == pytest.approx(100 * (0.9 - 0.4))
+    assert marks(group.rows)[2, "pixel_f1"] == "best"
+    report = page.write(runs, tmp_path / "report", "own")
+    text = report.page.read_text()
+    assert "finetune, ewc, which learn task by task" in text and "joint is a bound" in text
+    assert '<input type="checkbox" name="strategy" value="ewc" checked>' in text
+    (memory,) = (figure.spec() for figure in figures(group) if figure.name == "memory")
+    data = memory["data"]["values"]
+    assert {entry["strategy_title"]: entry["continual"] for entry in data} == {
+        "finetune": True,
+        "joint": False,
+        "ewc, weight=10": True,
+        "ewc, weight=1000": True,
+    }
+    styles = strategy_styles(group.strategy_titles)
+    assert len({(style.colour, style.dash) for style in styles.values()}) == 4
+    assert len({style.shape for style in styles.values()}) == 4
+
+
+def test_a_users_own_joint_strategy_is_the_bound_of_the_others(tmp_path: Path) -> None:
+    together = {"joint": True, "continual": False, "needs_gradients": False}
+    make(tmp_path, "method=padim", "strategy=finetune")
+    own = {"name": "together", "_target_": "mine.Together"}
+    make(tmp_path, "method=padim", R=JOINT, strategy=own, flags=together, name="together")
+    group = only_group(tmp_path)
+    assert values(group, "finetune", "relative_gap_pct").mean == pytest.approx(100 * (0.6 - 1 / 3))
+    assert values(group, "together", "relative_gap_pct").mean is None
+    assert not any("no finished joint run" in note for note in group.notes)
+    assert {line.strategy for line in tables.forgetting(group).lines} == {"finetune"}
+    assert group.strategies(continual=False) == ["together"]
+
+
+def test_the_joint_run_of_a_method_is_of_whatever_settings_a_strategy_has(tmp_path: Path) -> None:
+    make(tmp_path, "method=stfpm", "method.epochs=3", strategy=ewc(10), flags=DISTILLED, name="ewc")
+    make(tmp_path, "method=stfpm", "method.epochs=3", "strategy=joint", R=JOINT)
+    group = only_group(tmp_path)
+    assert values(group, "ewc, weight=10", "relative_gap_pct").mean == pytest.approx(100 * (0.6 - 1 / 3))
+
+
+def test_a_users_method_and_many_more_than_colours_are_drawn(tmp_path: Path) -> None:
+    method = json.loads(composed("method=padim"))["method"]
+    for name in ("zeta", *(f"own{number}" for number in range(12))):
+        make(
+            tmp_path,
+            "method=padim",
+            "strategy=finetune",
+            name=name,
+            changes={"method": {**method, "name": name}},
+        )
+    make(tmp_path, "method=cfa", "strategy=finetune")
+    group = only_group(tmp_path)
+    names = [row.variant.method for row in group.rows]
+    assert names == ["cfa", *sorted(names[1:])] and len(names) == 14
+    colours = titles.method_colours(names)
+    assert colours["cfa"] == titles.method_colours(titles.METHODS)["cfa"]
+    assert len({colours[name] for name in names[:9]}) == 9  # the first nine are told apart
+    assert {figure.name for figure in figures(group)} >= {"stages", "memory", "time"}
+
+
+def test_titles_for_more_methods_than_colours_crash_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(3):
+        monkeypatch.setitem(titles.METHODS, f"new{number}", f"New {number}")
+    colours = titles.method_colours([*titles.METHODS, "unknown"])
+    assert len(colours) == 13 and len(set(colours.values())) == 9
+    styles = titles.strategy_styles([f"own {number}" for number in range(25)])
+    assert len(set(styles.values())) == 25
+
+
+def test_editing_conf_later_relabels_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run's departures are those that it stored, whatever conf/ says now."""
+    make(tmp_path, "method=padim", "strategy=finetune", "method.features=7")
+    shutil.copytree(ROOT / "conf", tmp_path / "edited" / "conf")
+    padim = tmp_path / "edited" / "conf" / "method" / "padim.yaml"
+    changed = re.sub(r"^features: .*", "features: 7", padim.read_text(), flags=re.MULTILINE)
+    assert changed != padim.read_text()
+    padim.write_text(changed)
+    monkeypatch.setattr(earlier, "_CONF", tmp_path / "edited" / "conf")
+    earlier._usual.cache_clear()
+    try:
+        (row,) = only_group(tmp_path).rows
+        assert row.variant.method_title == "PaDiM, features=7"
+        # An earlier version's directory says nothing: there the new conf/ is all that is known.
+        make(tmp_path / "old", "method=padim", "strategy=finetune", "method.features=7", earlier=True)
+        (row,) = only_group(tmp_path / "old").rows
+        assert row.variant.method_title == "PaDiM"
+    finally:
+        earlier._usual.cache_clear()
+
+
+def test_directories_of_earlier_versions_report_the_same(tmp_path: Path) -> None:
+    settings: list[tuple[tuple[str, ...], Matrix]] = [
+        (("method=padim", "strategy=native"), JUST_AND_FINAL),
+        (("method=padim", "strategy=native", "seed=3"), [[0.7], [0.6, 0.5], [0.5, 0.4, 0.3]]),
+        (("method=padim", "strategy=joint"), JOINT),
+        (("method=padim", "strategy=single", "method.features=7"), JUST_AND_FINAL),
+        (("method=stfpm", "replay.size=40", "gpu.precision=bf16"), JUST_AND_FINAL),
+        (("method=stfpm", "strategy=finetune", "dataset.resize=64"), JUST_AND_FINAL),
+        (("method=stfpm", "strategy=finetune", "dataset.seed=0", "seed=1"), JUST_AND_FINAL),
+    ]
+    for overrides, R in settings:
+        make(tmp_path / "runs", *overrides, R=R)
+        make(tmp_path / "earlier" / "runs", *overrides, R=R, earlier=True)
+    written: list[list[str]] = []
+    for experiment in (tmp_path / "runs", tmp_path / "earlier" / "runs"):
+        runs = read([experiment])
+        groups = grouped(runs)
+        makers = (tables.comparison, tables.forgetting, tables.stages, tables.matrices)
+        built = [[(group.number, maker(group)) for group in groups] for maker in makers]
+        written.append([tables.as_csv(one) for one in [*built, [(0, tables.run_list(runs, groups))]]])
+    new, old = written
+    assert new == old and all(text.count("\n") > 5 for text in new)
+
+
+@pytest.mark.parametrize(("target", "joint"), [("mine.Together", True), ("nowhere.Strategy", False)])
+def test_flags_of_an_earlier_versions_strategy_are_its_classes(
+    target: str, joint: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code" / "mine.py").write_text(
+        "from clbench.strategies.base import Strategy\n\nclass Together(Strategy):\n    joint = True\n    continual = False\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path / "code")
+    own = {"name": "together", "_target_": target}
+    R = JOINT if joint else JUST_AND_FINAL
+    make(tmp_path / "runs", "method=padim", strategy=own, name="own", R=R, earlier=True)
+    (run,) = read([tmp_path / "runs"])
+    assert (run.state, run.flags.joint, run.flags.continual) == ("finished", joint, not joint)
+
+
+def test_where_nobody_knows_what_is_usual_all_settings_are_named(tmp_path: Path) -> None:
+    method = {**json.loads(composed("method=padim"))["method"], "name": "mine"}
+    for seed in (0, 1):
+        make(
+            tmp_path,
+            "method=padim",
+            "strategy=finetune",
+            f"seed={seed}",
+            changes={"method": method},
+            earlier=True,
+        )
+    other = {**method, "features": 7}
+    make(tmp_path, "method=padim", "strategy=finetune", name="7", changes={"method": other}, earlier=True)
+    group = only_group(tmp_path)
+    assert sorted(row.seeds for row in group.rows) == [[0], [0, 1]]
+    assert all("features=" in row.variant.method_title for row in group.rows)
+    assert any("what the benchmark gives mine is not known" in note for note in group.notes)
+
+
+GROUPED: Matrix = [[0.6, 0.8], [0.3, 0.6, 0.9]]  # two categories at once, then a third
+
+
+def test_a_task_of_several_categories_is_reported_category_by_category(tmp_path: Path) -> None:
+    make(tmp_path, "method=padim", "strategy=finetune", R=GROUPED, tasks=[("cap", "nut"), "pin"])
+    group = only_group(tmp_path)
+    (run,) = group.runs
+    assert (run.tasks, run.categories, run.learned) == (["cap+nut", "pin"], ["cap", "nut", "pin"], [0, 0, 1])
+    assert run.R["aupro"] == [[0.6, 0.8, None], [0.3, 0.6, 0.9]]
+    assert run.over_stages("pixel_f1") == [pytest.approx(0.7), pytest.approx(0.6)]
+    assert values(group, "finetune", "pixel_f1").mean == pytest.approx(0.6)
+    assert values(group, "finetune", "average_forgetting_pct").mean == pytest.approx((50 + 25) / 2)
+    assert "2 tasks of 3 categories" in group.title
+    lines = list(csv.DictReader(io.StringIO(tables.as_csv([(1, tables.forgetting(group))]))))
+    assert [(line["task"], line["category"], line["learned_at"]) for line in lines] == [
+        ("cap+nut", "cap", "1"),
+        ("cap+nut", "nut", "1"),
+        ("pin", "pin", "2"),
+    ]
+    assert [line["forgotten_pct"] for line in lines] == ["50", "25", "0"]
+    entries = list(csv.DictReader(io.StringIO(tables.as_csv([(1, tables.matrices(group))]))))
+    assert len(entries) == 5 * len(METRICS)
+    by_name = {figure.name: json.dumps(figure.spec()) for figure in figures(group)}
+    assert '"category": "nut"' in by_name["r-matrices"] and '"category": "nut"' in by_name["forgetting"]
+
+
+def test_tables_of_groups_with_and_without_tasks_of_several_categories_share_a_file(tmp_path: Path) -> None:
+    make(
+        tmp_path,
+        "method=padim",
+        "strategy=finetune",
+        R=GROUPED,
+        tasks=[("cap", "nut"), "pin"],
+        name="several",
+    )
+    for method in ("padim", "cfa"):
+        make(tmp_path, f"method={method}", "strategy=finetune")
+    together = [(group.number, tables.forgetting(group)) for group in grouped(read([tmp_path]))]
+    lines = list(csv.DictReader(io.StringIO(tables.as_csv(together))))
+    assert {(line["group"], line["category"]) for line in lines} == {
+        ("1", ""),
+        ("2", "cap"),
+        ("2", "nut"),
+        ("2", "pin"),
+    }
+
+
+def test_pooled_tasks_of_earlier_versions_compare_with_no_categories(tmp_path: Path) -> None:
+    order = {"task_order": {"kind": "listed", "tasks": [["cap", "nut"], "pin"]}}
+    make(
+        tmp_path,
+        "method=padim",
+        "strategy=finetune",
+        R=[[0.5], [0.4, 0.9]],
+        tasks=["cap+nut", "pin"],
+        changes=order,
+        earlier=True,
+    )
+    tasks = [("cap", "nut"), "pin"]
+    make(tmp_path, "method=padim", "strategy=finetune", R=GROUPED, tasks=tasks, changes=order, name="new")
+    groups = {group.pooled: group for group in grouped(read([tmp_path]))}
+    assert set(groups) == {True, False}
+    assert any("pooled the test images" in note for note in groups[True].notes)
+    assert "evaluation=tasks pooled" in groups[True].differs_in
+    assert groups[True].categories == ("cap+nut", "pin")
+
+
+def test_a_torn_last_line_is_left_out_where_the_run_goes_on_and_damage_where_it_is_complete(
+    tmp_path: Path,
+) -> None:
+    running = make(
+        tmp_path, "method=padim", "strategy=native", R=[[0.5], [0.25, 0.125]], tasks="ab", status="running"
+    )
+    metrics = (running / "metrics.csv").read_bytes()
+    (running / "metrics.csv").write_bytes(metrics[:-4])
+    (run,) = read([tmp_path])
+    assert run.state == "unfinished"
+    assert run.R["aupro"] == [[0.5, None], [0.25, None]]  # the last line of all
+    assert run.R["pixel_f1"] == [[0.5, None], [0.25, 0.125]]
+    (running / "metrics.csv").write_bytes(metrics[:-4] + "é".encode()[:1])  # torn within a letter
+    assert read([tmp_path])[0].state == "unfinished"
+    complete = make(tmp_path / "complete", "method=padim", "strategy=native")
+    (complete / "metrics.csv").write_bytes((complete / "metrics.csv").read_bytes()[:-4])
+    (run,) = read([tmp_path / "complete"])
+    assert (run.state, run.reason) == ("damaged", "metrics.csv ends within a line")
+
+
+def test_what_is_expected_of_a_method_follows_from_what_a_strategy_asks_of_it(tmp_path: Path) -> None:
+    make(tmp_path, "method=patchcore", "strategy=native")
+    make(tmp_path, "method=stfpm", "strategy=finetune")
+    make(tmp_path, "method=stfpm", strategy=ewc(10), flags=DISTILLED, name="ewc")
+    make(tmp_path, "method=cfa", strategy=ewc(20), flags=DISTILLED, name="cfa")
+    assert only_group(tmp_path).absent == [  # neither gradients of PatchCore, nor an update of STFPM's own
+        "PatchCore, finetune: no run",
+        "CFA, finetune: no run",
+        "CFA, ewc, weight=10: no run",
+        "STFPM, ewc, weight=20: no run",
+    ]
 
 
 # The page, in a real browser.
@@ -449,6 +776,10 @@ def test_a_run_that_is_damaged_in_any_way_is_listed_and_the_rest_reported(tmp_pa
             ("summary.json", lambda text: "[" * 100_000),
             ("summary.json", lambda text: re.sub(r'("additional_mb": )[\d.]+', r"\1Infinity", text)),
             ("metrics.csv", lambda text: re.sub(r"(pixel_auroc,)[\d.]+", r"\1nan", text)),
+            ("metrics.csv", lambda text: text.replace("cap,cap,aupro", "cap,nut,aupro")),
+            ("summary.json", lambda text: text.replace('"joint": false', '"joint": "no"')),
+            ("summary.json", lambda text: re.sub(r'("categories": )\[', r'\1["cap", ', text)),
+            ("config.yaml", lambda text: re.sub(r"departures: .*", "departures: text", text)),
         ]
     ):
         copy = Path(shutil.copytree(sound, tmp_path / f"damaged{number}"))
@@ -457,4 +788,4 @@ def test_a_run_that_is_damaged_in_any_way_is_listed_and_the_rest_reported(tmp_pa
         (copy / name).write_text(changed)
     runs = read([tmp_path])
     assert len(grouped(runs)[0].rows) == 1
-    assert sorted(run.state for run in runs) == ["damaged"] * 6 + ["finished"]
+    assert sorted(run.state for run in runs) == ["damaged"] * 10 + ["finished"]

@@ -13,12 +13,18 @@ from clbench.report.reading import read
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    """What the command takes."""
+    """Give a parser the arguments of the command."""
     parser.add_argument(
-        "folders", nargs="+", type=Path, metavar="outputs/EXPERIMENT", help="of finished runs"
+        "folders",
+        nargs="+",
+        type=Path,
+        metavar="outputs/EXPERIMENT",
+        help="folders of runs, one an experiment",
     )
     parser.add_argument(
-        "--output", type=Path, help="the report's folder; left out: report/ in the first of them"
+        "--output",
+        type=Path,
+        help="folder of the report (report/ in the first experiment's, where it is left out)",
     )
 
 
@@ -33,7 +39,7 @@ def main(options: argparse.Namespace) -> int:
     report = page.write(runs, page.output_folder(options.folders, options.output), title)
     console = terminal.console()
     for group in report.groups:
-        if group.own:
+        if group.found:
             console.print(tables.for_terminal(group))
         if group.differs_in:
             console.print(f"   it differs from the other groups: {escape('; '.join(group.differs_in))}\n")

@@ -7,40 +7,49 @@ names that are shown, or null for all, which the page sets. Text takes its colou
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import altair as alt
 
-from clbench.report.comparison import CONTINUAL, METHODS, Group, Row
-from clbench.report.tables import curve, matrix, task_forgetting
+from clbench.report.comparison import Group
+from clbench.report.rows import Row
+from clbench.report.tables import category_forgetting, curve, matrix
+from clbench.report.titles import method_colours, strategy_styles
 
-# Told apart by colour-blind readers, on white and on black: after Okabe & Ito (2008) and Tol (2021).
-_METHOD_COLOURS = dict(
-    zip(
-        METHODS,
-        ["#3d7fbf", "#e0662f", "#2f9e6e", "#c9a227", "#56b4e9", "#b0559e", "#8a8a8a", "#9c6b4a", "#7a6fd0"],
-        strict=True,
-    )
-)
-_HOW_COLOURS = {"native": "#3d7fbf", "finetune": "#e0662f", "joint": "#2f9e6e", "single": "#b0559e"}
-_REPLAY_COLOURS = ("#c9a227", "#56b4e9", "#8a8a8a", "#9c6b4a", "#7a6fd0")
-_HOW_DASHES = {"native": [1, 0], "finetune": [2, 3], "joint": [10, 4], "single": [8, 3, 2, 3]}
-_REPLAY_DASHES = ([5, 2], [4, 4], [7, 2, 1, 2], [3, 1], [12, 2])
-_HOW_SHAPES = {"native": "circle", "finetune": "triangle-down", "joint": "diamond", "single": "cross"}
-_REPLAY_SHAPES = ("square", "triangle-up", "triangle-right", "triangle-left", "stroke")
 _FILTER = (
     "(methods === null || indexof(methods, datum.method) >= 0)"
     " && (strategies === null || indexof(strategies, datum.strategy) >= 0)"
 )
+_TIPS = {
+    "title": alt.Tooltip("title:N", title="method"),
+    "strategy_title": alt.Tooltip("strategy_title:N", title="strategy"),
+    "row": alt.Tooltip("row:N", title="row"),
+    "learned": alt.Tooltip("stage:Q", title="tasks learned"),
+    "stage": alt.Tooltip("stage:O", title="after stage"),
+    "category": alt.Tooltip("category:N"),
+    "f1": alt.Tooltip("f1:Q", title="pixel F1", format=".3f"),
+    "auroc": alt.Tooltip("auroc:Q", title="pixel AUROC", format=".3f"),
+    "deviation": alt.Tooltip("deviation:Q", title="deviation", format=".3f"),
+    "mb": alt.Tooltip("mb:Q", title="kept, MB", format=".1f"),
+    "just": alt.Tooltip("just:Q", title="just learned", format=".3f"),
+    "final": alt.Tooltip("final:Q", title="final", format=".3f"),
+    "lost": alt.Tooltip("lost:Q", title="forgotten, %", format=".1f"),
+    "phase": alt.Tooltip("phase:N"),
+    "minutes": alt.Tooltip("minutes:Q", format=".2f"),
+    "seeds": alt.Tooltip("seeds:Q"),
+}
 
 
 @dataclass(frozen=True)
 class Figure:
-    """Args:
-    name: of its files.
-    about: how to read it, and which runs it holds.
+    """A chart with its words.
+
+    Attributes:
+        name: of its files, without the ending.
+        about: how to read it, and which runs it holds.
+        chart: Altair's, complete.
     """
 
     name: str
@@ -49,11 +58,11 @@ class Figure:
     chart: Any
 
     def spec(self) -> dict[str, Any]:
-        """Vega-Lite, as plain data."""
+        """The chart in Vega-Lite, as plain data."""
         return self.chart.to_dict()
 
     def svg(self) -> str:
-        """The figure by itself, on white."""
+        """The text of an SVG: the chart by itself, on white."""
         import vl_convert
 
         spec = self.spec()
@@ -69,8 +78,8 @@ def png(svg: str) -> bytes:
 
 
 def figures(group: Group) -> list[Figure]:
-    """All that a group has runs for."""
-    rows = group.own
+    """All figures that a group has runs for."""
+    rows = group.found
     if not rows:
         return []
     makers: Sequence[Callable[[Group, list[Row]], Figure | None]] = (
@@ -94,14 +103,22 @@ def _holds(rows: Sequence[Row]) -> str:
 
 
 def _about(row: Row) -> dict[str, Any]:
-    v = row.variant
+    """What every entry of a chart's data says of its row."""
+    variant = row.variant
     return {
-        "method": v.method,
-        "strategy": v.strategy,
-        "title": v.method_title,
-        "how": v.how,
+        "method": variant.method,
+        "strategy": variant.strategy,
+        "title": variant.method_title,
+        "strategy_title": variant.strategy_title,
+        "row": variant.title,
+        "joint": row.flags.joint,
+        "continual": row.flags.continual,
         "seeds": len(row.runs),
     }
+
+
+def _tooltip(*names: str) -> list[alt.Tooltip]:
+    return [_TIPS[name] for name in names]
 
 
 def _finished(chart: Any) -> Any:
@@ -138,49 +155,40 @@ def _finished(chart: Any) -> Any:
     )
 
 
-def _ways(group: Group) -> dict[str, tuple[str, list[int], str]]:
-    """Colour, dashes and mark of each strategy and buffer."""
-    ways: dict[str, tuple[str, list[int], str]] = {}
-    replays = 0
-    for how in group.hows:
-        if how in _HOW_COLOURS:
-            ways[how] = (_HOW_COLOURS[how], _HOW_DASHES[how], _HOW_SHAPES[how])
-        else:
-            index, replays = replays % len(_REPLAY_COLOURS), replays + 1
-            ways[how] = (_REPLAY_COLOURS[index], list(_REPLAY_DASHES[index]), _REPLAY_SHAPES[index])
-    return ways
-
-
-def _how(group: Group, channel: Any, part: int, **more: Any) -> Any:
-    ways = _ways(group)
-    scale = alt.Scale(domain=list(ways), range=[way[part] for way in ways.values()])
+def _by_strategy(group: Group, channel: Any, part: Literal["colour", "dash", "shape"], **legend: Any) -> Any:
+    """A channel (colour, dashes or mark) that tells a group's strategies apart."""
+    styles = strategy_styles(group.strategy_titles)
+    scale = alt.Scale(domain=list(styles), range=[getattr(style, part) for style in styles.values()])
     return channel(
-        "how:N", scale=scale, title="strategy", sort=list(ways), legend=alt.Legend(symbolOpacity=1, **more)
+        "strategy_title:N",
+        scale=scale,
+        title="strategy",
+        sort=list(styles),
+        legend=alt.Legend(symbolOpacity=1, **legend),
     )
 
 
-def _titles(rows: Sequence[Row]) -> list[str]:
+def _by_row(rows: Sequence[Row]) -> alt.Y:
+    """An axis with the rows of the table, in their order."""
+    axis = alt.Axis(domain=False, ticks=False)
+    return alt.Y("row:N", title=None, sort=[row.title for row in rows], axis=axis)
+
+
+def _by_category(group: Group, **axis: Any) -> alt.X:
+    """An axis with the group's categories, in their order."""
+    plain = alt.Axis(domain=False, ticks=False, **axis)
+    return alt.X("category:N", title=None, sort=list(group.categories), axis=plain)
+
+
+def _method_titles(rows: Sequence[Row]) -> list[str]:
     return list(dict.fromkeys(row.variant.method_title for row in rows))
 
 
 def _over_stages(group: Group, rows: list[Row]) -> Figure | None:
-    data: list[dict[str, Any]] = []
-    for row in rows:
-        for stage, spread in enumerate(curve(row, "pixel_f1"), 1):
-            if spread.mean is not None:
-                about = {
-                    **_about(row),
-                    "stage": stage,
-                    "f1": _short(spread.mean),
-                    "bound": len(row.runs[0].tasks),
-                }
-                low, high = (spread.mean + sign * (spread.deviation or 0) for sign in (-1, 1))
-                data.append(
-                    {**about, "low": _short(low), "high": _short(high), "deviation": _short(spread.deviation)}
-                )
+    data = [entry for row in rows for entry in _curve_entries(row)]
     if not data:
         return None
-    picked = alt.selection_point(name="picked", fields=["how"], bind="legend")
+    picked = alt.selection_point(name="picked", fields=["strategy_title"], bind="legend")
     faint = alt.condition(picked, alt.value(1.0), alt.value(0.12))
     stages = len(group.tasks)
     x = alt.X(
@@ -192,31 +200,23 @@ def _over_stages(group: Group, rows: list[Row]) -> Figure | None:
     y = alt.Y(
         "f1:Q", title="pixel F1, mean over tasks seen", scale=_from_nothing(entry["high"] for entry in data)
     )
-    tooltip = [
-        alt.Tooltip("title:N", title="method"),
-        alt.Tooltip("how:N", title="strategy"),
-        alt.Tooltip("stage:Q", title="tasks learned"),
-        alt.Tooltip("f1:Q", title="pixel F1", format=".3f"),
-        alt.Tooltip("deviation:Q", title="deviation", format=".3f"),
-        alt.Tooltip("seeds:Q"),
-    ]
-    base = alt.Chart().transform_filter("datum.strategy !== 'joint'")
-    colour, dash = _how(group, alt.Color, 0), _how(group, alt.StrokeDash, 1)
-    band = base.mark_area(opacity=0.14).encode(x=x, y="low:Q", y2="high:Q", color=colour)
-    line = base.mark_line(strokeWidth=2).encode(x=x, y=y, color=colour, strokeDash=dash, opacity=faint)
-    points = base.mark_point(filled=True, size=48, opacity=1).encode(
-        x=x, y=y, color=colour, shape=_how(group, alt.Shape, 2), opacity=faint, tooltip=tooltip
+    tooltip = _tooltip("title", "strategy_title", "learned", "f1", "deviation", "seeds")
+    colour = _by_strategy(group, alt.Color, "colour")
+    dash = _by_strategy(group, alt.StrokeDash, "dash")
+    shape = _by_strategy(group, alt.Shape, "shape")
+    arriving = alt.Chart().transform_filter("!datum.joint")
+    band = arriving.mark_area(opacity=0.14).encode(x=x, y="low:Q", y2="high:Q", color=colour)
+    line = arriving.mark_line(strokeWidth=2).encode(x=x, y=y, color=colour, strokeDash=dash, opacity=faint)
+    points = arriving.mark_point(filled=True, size=48, opacity=1).encode(
+        x=x, y=y, color=colour, shape=shape, opacity=faint, tooltip=tooltip
     )
-    joint = (
-        alt.Chart()
-        .transform_filter("datum.strategy === 'joint'")
-        .mark_rule(strokeWidth=2)
-        .encode(y=y, color=colour, strokeDash=dash, opacity=faint, tooltip=tooltip)
-    )
+    joint = alt.Chart().transform_filter("datum.joint").mark_rule(strokeWidth=2)
+    level = joint.encode(y=y, color=colour, strokeDash=dash, opacity=faint, tooltip=tooltip)
+    panels = alt.Facet("title:N", title=None, sort=_method_titles(rows))
     chart = (
-        alt.layer(band, joint, line, points.add_params(picked))
+        alt.layer(band, level, line, points.add_params(picked))
         .properties(width=250, height=200)
-        .facet(alt.Facet("title:N", title=None, sort=_titles(rows)), columns=4, data=alt.Data(values=data))
+        .facet(panels, columns=4, data=alt.Data(values=data))
         .transform_filter(_FILTER)
         .resolve_axis(x="independent")  # or empty places of the last row would have one
     )
@@ -229,52 +229,99 @@ def _over_stages(group: Group, rows: list[Row]) -> Figure | None:
     )
 
 
+def _curve_entries(row: Row) -> list[dict[str, Any]]:
+    """A row's mean pixel F1 after each stage, with its deviation to both sides."""
+    entries: list[dict[str, Any]] = []
+    for stage, spread in enumerate(curve(row, "pixel_f1"), 1):
+        if spread.mean is not None:
+            values = {
+                "f1": spread.mean,
+                "low": spread.mean - (spread.deviation or 0),
+                "high": spread.mean + (spread.deviation or 0),
+                "deviation": spread.deviation,
+            }
+            entries.append({**_about(row), "stage": stage, **_all_short(values)})
+    return entries
+
+
 def _against_memory(group: Group, rows: list[Row]) -> Figure | None:
     shown = [row for row in rows if row.values["pixel_f1"].mean is not None]
-    kept = {id(row): row.values["additional_mb"].mean or 0.0 for row in shown}
-    positive = [value for value in kept.values() if value > 0]
     if not shown:
         return None
-    # A log scale has no place for nothing: it stands a decade below the least.
-    floor = 10.0 ** (math.floor(math.log10(min(positive))) - 1) if positive else 0.1
-    low = floor if len(positive) < len(shown) else min(positive) / 1.6
-    high = max([*positive, floor]) * 2.5
-    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    few = len(decades) <= 3
-    ticks = [f * 10.0**d for d in decades for f in ((1, 2, 5) if few else (1,)) if low <= f * 10.0**d <= high]
+    kept = [row.values["additional_mb"].mean or 0.0 for row in shown]
+    floor, low, high = _memory_range(kept)
     data = [
         {
             **_about(row),
-            "mb": _short(kept[id(row)]),
-            "at": max(kept[id(row)], floor),
+            "mb": _short(mb),
+            "at": max(mb, floor),
             "f1": _short(row.values["pixel_f1"].mean),
             "auroc": _short(row.values["pixel_auroc"].mean),
         }
-        for row in shown
+        for row, mb in zip(shown, kept, strict=True)
     ]
-    x = alt.X(
-        "at:Q",
-        title="kept between tasks, MB (log scale)",
-        scale=alt.Scale(type="log", domain=[low, high], nice=False),
-        axis=alt.Axis(
-            values=ticks, labelExpr=f"datum.value <= {floor} ? '0' : format(datum.value, '~f')", grid=False
-        ),
-    )
+    x = _memory_axis(floor, low, high)
     y = alt.Y(
         "f1:Q", title="pixel F1 after the last task", scale=_from_nothing(entry["f1"] for entry in data)
     )
-    methods = [row.variant.method for row in shown]
-    names = _titles(shown)
-    of = dict(zip((row.variant.method_title for row in shown), methods, strict=True))
-    spare = "#9c6b4a"
-    colour = alt.Color(
-        "title:N",
-        title="method",
-        scale=alt.Scale(domain=names, range=[_METHOD_COLOURS.get(of[name], spare) for name in names]),
-    )
+    methods = {row.variant.method_title: row.variant.method for row in shown}
+    colours = method_colours(methods.values())
+    scale = alt.Scale(domain=list(methods), range=[colours[method] for method in methods.values()])
     base = alt.Chart(alt.Data(values=data)).transform_filter(_FILTER)
+    points = base.mark_point(filled=True, size=120, opacity=0.95).encode(
+        x=x,
+        y=y,
+        color=alt.Color("title:N", title="method", scale=scale),
+        shape=_by_strategy(
+            group, alt.Shape, "shape", symbolFillColor="currentColor", symbolStrokeColor="currentColor"
+        ),
+        tooltip=_tooltip("title", "strategy_title", "mb", "f1", "auroc", "seeds"),
+    )
+    steps, *names = _pareto_front(base, x, y, middle=math.sqrt(low * high))
+    return Figure(
+        "memory",
+        "Quality against memory",
+        "The dashed steps are the Pareto front: the best pixel F1 for what is kept, among the rows that learn task by "
+        f"task and are not told the task. {_holds(shown)}.",
+        _finished(alt.layer(steps, points, *names).properties(width=720, height=340)),
+    )
+
+
+def _memory_range(kept: Sequence[float]) -> tuple[float, float, float]:
+    """Where a log scale of memory puts what keeps nothing, its lower and its upper end, in MB.
+
+    A log scale has no place for nothing: it stands a decade below the least that is more.
+    """
+    positive = [mb for mb in kept if mb > 0]
+    floor = 10.0 ** (math.floor(math.log10(min(positive))) - 1) if positive else 0.1
+    low = floor if len(positive) < len(kept) else min(positive) / 1.6
+    return floor, low, max([*positive, floor]) * 2.5
+
+
+def _memory_axis(floor: float, low: float, high: float) -> alt.X:
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    steps = (1, 2, 5) if len(decades) <= 3 else (1,)
+    ticks = [
+        step * 10.0**decade for decade in decades for step in steps if low <= step * 10.0**decade <= high
+    ]
+    words = f"datum.value <= {floor} ? '0' : format(datum.value, '~f')"
+    return alt.X(
+        "at:Q",
+        title="kept between tasks, MB (log scale)",
+        scale=alt.Scale(type="log", domain=[low, high], nice=False),
+        axis=alt.Axis(values=ticks, labelExpr=words, grid=False),
+    )
+
+
+def _pareto_front(base: alt.Chart, x: alt.X, y: alt.Y, middle: float) -> list[alt.Chart]:
+    """The steps of the front, and the names of its points.
+
+    Args:
+        middle: of the axis of memory, in MB: a name to the right of it is written towards the left, where there is
+            room.
+    """
     front = (
-        base.transform_filter(f"indexof({list(CONTINUAL)}, datum.strategy) >= 0")
+        base.transform_filter("datum.continual")
         .transform_window(
             best="max(f1)",
             frame=[None, 0],
@@ -285,147 +332,69 @@ def _against_memory(group: Group, rows: list[Row]) -> Figure | None:
     steps = front.mark_line(
         interpolate="step-after", strokeWidth=1.5, strokeDash=[4, 3], color="#8a8a8a"
     ).encode(x=x, y=y, order="at:Q")
-    # A name to the right of the middle is written towards the left, where there is room.
-    middle = math.sqrt(low * high)
     sides: list[tuple[str, Literal["left", "right"], int]] = [("<=", "left", 9), (">", "right", -9)]
-    names_on_front = [
+    names = [
         front.transform_filter(f"datum.at {there} {middle}")
-        .transform_calculate(label="datum.title + ', ' + datum.how")
+        .transform_calculate(label="datum.title + ', ' + datum.strategy_title")
         .mark_text(align=align, dx=dx, dy=-10, fontSize=12, fontWeight=600, fill="currentColor")
         .encode(x=x, y=y, text="label:N")
         for there, align, dx in sides
     ]
-    points = base.mark_point(filled=True, size=120, opacity=0.95).encode(
-        x=x,
-        y=y,
-        color=colour,
-        shape=_how(group, alt.Shape, 2, symbolFillColor="currentColor", symbolStrokeColor="currentColor"),
-        tooltip=[
-            alt.Tooltip("title:N", title="method"),
-            alt.Tooltip("how:N", title="strategy"),
-            alt.Tooltip("mb:Q", title="kept, MB", format=".1f"),
-            alt.Tooltip("f1:Q", title="pixel F1", format=".3f"),
-            alt.Tooltip("auroc:Q", title="pixel AUROC", format=".3f"),
-            alt.Tooltip("seeds:Q"),
-        ],
-    )
-    return Figure(
-        "memory",
-        "Quality against memory",
-        "The dashed steps are the Pareto front: the best pixel F1 for what is kept, among the rows that learn task by "
-        f"task and are not told the task. {_holds(shown)}.",
-        _finished(alt.layer(steps, points, *names_on_front).properties(width=720, height=340)),
-    )
+    return [steps, *names]
 
 
 def _matrices(group: Group, rows: list[Row]) -> Figure | None:
     data = [
-        {
-            **_about(row),
-            "row": f"{row.variant.method_title}, {row.variant.how}",
-            "stage": stage + 1,
-            "task": task,
-            "f1": _short(spread.mean),
-        }
+        {**_about(row), "stage": stage + 1, "category": category, "f1": _short(spread.mean)}
         for row in rows
-        for stage, task, spread in matrix(row, "pixel_f1")
+        for stage, category, spread in matrix(row, "pixel_f1")
     ]
     if not data:
         return None
-    side = 30 if len(group.tasks) > 6 else 38
+    side = 30 if len(group.categories) > 6 else 38  # pixels of a cell
     highest = max(entry["f1"] for entry in data) or 1
-    x = alt.X(
-        "task:N", title=None, sort=list(group.tasks), axis=alt.Axis(labelAngle=-40, domain=False, ticks=False)
-    )
+    x = _by_category(group, labelAngle=-40)
     y = alt.Y("stage:O", title="after stage", axis=alt.Axis(domain=False, ticks=False))
-    cells = (
-        alt.Chart()
-        .mark_rect(cornerRadius=2)
-        .encode(
-            x=x,
-            y=y,
-            color=alt.Color("f1:Q", title="pixel F1", scale=alt.Scale(scheme="cividis", domain=[0, highest])),
-            tooltip=[
-                alt.Tooltip("row:N", title="row"),
-                alt.Tooltip("stage:O", title="after stage"),
-                alt.Tooltip("task:N"),
-                alt.Tooltip("f1:Q", title="pixel F1", format=".3f"),
-                alt.Tooltip("seeds:Q"),
-            ],
-        )
-    )
-    words = (
-        alt.Chart()
-        .mark_text(fontSize=10)
-        .encode(
-            x=x,
-            y=y,
-            text=alt.Text("f1:Q", format=".2f"),
-            color=alt.condition(f"datum.f1 > {highest / 2}", alt.value("#111"), alt.value("#fff")),
-        )
-    )
+    colour = alt.Color("f1:Q", title="pixel F1", scale=alt.Scale(scheme="cividis", domain=[0, highest]))
+    tooltip = _tooltip("row", "stage", "category", "f1", "seeds")
+    cells = alt.Chart().mark_rect(cornerRadius=2).encode(x=x, y=y, color=colour, tooltip=tooltip)
+    dark = alt.condition(f"datum.f1 > {highest / 2}", alt.value("#111"), alt.value("#fff"))
+    words = alt.Chart().mark_text(fontSize=10)
+    words = words.encode(x=x, y=y, text=alt.Text("f1:Q", format=".2f"), color=dark)
     chart = (
         alt.layer(cells, words)
         .properties(width=alt.Step(side), height=alt.Step(side - 10))
         .facet(
-            alt.Facet("row:N", title=None, sort=[f"{r.variant.method_title}, {r.variant.how}" for r in rows]),
-            columns=4 if len(group.tasks) <= 6 else 3,
+            alt.Facet("row:N", title=None, sort=[row.title for row in rows]),
+            columns=4 if len(group.categories) <= 6 else 3,
             data=alt.Data(values=data),
         )
         .transform_filter(_FILTER)
         .resolve_axis(x="independent")
     )
+    column = "task" if group.categories == group.tasks else "category"
     return Figure(
         "r-matrices",
-        "Each task after each stage",
-        "R matrices of pixel F1, means over seeds: a row a stage, a column a task. Forgetting is a column that darkens "
-        f"on its way down. {_holds(rows)}.",
+        f"Each {column} after each stage",
+        f"R matrices of pixel F1, means over seeds: a row a stage, a column a {column}. Forgetting is a column that "
+        f"darkens on its way down. {_holds(rows)}.",
         _finished(chart),
     )
 
 
 def _forgetting(group: Group, rows: list[Row]) -> Figure | None:
-    data: list[dict[str, Any]] = []
-    for row in rows:
-        if row.variant.strategy == "joint":
-            continue
-        for task in row.runs[0].tasks:
-            _, just, final, lost = task_forgetting(row, task)
-            if lost.mean is not None:
-                about = {**_about(row), "row": f"{row.variant.method_title}, {row.variant.how}", "task": task}
-                values = {"just": just.mean, "final": final.mean, "lost": lost.mean}
-                data.append({**about, **{key: _short(value) for key, value in values.items()}})
+    arriving = [row for row in rows if not row.flags.joint]
+    data = [entry for row in arriving for entry in _forgetting_entries(row)]
     if len(group.tasks) < 2 or not data:
         return None
-    x = alt.X(
-        "task:N",
-        title=None,
-        sort=list(group.tasks),
-        axis=alt.Axis(labelAngle=-30, orient="top", domain=False, ticks=False),
-    )
-    y = alt.Y(
-        "row:N",
-        title=None,
-        sort=[f"{r.variant.method_title}, {r.variant.how}" for r in rows],
-        axis=alt.Axis(domain=False, ticks=False),
-    )
+    x, y = _by_category(group, labelAngle=-30, orient="top"), _by_row(rows)
     base = alt.Chart(alt.Data(values=data)).transform_filter(_FILTER)
+    diverging = alt.Scale(domain=[-100, 0, 100], range=["#2166ac", "#f1efe9", "#b35806"], clamp=True)
     cells = base.mark_rect(cornerRadius=2).encode(
         x=x,
         y=y,
-        color=alt.Color(
-            "lost:Q",
-            title="forgotten, %",
-            scale=alt.Scale(domain=[-100, 0, 100], range=["#2166ac", "#f1efe9", "#b35806"], clamp=True),
-        ),
-        tooltip=[
-            alt.Tooltip("row:N", title="row"),
-            alt.Tooltip("task:N"),
-            alt.Tooltip("just:Q", title="just learned", format=".3f"),
-            alt.Tooltip("final:Q", title="final", format=".3f"),
-            alt.Tooltip("lost:Q", title="forgotten, %", format=".1f"),
-            alt.Tooltip("seeds:Q"),
-        ],
+        color=alt.Color("lost:Q", title="forgotten, %", scale=diverging),
+        tooltip=_tooltip("row", "category", "just", "final", "lost", "seeds"),
     )
     words = base.mark_text(fontSize=11).encode(
         x=x,
@@ -437,48 +406,45 @@ def _forgetting(group: Group, rows: list[Row]) -> Figure | None:
         "forgetting",
         "What is forgotten of each task",
         "Percent of the just learned pixel F1 that is lost at the end, means over seeds; less than zero: later tasks "
-        f"helped. Joint runs forget nothing and are left out. {_holds([r for r in rows if r.variant.strategy != 'joint'])}.",
+        f"helped. Joint runs forget nothing and are left out. {_holds(arriving)}.",
         _finished(alt.layer(cells, words).properties(width=alt.Step(62), height=alt.Step(26))),
     )
 
 
+def _forgetting_entries(row: Row) -> list[dict[str, Any]]:
+    """A row's pixel F1 of each category, just learned and at the end, and the percentage that is lost."""
+    entries: list[dict[str, Any]] = []
+    for category in row.runs[0].categories:
+        _, just, final, lost = category_forgetting(row, category)
+        if lost.mean is not None:
+            values = {"just": just.mean, "final": final.mean, "lost": lost.mean}
+            entries.append({**_about(row), "category": category, **_all_short(values)})
+    return entries
+
+
 def _time(group: Group, rows: list[Row]) -> Figure | None:
-    phases = (("training", "train_s"), ("evaluation", "eval_s"))
+    phases = {"training": "train_s", "evaluation": "eval_s"}
     data = [
         {
             **_about(row),
-            "row": f"{row.variant.method_title}, {row.variant.how}",
             "phase": phase,
             "minutes": _short(sum(run.summary["time"][key] for run in row.runs) / len(row.runs) / 60),
             "place": place,
         }
         for row in rows
-        for place, (phase, key) in enumerate(phases)
+        for place, (phase, key) in enumerate(phases.items())
     ]
+    colours = alt.Scale(domain=list(phases), range=["#3d7fbf", "#c9a227"])
     chart = (
         alt.Chart(alt.Data(values=data))
         .transform_filter(_FILTER)
         .mark_bar()
         .encode(
             x=alt.X("minutes:Q", title="minutes, mean over seeds"),
-            y=alt.Y(
-                "row:N",
-                title=None,
-                sort=[f"{r.variant.method_title}, {r.variant.how}" for r in rows],
-                axis=alt.Axis(domain=False, ticks=False),
-            ),
-            color=alt.Color(
-                "phase:N",
-                title=None,
-                scale=alt.Scale(domain=[p for p, _ in phases], range=["#3d7fbf", "#c9a227"]),
-            ),
+            y=_by_row(rows),
+            color=alt.Color("phase:N", title=None, scale=colours),
             order="place:Q",
-            tooltip=[
-                alt.Tooltip("row:N", title="row"),
-                alt.Tooltip("phase:N"),
-                alt.Tooltip("minutes:Q", format=".2f"),
-                alt.Tooltip("seeds:Q"),
-            ],
+            tooltip=_tooltip("row", "phase", "minutes", "seeds"),
         )
         .properties(width=520, height=alt.Step(22))
     )
@@ -499,3 +465,7 @@ def _from_nothing(values: Iterable[float]) -> Any:
 def _short(value: float | None) -> float | None:
     """A number that costs the page few bytes."""
     return None if value is None else float(f"{value:.5g}")
+
+
+def _all_short(values: Mapping[str, float | None]) -> dict[str, float | None]:
+    return {key: _short(value) for key, value in values.items()}

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from clbench.report.comparison import Group, Row
-from clbench.report.reading import Run
+from clbench.report.comparison import Group
+from clbench.report.reading import FoundRun
+from clbench.report.rows import Row
 
 _STAGE = re.compile(r"(.+)-stage-(\d+)\.jpg")
 
@@ -19,8 +20,8 @@ class Strip:
     """The maps of one row's run for one test image.
 
     Attributes:
-        maps: a stage: the number of its picture, and the stage that drew it, which is an earlier one where nothing
-            changed since; None before the task was learned.
+        maps: for each stage: the number of its picture, and the stage that drew it, which is an earlier one where
+            nothing changed since; None before the image's category was learned.
     """
 
     row: Row
@@ -30,9 +31,14 @@ class Strip:
 
 @dataclass
 class Shown:
-    """A test image, and what each row's run made of it."""
+    """A test image, and what each row's run made of it.
 
-    task: str
+    Attributes:
+        kind: `good`, or what the defect is.
+        image, mask: numbers of their pictures.
+    """
+
+    category: str
     kind: str
     image: int
     mask: int
@@ -41,18 +47,22 @@ class Shown:
 
 @dataclass
 class Gallery:
-    """Attributes:
-    pictures: data URIs, each once.
-    left_out: maps that would have made the page larger than its bound.
-    without: rows whose runs have no pictures.
+    """The pictures of a page.
+
+    Attributes:
+        pictures: data URIs, each once.
+        shown: number of a group -> its test images.
+        left_out: strips of maps that would have made the page larger than its bound.
+        without: rows whose runs have no pictures.
+        size: bytes of all pictures.
     """
 
     pictures: list[str] = field(default_factory=list)
-    shown: dict[int, list[Shown]] = field(default_factory=dict)  # of each group
+    shown: dict[int, list[Shown]] = field(default_factory=dict)
     left_out: int = 0
     without: list[str] = field(default_factory=list)
+    size: int = 0
     _numbers: dict[bytes, int] = field(default_factory=dict)
-    bytes: int = 0
 
     def number(self, path: Path) -> int:
         """A picture's number; a picture that is there already is not held twice."""
@@ -61,48 +71,75 @@ class Gallery:
             kind = "png" if path.suffix == ".png" else "jpeg"
             self._numbers[data] = len(self.pictures)
             self.pictures.append(f"data:image/{kind};base64,{base64.b64encode(data).decode()}")
-            self.bytes += len(self.pictures[-1])
+            self.size += len(self.pictures[-1])
         return self._numbers[data]
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """A test image of a run that pictures were written of.
+
+    Attributes:
+        order: place among the images of its category, then of its group and row: what is shown first.
+        folder: of the category's pictures.
+        name: of its files, before their endings.
+    """
+
+    order: tuple[int, int, int]
+    row: Row
+    run: FoundRun
+    category: str
+    folder: Path
+    name: str
 
 
 def gallery(groups: Sequence[Group], bound: int) -> Gallery:
     """The pictures of one run a row, the first seed's that has some.
 
     Args:
-        bound: bytes of all pictures in the page. The first image of every task comes before the second of any.
+        bound: bytes of all pictures in the page. The first image of every category comes before the second of any.
     """
     built = Gallery()
-    waiting: list[tuple[int, int, int, Row, Run, str, str]] = []
+    candidates: list[_Candidate] = []
     for group in groups:
-        for place, row in enumerate(group.own):
-            runs = sorted(row.runs, key=lambda run: run.summary["seed"])
-            run = next((run for run in runs if (run.path / "maps").is_dir() and list(_few(run))), None)
-            if run is None:
+        for place, row in enumerate(group.found):
+            found = _candidates(row, group.number, place)
+            candidates += found
+            if not found:
                 built.without.append(f"{row.title} (group {group.number})" if len(groups) > 1 else row.title)
-                continue
-            for task in run.tasks:
-                for order, name in enumerate(_names(run.path / "maps" / task / "few")):
-                    waiting.append((order, group.number, place, row, run, task, name))
-    of: dict[tuple[int, str, str, int], Shown] = {}
-    for _, number, _, row, run, task, name in sorted(waiting, key=lambda one: one[:3]):
-        folder = run.path / "maps" / task / "few"
-        if built.bytes > bound:
+    shown: dict[tuple[int, str, str, int], Shown] = {}
+    for one in sorted(candidates, key=lambda candidate: candidate.order):
+        if built.size > bound:
             built.left_out += 1
             continue
-        image, mask = folder / f"{name}.jpg", folder / f"{name}-mask.png"
+        image, mask = one.folder / f"{one.name}.jpg", one.folder / f"{one.name}-mask.png"
         if not (image.is_file() and mask.is_file()):
             continue
-        key = (number, task, name, built.number(image))
-        if key not in of:
-            kind = name.rpartition("-")[0]
-            of[key] = Shown(task, kind, built.number(image), built.number(mask))
-            built.shown.setdefault(number, []).append(of[key])
-        of[key].strips.append(Strip(row, run.summary["seed"], _maps(built, folder, name, run.stages)))
+        group_number = one.order[1]
+        key = (group_number, one.category, one.name, built.number(image))
+        if key not in shown:
+            kind = one.name.rpartition("-")[0]
+            shown[key] = Shown(one.category, kind, built.number(image), built.number(mask))
+            built.shown.setdefault(group_number, []).append(shown[key])
+        maps = _maps(built, one.folder, one.name, one.run.stages)
+        shown[key].strips.append(Strip(one.row, one.run.seed, maps))
     return built
 
 
-def _few(run: Run) -> list[Path]:
-    return [path for task in run.tasks if (path := run.path / "maps" / task / "few").is_dir()]
+def _candidates(row: Row, group: int, place: int) -> list[_Candidate]:
+    """The test images with pictures of the first seed's run that has some."""
+    for run in sorted(row.runs, key=lambda run: run.seed):
+        if not (run.path / "maps").is_dir():
+            continue
+        folders = {category: run.path / "maps" / category / "few" for category in run.categories}
+        found = [
+            _Candidate((order, group, place), row, run, category, folder, name)
+            for category, folder in folders.items()
+            for order, name in enumerate(_names(folder))
+        ]
+        if found:
+            return found
+    return []
 
 
 def _names(folder: Path) -> list[str]:
@@ -110,6 +147,7 @@ def _names(folder: Path) -> list[str]:
 
 
 def _maps(built: Gallery, folder: Path, name: str, stages: int) -> list[tuple[int, int] | None]:
+    """For each stage, the picture's number and the stage that drew it, see `Strip.maps`."""
     maps: list[tuple[int, int] | None] = []
     for stage in range(stages):
         path = folder / f"{name}-stage-{stage:02d}.jpg"

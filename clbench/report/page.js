@@ -33,7 +33,7 @@ for (const table of all("[data-table] table")) {
   });
 }
 
-// What is shown: the page's methods and strategies, a table's own words, the gallery's task.
+// What is shown: the page's methods and strategies, a table's own words, the gallery's category.
 const form = document.querySelector(".filter");
 const views = [];
 function chosen(name) {
@@ -56,10 +56,10 @@ function show() {
     part.querySelector(".count").textContent = `${left === rows.length ? "" : `${left} of `}${rows.length} row${rows.length === 1 ? "" : "s"}`;
   }
   for (const row of all(".strips tbody tr")) row.hidden = !passes(row);
-  const task = document.getElementById("task");
+  const category = document.getElementById("category");
   for (const article of all(".shown")) {
     const empty = all("tbody tr", article).every((row) => row.hidden);
-    article.hidden = empty || (task.value !== "" && task.value !== article.dataset.task);
+    article.hidden = empty || (category.value !== "" && category.value !== article.dataset.category);
   }
   for (const view of views) view.signal("methods", methods).signal("strategies", strategies).runAsync();
 }
@@ -69,7 +69,7 @@ if (form) {
   form.addEventListener("submit", (event) => event.preventDefault());
 }
 for (const input of all("[data-table] input")) input.addEventListener("input", show);
-document.getElementById("task")?.addEventListener("change", show);
+document.getElementById("category")?.addEventListener("change", show);
 show();
 
 // Enlarging: the picture between the image and its mask; arrow keys go through those that are shown.

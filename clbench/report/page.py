@@ -8,21 +8,27 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from importlib import resources
 from pathlib import Path
+from typing import get_args
 
 import jinja2
 
 from clbench.errors import UserError
 from clbench.recording.run_directory import write_whole
-from clbench.report import tables
-from clbench.report.comparison import CONTINUAL, METHODS, STRATEGIES, Group, grouped
+from clbench.report import tables, titles
+from clbench.report.comparison import Group, grouped
 from clbench.report.figures import Figure, figures, png
 from clbench.report.gallery import gallery
-from clbench.report.reading import Run
+from clbench.report.reading import FoundRun, FoundState
 from clbench.report.tables import Table
 
 _MOST_FIGURES = 12  # groups that get figures: each group's take about three seconds
 _MOST_PICTURES = 24_000_000  # bytes in the page
 _LOCAL_TABLES = (tables.comparison, tables.forgetting)  # in the page; the others are files alone
+_TABLES = tuple(
+    f"{name}.{kind}"
+    for name in ("runs", "comparison", "forgetting", "stages", "r-matrices")
+    for kind in ("csv", "md", "tex")
+)
 
 
 @dataclass
@@ -30,13 +36,13 @@ class Report:
     """What was written.
 
     Attributes:
-        page: its path.
-        files: how many, beside it.
+        page: path of the page.
+        files: number of tables and figures beside it.
     """
 
     page: Path
     groups: list[Group]
-    runs: list[Run]
+    runs: list[FoundRun]
     files: int = 0
 
 
@@ -50,14 +56,7 @@ class _Section:
     figures: list[Figure] = field(default_factory=list)
 
 
-_TABLES = tuple(
-    f"{name}.{kind}"
-    for name in ("runs", "comparison", "forgetting", "stages", "r-matrices")
-    for kind in ("csv", "md", "tex")
-)
-
-
-def write(runs: Sequence[Run], folder: Path, title: str) -> Report:
+def write(runs: Sequence[FoundRun], folder: Path, title: str) -> Report:
     """The page, tables and figures of runs, into a folder.
 
     Raises:
@@ -75,7 +74,7 @@ def write(runs: Sequence[Run], folder: Path, title: str) -> Report:
         write_whole(folder / name, lambda part: part.write_bytes(data))
         report.files += 1
 
-    with_runs = [group for group in groups if group.own]
+    with_runs = [group for group in groups if group.found]
     sections: list[_Section] = []
     for group in with_runs:
         section = _Section(group, tables.comparison(group), tables.forgetting(group))
@@ -112,9 +111,9 @@ def _page(report: Report, sections: Sequence[_Section], run_list: Table, title: 
         undefined=jinja2.StrictUndefined,
     )
     drawn = [figure for section in sections for figure in section.figures]
-    found = {run.summary["method"]: run for run in report.runs if run.summary}
-    ways = {run.summary["strategy"] for run in report.runs if run.summary}
-    counts = {state: sum(run.state == state for run in report.runs) for state in _STATES}
+    methods = {run.summary["method"] for run in report.runs if run.summary}
+    strategies = {run.summary["strategy"] for run in report.runs if run.summary}
+    counts = {state: sum(run.state == state for run in report.runs) for state in get_args(FoundState)}
     return environment.get_template("page.html.jinja").render(
         title=title,
         made=f"{datetime.now():%Y-%m-%d %H:%M}",
@@ -127,21 +126,16 @@ def _page(report: Report, sections: Sequence[_Section], run_list: Table, title: 
         run_list=run_list,
         gallery=gallery([section.group for section in sections], _MOST_PICTURES),
         methods=[
-            (name, METHODS.get(name, name))
-            for name in [*METHODS, *sorted(set(found) - set(METHODS))]
-            if name in found
+            (name, titles.method_title(name))
+            for name in sorted(methods, key=lambda name: titles.rank(titles.METHODS, name))
         ],
-        strategies=[name for name in [*STRATEGIES, *sorted(ways - set(STRATEGIES))] if name in ways],
-        continual=CONTINUAL,
+        strategies=sorted(strategies, key=lambda name: titles.rank(titles.STRATEGIES, name)),
         most_figures=_MOST_FIGURES,
         specs={f"figure-{s.group.number}-{f.name}": f.spec() for s in sections for f in s.figures},
         style=_file("page.css"),
         script=_file("page.js"),
         vega=_vega() if drawn else "",
     )
-
-
-_STATES = ("finished", "failed", "unfinished", "damaged", "repeated")
 
 
 def _file(name: str) -> str:

@@ -15,24 +15,27 @@ from clbench.errors import UserError
 from clbench.metrics import continual
 from clbench.metrics.continual import Matrix
 from clbench.recording.run_directory import RunDirectory
-from clbench.report.settings import Departures, departures
+from clbench.report.settings import Departures, Flags, departures
 
-METRICS = ("image_auroc", "image_f1", "pixel_auroc", "pixel_f1", "pixel_ap", "aupro", "image_ap")
+# In the order of the paper's table.
+REPORTED = ("image_auroc", "image_f1", "pixel_auroc", "pixel_f1", "pixel_ap", "aupro", "image_ap")
 
-State = Literal["finished", "failed", "unfinished", "damaged", "repeated"]
+FoundState = Literal["finished", "failed", "unfinished", "damaged", "repeated"]
 
 
 @dataclass
-class Run:
+class FoundRun:
     """A run directory, and what could be read of it.
 
     Attributes:
         reason: why it is not among the finished ones.
-        R: metric -> [stage][task], of the stages that were written.
+        summary: what summary.json holds; empty where the run has not begun.
+        config: what config.yaml holds.
+        R: metric -> [stage][category], of the stages that were written.
     """
 
     path: Path
-    state: State
+    state: FoundState
     reason: str = ""
     summary: Mapping[str, Any] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
@@ -43,18 +46,49 @@ class Run:
         return f"{self.path.parent.name}/{self.path.name}"
 
     @property
+    def seed(self) -> int:
+        return self.summary["seed"]
+
+    @property
     def tasks(self) -> list[str]:
         return list(self.summary.get("tasks", []))
+
+    @property
+    def task_of(self) -> dict[str, int]:
+        """Category -> index of its task, in the order of R's columns."""
+        return {name: task for task, names in enumerate(_categories(self.summary)) for name in names}
+
+    @property
+    def categories(self) -> list[str]:
+        """The categories of all tasks, in the order of R's columns; a pooled task's name stands for its categories."""
+        return list(self.task_of)
+
+    @property
+    def pooled(self) -> bool:
+        """Whether tasks of several categories were evaluated as one, which earlier versions did."""
+        named = (self.config.get("task_order") or {}).get("tasks") or []
+        return "categories" not in self.summary and any(
+            isinstance(task, list) and len(task) > 1 for task in named
+        )
 
     @property
     def stages(self) -> int:
         """Stages that were written."""
         return len(self.R.get("pixel_f1", []))
 
+    @cached_property
+    def flags(self) -> Flags:
+        """What its strategy can do."""
+        return Flags.of(self.summary, self.config)
+
+    @property
+    def expected_stages(self) -> int:
+        return 1 if self.flags.joint else len(self.tasks)
+
     @property
     def learned(self) -> list[int]:
-        """The stage that learns each task."""
-        return [0] * len(self.tasks) if self.summary["strategy"] == "joint" else list(range(len(self.tasks)))
+        """The stage that learns each category."""
+        return [0 if self.flags.joint else task for task in self.task_of.values()]
 
     @cached_property
     def departures(self) -> Departures:
@@ -66,7 +100,7 @@ class Run:
         return str((self.config.get("made_by") or {}).get("device", "unknown"))
 
     def over_stages(self, metric: str) -> list[float | None]:
-        """A metric's mean over the tasks seen, after each stage."""
+        """A metric's mean over the categories seen, after each stage."""
         learned = self.learned
         return [
             continual.final_mean([[value for value, at in zip(row, learned, strict=True) if at <= stage]])
@@ -74,13 +108,13 @@ class Run:
         ]
 
 
-def read(folders: Sequence[Path]) -> list[Run]:
+def read(folders: Sequence[Path]) -> list[FoundRun]:
     """The runs of experiments' folders, in order of their names.
 
     Raises:
         UserError: a folder is not there, cannot be read, or holds no runs.
     """
-    runs: list[Run] = []
+    runs: list[FoundRun] = []
     for folder in dict.fromkeys(path.resolve() for path in folders):
         if not folder.is_dir():
             near = sorted(path.name for path in folder.parent.glob("*") if path.is_dir())
@@ -104,90 +138,118 @@ def _begun(path: Path) -> bool:
     return any((path / name).exists() for name in ("summary.json", "config.yaml", "run.lock", "job.json"))
 
 
-def _read(path: Path) -> Run:
+def _read(path: Path) -> FoundRun:
     directory = RunDirectory(path)
     try:
-        summary, config = directory.summary(), directory.config()
-        text = (path / "metrics.csv").read_text() if (path / "metrics.csv").is_file() else ""
-    except (UserError, OSError, UnicodeDecodeError) as error:
-        return Run(path, "damaged", f"a file cannot be read: {error}")
+        summary, config = directory.summary(), directory.config() or {}
+        written = (path / "metrics.csv").read_bytes() if (path / "metrics.csv").is_file() else b""
+    except (UserError, OSError) as error:
+        return FoundRun(path, "damaged", f"a file cannot be read: {error}")
     if summary is None:
         if (path / "summary.json").is_file():
-            return Run(path, "damaged", "summary.json is damaged", config=config or {})
-        return Run(path, "unfinished", "not begun", config=config or {})
+            return FoundRun(path, "damaged", "summary.json is damaged", config=config)
+        return FoundRun(path, "unfinished", "not begun", config=config)
+    run = FoundRun(path, "unfinished", "", summary, config)
     try:
         _check(summary)
-        if config and not isinstance(config.get("made_by") or {}, dict):
+        if not isinstance(config.get("made_by") or {}, dict):
             raise TypeError("made_by in config.yaml")
-        run = Run(path, "unfinished", "", summary, config or {}, _matrices(text, summary["tasks"]))
-    except (KeyError, TypeError, ValueError, IndexError, csv.Error) as error:
-        return Run(path, "damaged", f"it does not read as a run: {type(error).__name__} {error}")
-    expected = 1 if summary["strategy"] == "joint" else len(run.tasks)
+        whole, newline, torn = written.rpartition(b"\n")
+        run.R = _matrices((whole + newline).decode(), _categories(summary), summary["tasks"])
+        expected = run.expected_stages
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, csv.Error) as error:
+        return FoundRun(path, "damaged", f"it does not read as a run: {type(error).__name__} {error}")
     if summary["status"] == "failed":
         run.state, run.reason = "failed", str(summary.get("reason", "it did not say why"))
     elif summary["status"] != "complete":
         run.reason = f"under way or interrupted, {run.stages} of {expected} stages written"
+    elif wrong := "metrics.csv ends within a line" if torn else _wrong(run):
+        run.state, run.reason = "damaged", wrong
     else:
-        run.state, run.reason = "finished", ""
-        if wrong := _wrong(run, expected):
-            run.state, run.reason = "damaged", wrong
+        run.state = "finished"
     return run
 
 
 def _check(summary: Mapping[str, Any]) -> None:
-    """Whether what every run says of itself is there.
+    """Check that summary.json says what every run says of itself.
 
     Raises:
-        KeyError, TypeError, ValueError: it is not.
+        KeyError, TypeError, ValueError: it does not.
     """
     for name in ("method", "strategy", "dataset"):
         if not isinstance(summary[name], str):
             raise TypeError(f"{name}={summary[name]!r} in summary.json")
-    if not (isinstance(summary["tasks"], list) and all(isinstance(name, str) for name in summary["tasks"])):
+    if not _are_names(summary["tasks"]):
         raise TypeError("tasks in summary.json")
+    categories = _categories(summary)
+    if not (isinstance(categories, list) and all(map(_are_names, categories))):
+        raise TypeError("categories in summary.json")
+    if len(categories) != len(summary["tasks"]):
+        raise ValueError(
+            f"summary.json has {len(summary['tasks'])} tasks and categories of {len(categories)}"
+        )
     if not isinstance(summary["seed"], int) or not isinstance(summary["replay_size"], int | None):
         raise TypeError("seed or replay_size in summary.json")
     if summary["status"] == "complete":
         memory, time = summary["memory"], summary["time"]
         spent = [memory["architecture_mb"], memory["additional_mb"], memory["peak_mb"]]
         spent += [time["train_s"], time["eval_s"], time["inference_ms_per_image"]]
-        values = [*spent, *(summary["final"][m] for m in METRICS if summary["final"][m] is not None)]
+        values = [*spent, *(summary["final"][m] for m in REPORTED if summary["final"][m] is not None)]
         if not all(isinstance(value, int | float) and math.isfinite(value) for value in values):
             raise TypeError("a number in summary.json is none")
         if min(spent) < 0:
             raise ValueError("memory or time in summary.json is less than nothing")
 
 
-def _wrong(run: Run, expected: int) -> str:
-    """What is wrong with a run that says it is complete; nothing, mostly."""
+def _are_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
+def _categories(summary: Mapping[str, Any]) -> list[list[str]]:
+    """The categories of each task; in summaries of earlier versions, which have none, the task's name."""
+    return summary.get("categories") or [[task] for task in summary.get("tasks", [])]
+
+
+def _wrong(run: FoundRun) -> str:
+    """What is wrong with a run that says it is complete; empty where nothing is."""
     if not run.config:
         return "config.yaml is missing"
-    if run.stages != expected:
-        return f"metrics.csv has {run.stages} of {expected} stages"
-    final, own = run.summary["final"]["pixel_f1"], continual.final_mean(run.R["pixel_f1"])
-    if (final is None) != (own is None) or (
-        final is not None and own is not None and abs(final - own) > 1e-5
+    if run.stages != run.expected_stages:
+        return f"metrics.csv has {run.stages} of {run.expected_stages} stages"
+    final, mean = run.summary["final"]["pixel_f1"], continual.final_mean(run.R["pixel_f1"])
+    if (final is None) != (mean is None) or (
+        final is not None and mean is not None and abs(final - mean) > 1e-5
     ):
-        return f"summary.json has a final pixel F1 of {final}, and metrics.csv of {own}"
+        return f"summary.json has a final pixel F1 of {final}, and metrics.csv of {mean}"
     return ""
 
 
-def _matrices(text: str, tasks: Sequence[str]) -> dict[str, Matrix]:
-    """R of each metric from the text of metrics.csv.
+def _matrices(text: str, categories: Sequence[Sequence[str]], tasks: Sequence[str]) -> dict[str, Matrix]:
+    """R of each metric from the text of metrics.csv, with or without its column `category`: [stage][category].
+
+    Args:
+        categories: the categories of each task.
 
     Raises:
-        KeyError, ValueError, IndexError: it is no such text.
+        ValueError, IndexError: the text is none of a metrics.csv of these tasks.
     """
-    rows = list(csv.reader(io.StringIO(text)))[1:]
-    stages = 1 + max((int(row[0]) for row in rows), default=-1)
-    R: dict[str, list[list[float | None]]] = {
-        m: [[None] * len(tasks) for _ in range(stages)] for m in METRICS
-    }
-    for stage, index, task, metric, value in rows:
-        if int(stage) < 0 or tasks[int(index)] != task:
-            raise ValueError(f"a row of metrics.csv is of stage {stage} and task {index} '{task}'")
-        if metric in R:
-            R[metric][int(stage)][int(index)] = None if value == "undefined" else float(value)
-            if value != "undefined" and not math.isfinite(float(value)):
-                raise ValueError(f"{metric} of '{task}' in metrics.csv is {value}")
+    columns = {name: column for column, name in enumerate(name for names in categories for name in names)}
+    R: dict[str, list[list[float | None]]] = {metric: [] for metric in REPORTED}
+    last, stage, column = None, 0, 0
+    for *where, metric, value in list(csv.reader(io.StringIO(text)))[1:]:
+        if where != last:  # the metrics of a category stand together
+            last = where
+            task, name = int(where[1]), where[-1]
+            stage, column = int(where[0]), columns.get(name, -1)
+            if stage not in range(len(tasks)) or tasks[task] != where[2] or name not in categories[task]:
+                raise ValueError(
+                    f"a row of metrics.csv is of stage {stage}, task {task} '{where[2]}' and '{name}'"
+                )
+            for rows in R.values():
+                rows += [[None] * len(columns) for _ in range(stage + 1 - len(rows))]
+        if metric in R and value != "undefined":
+            number = float(value)
+            if not math.isfinite(number):
+                raise ValueError(f"{metric} of '{where[-1]}' in metrics.csv is {value}")
+            R[metric][stage][column] = number
     return dict(R)

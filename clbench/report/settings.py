@@ -1,19 +1,28 @@
-"""Which runs compare: what each was set to, apart from what its benchmark and method choose by themselves."""
+"""What a run was set to: what its strategy can do, and what differs from what its benchmark gives."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from clbench.config import NOT_IN_RESULTS, flat
+from clbench.report import earlier
 
-_CONF = Path(__file__).parents[2] / "conf"
-_COMPARED = ("method.name", "method.protocol", "strategy", "replay", "seed", "made_by", "benchmark")
+# What a report compares by itself, or what says nothing of results.
+_COMPARED = (
+    "method.name",
+    "method.protocol",
+    "strategy.name",
+    "strategy._target_",
+    "replay.size",
+    "seed",
+    "benchmark",
+    "made_by",
+    "departures",
+)
 # How a run is computed, not what: figures differ by rounding at most.
-_HOW = (
+_COMPUTED = (
     "gpu.device",
     "gpu.threads",
     "gpu.compile",
@@ -21,89 +30,105 @@ _HOW = (
     "backbone.batch_size",
     "backbone.feature_",
 )
-_OF_A_ROW = ("method.", "gpu.precision")
 REQUIRED = "???"  # what OmegaConf writes where a value must be given
 
 
 @dataclass(frozen=True)
+class Flags:
+    """What a run's strategy can do, see `clbench.strategies.base.Strategy`.
+
+    Attributes:
+        joint: one stage learns all tasks.
+        continual: it learns task by task and is not told the task; the others are bounds to compare with.
+        needs_gradients: it makes no sense for a detector without an optimizer.
+    """
+
+    joint: bool = False
+    continual: bool = True
+    needs_gradients: bool = False
+
+    @staticmethod
+    def of(summary: Mapping[str, Any], config: Mapping[str, Any]) -> Flags:
+        """The flags that summary.json says, or, in run directories of earlier versions, those of the class.
+
+        Raises:
+            TypeError: `strategy_flags` in summary.json is no mapping of booleans.
+        """
+        names = [one.name for one in fields(Flags)]
+        if "strategy_flags" not in summary:
+            target = (config.get("strategy") or {}).get("_target_")
+            known = earlier.strategy_class(str(target)) if target else Flags
+            return Flags(**{name: bool(getattr(known, name)) for name in names})
+        stored = summary["strategy_flags"]
+        if not (isinstance(stored, dict) and all(isinstance(value, bool) for value in stored.values())):
+            raise TypeError("strategy_flags in summary.json")
+        return Flags(**{name: stored[name] for name in names if name in stored})
+
+
+@dataclass(frozen=True)
 class Departures:
-    """The settings of a run that are not what its benchmark gives its method.
+    """The settings of a run that are not what its benchmark gives its method and strategy, as words.
 
     Attributes:
         apart: what sets the run apart, as its images: runs in which this differs do not compare.
-        changed: what the method was changed in, as its epochs: it is named in the run's row.
-        given: what it had to be given, as weights that cannot be downloaded.
+        changed: what the method was changed in, as its epochs: named in the run's row.
+        strategy_changed: what the strategy was changed in, as the weight of a penalty: named in the run's row.
+        given: what the method had to be given, as weights that cannot be downloaded.
+        known: whether it is known what the benchmark gives; where not, every setting counts as a departure.
     """
 
-    apart: dict[str, str]
-    changed: dict[str, str]
-    given: dict[str, str]
+    apart: dict[str, str] = field(default_factory=dict)
+    changed: dict[str, str] = field(default_factory=dict)
+    strategy_changed: dict[str, str] = field(default_factory=dict)
+    given: dict[str, str] = field(default_factory=dict)
+    known: bool = True
 
 
 def departures(config: Mapping[str, Any]) -> Departures:
-    """What a run was set to of its own, apart from method, strategy, replay size and seed, which a report compares.
+    """What a run was set to, apart from method, strategy, replay size and seed, which a report compares.
 
-    A seed of a part that is the run's own seed is none of its own.
+    It is read from `departures` in config.yaml, so that editing conf/ relabels no run.
+
+    Raises:
+        KeyError, TypeError, AttributeError: config.yaml is not a run's.
     """
-    own = _plain(config)
-    default = _default(
-        str(config["benchmark"]), str(config["method"]["name"]), str(config["dataset"]["name"])
-    )
-    found = Departures({}, {}, {})
-    for key, value in sorted(own.items()):
-        usual = default.get(key, "absent")
-        if value == usual:
-            continue
-        required = usual == REQUIRED and key.startswith("method.")
-        weights = (
-            key == "backbone.checkpoint" and usual == "None" and default.get("backbone.pretrained") == "True"
-        )
-        if required or weights:
-            found.given[key] = value
-        elif key.startswith(_OF_A_ROW):
-            found.changed[key.rpartition(".")[2]] = value
-        else:
-            found.apart[key] = value
+    values = dict(flat({key: value for key, value in config.items() if key != "departures"}))
+    usual = config["departures"] if "departures" in config else earlier.departures(config)
+    found = Departures(known=usual is not None)
+    if usual is None:
+        seeds = {key for key, value in values.items() if key.endswith(".seed") and value == config["seed"]}
+        usual = dict.fromkeys(values.keys() - seeds, "absent")
+    for key in sorted(usual.keys() & values.keys()):
+        if _is_compared(key):
+            part, shown = _part(found, key, usual, values)
+            part[shown] = in_words(values[key])
     return found
 
 
-def _plain(config: Mapping[str, Any]) -> dict[str, str]:
-    seed = config["seed"]
-    return {
-        key: "the run's" if key.endswith(".seed") and value == seed else _words(value)
-        for key, value in flat(config)
-        if key.split(".")[0] not in NOT_IN_RESULTS
-        and not key.startswith(_HOW)
+def _is_compared(key: str) -> bool:
+    return (
+        key.split(".")[0] not in NOT_IN_RESULTS
+        and not key.startswith(_COMPUTED)
         and not any(key == name or key.startswith(f"{name}.") for name in _COMPARED)
-    }
+    )
 
 
-def _words(value: Any) -> str:
-    """A value as the command line takes it."""
-    return f"[{','.join(map(_words, value))}]" if isinstance(value, list) else str(value)
+def _part(
+    found: Departures, key: str, usual: Mapping[str, Any], values: Mapping[str, Any]
+) -> tuple[dict[str, str], str]:
+    """The part of a run's departures that a setting belongs to, and the name that it has there."""
+    short = key.partition(".")[2]
+    if key.startswith(("strategy.", "replay.")):
+        return found.strategy_changed, key.removeprefix("strategy.")
+    pretrained = usual.get("backbone.pretrained", values.get("backbone.pretrained"))
+    weights = key == "backbone.checkpoint" and usual[key] is None and pretrained is True
+    if weights or (key.startswith("method.") and usual[key] == REQUIRED):
+        return found.given, key
+    return (found.changed, short) if key.startswith(("method.", "gpu.precision")) else (found.apart, key)
 
 
-@lru_cache
-def _default(benchmark: str, method: str, dataset: str) -> dict[str, str]:
-    """What a benchmark's run of a method is composed to; nothing where conf/ has no such choice."""
-    from hydra import compose, initialize_config_dir
-    from hydra.core.global_hydra import GlobalHydra
-    from hydra.errors import HydraException
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    from clbench.config import register_resolvers
-
-    register_resolvers()
-    GlobalHydra.instance().clear()
-    if not _CONF.is_dir():
-        return {}
-    try:
-        with initialize_config_dir(str(_CONF), version_base="1.3"):
-            composed = compose("config", [f"benchmark={benchmark}", f"method={method}", f"dataset={dataset}"])
-        names = [str(key) for key in composed if key != "hydra"]
-        plain = OmegaConf.to_container(OmegaConf.masked_copy(composed, names), resolve=True)
-    except (HydraException, OmegaConfBaseException):
-        return {}
-    assert isinstance(plain, dict)
-    return _plain({str(key): value for key, value in plain.items()})
+def in_words(value: Any) -> str:
+    """A value as the command line takes it: `[a,b]` for a list, `true`, `false` and `null`."""
+    if isinstance(value, list):
+        return f"[{','.join(map(in_words, value))}]"
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

@@ -12,8 +12,10 @@ from typing import Literal
 from rich.markup import escape
 from rich.table import Table as RichTable
 
-from clbench.report.comparison import METHODS, QUANTITIES, Group, Row, Spread, marks
-from clbench.report.reading import METRICS, Run
+from clbench.report import titles
+from clbench.report.comparison import Group
+from clbench.report.reading import REPORTED, FoundRun
+from clbench.report.rows import QUANTITIES, Row, Spread, marks
 from clbench.terminal import TITLES
 
 NOTHING = "–"
@@ -21,8 +23,13 @@ NOTHING = "–"
 
 @dataclass(frozen=True)
 class Column:
-    """Args:
-    about: said to who points at the title.
+    """A column of a table.
+
+    Attributes:
+        key: its name in CSV.
+        title: its name for people.
+        numbers: whether its values are numbers.
+        about: a word for the reader who points at the title.
     """
 
     key: str
@@ -35,8 +42,9 @@ class Column:
 class Cell:
     """What is printed, and the value behind it.
 
-    Args:
+    Attributes:
         value: to sort by, and for CSV; None is no value.
+        deviation: sample deviation over seeds; None where there is one seed.
     """
 
     text: str
@@ -47,7 +55,7 @@ class Cell:
 
 @dataclass
 class Line:
-    """A row, and what the page filters it by."""
+    """A row of a table, and what the page filters it by: the names of its method and strategy."""
 
     cells: list[Cell]
     method: str = ""
@@ -57,14 +65,19 @@ class Line:
 
 @dataclass
 class Table:
-    """Args:
-    name: of its files.
+    """Columns and lines.
+
+    Attributes:
+        name: of its files, without the ending.
     """
 
     name: str
     caption: str
     columns: list[Column]
     lines: list[Line] = field(default_factory=list)
+
+
+_WHO = (Column("method", "method"), Column("strategy", "strategy"))
 
 
 def number(spread: Spread, digits: int) -> str:
@@ -76,11 +89,25 @@ def number(spread: Spread, digits: int) -> str:
     return f"{text} ± {spread.deviation:.{digits}f}" if spread.deviation else text
 
 
+def _spread(spread: Spread, digits: int, mark: Literal["best", "worst"] | None = None) -> Cell:
+    return Cell(number(spread, digits), spread.mean, spread.deviation, mark)
+
+
+def _words(text: str) -> Cell:
+    return Cell(text, text)
+
+
+def _line(row: Row, *cells: Cell, given: str = "") -> Line:
+    """A line that begins with the row's method and strategy."""
+    variant = row.variant
+    who = [_words(variant.method_title + given), _words(variant.strategy_title)]
+    return Line([*who, *cells], variant.method, variant.strategy, row.published)
+
+
 def comparison(group: Group) -> Table:
     """The paper's table: a row a method and strategy."""
     columns = [
-        Column("method", "method"),
-        Column("strategy", "strategy"),
+        *_WHO,
         Column("seeds", "seeds", numbers=True, about="runs that the means and deviations are over"),
         *(Column(q.key, q.title, numbers=True, about=q.about) for q in QUANTITIES),
     ]
@@ -89,44 +116,34 @@ def comparison(group: Group) -> Table:
     table = Table("comparison", f"{group.title}: means over seeds, ± their sample deviation", columns)
     for index, row in enumerate(rows):
         given = f" ({', '.join(row.variant.given)})" if len(_givens(rows, row)) > 1 else ""
-        table.lines.append(
-            Line(
-                [
-                    *_who(row, given),
-                    Cell("published" if row.published else str(len(row.runs)), len(row.runs) or None),
-                    *(
-                        Cell(
-                            number(row.values[q.key], q.digits),
-                            row.values[q.key].mean,
-                            row.values[q.key].deviation,
-                            marked.get((index, q.key)),
-                        )
-                        for q in QUANTITIES
-                    ),
-                ],
-                row.variant.method,
-                row.variant.strategy,
-                row.published,
-            )
-        )
+        seeds = Cell("published" if row.published else str(len(row.runs)), len(row.runs) or None)
+        cells = (_spread(row.values[q.key], q.digits, marked.get((index, q.key))) for q in QUANTITIES)
+        table.lines.append(_line(row, seeds, *cells, given=given))
     return table
 
 
 def _givens(rows: Sequence[Row], row: Row) -> set[tuple[str, ...]]:
+    """What each row of the same method was given."""
     return {other.variant.given for other in rows if other.variant.method == row.variant.method}
 
 
-def _who(row: Row, given: str = "") -> list[Cell]:
-    method, how = row.variant.method_title + given, row.variant.how
-    return [Cell(method, method), Cell(how, how)]
+def _category_columns(group: Group) -> list[Column]:
+    """The task, and beside it the category where tasks are of several."""
+    columns = [Column("task", "task"), Column("category", "category")]
+    return columns if group.categories != group.tasks else columns[:1]
+
+
+def _category_cells(group: Group, row: Row, category: str) -> list[Cell]:
+    run = row.runs[0]
+    cells = [_words(run.tasks[run.task_of[category]]), _words(category)]
+    return cells if group.categories != group.tasks else cells[:1]
 
 
 def forgetting(group: Group) -> Table:
-    """Pixel F1 of every task, just learned and after the last stage, over seeds."""
+    """Pixel F1 of every category, just learned and after the last stage, over seeds."""
     columns = [
-        Column("method", "method"),
-        Column("strategy", "strategy"),
-        Column("task", "task"),
+        *_WHO,
+        *_category_columns(group),
         Column("learned_at", "learned at stage", numbers=True),
         Column(
             "just_learned",
@@ -138,39 +155,31 @@ def forgetting(group: Group) -> Table:
         Column("forgotten_pct", "forgotten, %", numbers=True, about="share of the just learned that is lost"),
     ]
     table = Table("forgetting", f"{group.title}: pixel F1 of each task", columns)
-    for row in group.own:
-        if row.variant.strategy == "joint":
+    for row in group.found:
+        if row.flags.joint:
             continue
-        for task in row.runs[0].tasks:
-            at, just, final, lost = task_forgetting(row, task)
-            table.lines.append(
-                Line(
-                    [
-                        *_who(row),
-                        Cell(task, task),
-                        Cell(number(at, 0), at.mean, at.deviation),
-                        *(
-                            Cell(number(s, d), s.mean, s.deviation)
-                            for s, d in ((just, 3), (final, 3), (lost, 1))
-                        ),
-                    ],
-                    row.variant.method,
-                    row.variant.strategy,
-                )
-            )
+        for category in row.runs[0].categories:
+            spreads = zip(category_forgetting(row, category), (0, 3, 3, 1), strict=True)
+            cells = (_spread(spread, digits) for spread, digits in spreads)
+            table.lines.append(_line(row, *_category_cells(group, row, category), *cells))
     return table
 
 
-def task_forgetting(row: Row, task: str) -> tuple[Spread, Spread, Spread, Spread]:
-    """Of a task, over seeds: the stage that learned it, from 1, its pixel F1 then and at the end, and percent lost."""
+def category_forgetting(row: Row, category: str) -> tuple[Spread, Spread, Spread, Spread]:
+    """What became of a category, over seeds.
+
+    Returns:
+        The stage that learned it, from 1; its pixel F1 then; at the end; and the percentage of it that is lost.
+    """
     stages: list[float | None] = []
     befores: list[float | None] = []
     afters: list[float | None] = []
     for run in row.runs:
-        index = run.tasks.index(task)
-        stages.append(run.learned[index] + 1)
-        befores.append(run.R["pixel_f1"][run.learned[index]][index])
-        afters.append(run.R["pixel_f1"][-1][index])
+        column = run.categories.index(category)
+        stage = run.learned[column]
+        stages.append(stage + 1)
+        befores.append(run.R["pixel_f1"][stage][column])
+        afters.append(run.R["pixel_f1"][-1][column])
     lost = [
         100 * (before - after) / before
         for before, after in zip(befores, afters, strict=True)
@@ -182,71 +191,60 @@ def task_forgetting(row: Row, task: str) -> tuple[Spread, Spread, Spread, Spread
 def matrices(group: Group) -> Table:
     """R of every metric, over seeds: for other programs."""
     columns = [
-        *(Column(key, key) for key in ("method", "strategy", "metric")),
+        *_WHO,
+        Column("metric", "metric"),
         Column("stage", "stage", numbers=True),
-        Column("task", "task"),
+        *_category_columns(group),
         Column("value", "value", numbers=True),
     ]
     table = Table(
         "r-matrices", f"{group.title}: each metric on each task's test set after each stage", columns
     )
-    for row in group.own:
-        for metric in METRICS:
-            for stage, task, spread in matrix(row, metric):
-                cells = [
-                    *_who(row),
-                    Cell(TITLES[metric], metric),
-                    Cell(str(stage + 1), stage + 1),
-                    Cell(task, task),
-                ]
-                cells.append(Cell(number(spread, 3), spread.mean, spread.deviation))
-                table.lines.append(Line(cells, row.variant.method, row.variant.strategy))
+    for row in group.found:
+        for metric in REPORTED:
+            for stage, category, spread in matrix(row, metric):
+                where = [Cell(TITLES[metric], metric), Cell(str(stage + 1), stage + 1)]
+                cells = [*where, *_category_cells(group, row, category), _spread(spread, 3)]
+                table.lines.append(_line(row, *cells))
     return table
 
 
 def matrix(row: Row, metric: str) -> list[tuple[int, str, Spread]]:
-    """The entries of R that were evaluated, over seeds: stage, task, value."""
+    """The entries of R that were evaluated, over seeds: stage from 0, category, value."""
     found: dict[tuple[int, str], list[float | None]] = {}
     for run in row.runs:
         for stage, values in enumerate(run.R[metric]):
-            for task, value in zip(run.tasks, values, strict=True):
-                found.setdefault((stage, task), []).append(value)
-    entries = [(stage, task, Spread.of(values)) for (stage, task), values in found.items()]
+            for category, value in zip(run.categories, values, strict=True):
+                found.setdefault((stage, category), []).append(value)
+    entries = [(stage, category, Spread.of(values)) for (stage, category), values in found.items()]
     return [entry for entry in entries if entry[2].mean is not None]
 
 
 def stages(group: Group) -> Table:
-    """Every metric's mean over the tasks seen after each stage, over seeds: for other programs."""
-    columns = [
-        Column("method", "method"),
-        Column("strategy", "strategy"),
-        Column("stage", "stage", numbers=True),
-    ]
-    columns += [Column(metric, TITLES[metric], numbers=True) for metric in METRICS]
+    """Every metric's mean over the categories seen after each stage, over seeds: for other programs."""
+    columns = [*_WHO, Column("stage", "stage", numbers=True)]
+    columns += [Column(metric, TITLES[metric], numbers=True) for metric in REPORTED]
     table = Table("stages", f"{group.title}: means over the tasks seen after each stage", columns)
-    for row in group.own:
-        curves = {metric: curve(row, metric) for metric in METRICS}
-        for stage in range(max(len(spreads) for spreads in curves.values())):
-            spreads = [curves[metric][stage] for metric in METRICS]
-            cells = [Cell(number(spread, 3), spread.mean, spread.deviation) for spread in spreads]
-            who = [*_who(row), Cell(str(stage + 1), stage + 1)]
-            table.lines.append(Line([*who, *cells], row.variant.method, row.variant.strategy))
+    for row in group.found:
+        curves = zip(*(curve(row, metric) for metric in REPORTED), strict=True)
+        for stage, spreads in enumerate(curves, 1):
+            cells = (_spread(spread, 3) for spread in spreads)
+            table.lines.append(_line(row, Cell(str(stage), stage), *cells))
     return table
 
 
 def curve(row: Row, metric: str) -> list[Spread]:
-    """A metric's mean over the tasks seen after each stage, over seeds."""
+    """A metric's mean over the categories seen after each stage, over seeds."""
     return [Spread.of(values) for values in zip(*(run.over_stages(metric) for run in row.runs), strict=True)]
 
 
-def run_list(runs: Sequence[Run], groups: Sequence[Group]) -> Table:
+def run_list(runs: Sequence[FoundRun], groups: Sequence[Group]) -> Table:
     """Every run directory, whatever became of it."""
     columns = [
         Column("run", "run"),
         Column("state", "state"),
         Column("group", "group", numbers=True),
-        Column("method", "method"),
-        Column("strategy", "strategy"),
+        *_WHO,
         Column("seed", "seed", numbers=True),
         Column("pixel_f1", "pixel F1", numbers=True),
         Column("minutes", "minutes", numbers=True, about="training and evaluation"),
@@ -255,61 +253,62 @@ def run_list(runs: Sequence[Run], groups: Sequence[Group]) -> Table:
         Column("reason", "why it is not counted"),
     ]
     table = Table("runs", "every run directory that was found", columns)
-    of = {id(run): group.number for group in groups for run in group.runs}
+    numbers = {id(run): group.number for group in groups for run in group.runs}
     for run in runs:
-        about = run.summary
+        about, group_number = run.summary, numbers.get(id(run))
         method, strategy, seed = about.get("method", ""), about.get("strategy", ""), about.get("seed")
-        size = about.get("replay_size")
-        how = strategy if size is None else f"{strategy} {size}"
-        title = METHODS.get(method, method)
-        done = run.state in ("finished", "repeated")
-        f1 = about["final"]["pixel_f1"] if done else None
-        minutes = (about["time"]["train_s"] + about["time"]["eval_s"]) / 60 if done else None
-        peak = about["memory"]["peak_mb"] if done else None
-        ms = about["time"]["inference_ms_per_image"] if done else None
-        table.lines.append(
-            Line(
-                [
-                    Cell(run.name, run.name),
-                    Cell(run.state, run.state),
-                    Cell(str(of.get(id(run), NOTHING)), of.get(id(run))),
-                    Cell(title, title),
-                    Cell(how, how),
-                    Cell(NOTHING if seed is None else str(seed), seed),
-                    *(Cell(number(Spread(v), d), v) for v, d in ((f1, 3), (minutes, 2), (peak, 0), (ms, 1))),
-                    Cell(run.reason, run.reason),
-                ],
-                method,
-                strategy,
-            )
-        )
+        cells = [
+            _words(run.name),
+            _words(run.state),
+            Cell(str(group_number or NOTHING), group_number),
+            _words(titles.method_title(method)),
+            _words(titles.strategy_title(strategy, about.get("replay_size"))),
+            Cell(NOTHING if seed is None else str(seed), seed),
+            *_results(run),
+            _words(run.reason),
+        ]
+        table.lines.append(Line(cells, method, strategy))
     return table
 
 
+def _results(run: FoundRun) -> list[Cell]:
+    """Pixel F1, minutes, peak memory in MB, and milliseconds an image: of a run that is complete."""
+    values: list[float | None] = [None] * 4
+    if run.state in ("finished", "repeated"):
+        final, time, memory = run.summary["final"], run.summary["time"], run.summary["memory"]
+        minutes = (time["train_s"] + time["eval_s"]) / 60
+        values = [final["pixel_f1"], minutes, memory["peak_mb"], time["inference_ms_per_image"]]
+    return [
+        Cell(number(Spread(value), digits), value) for value, digits in zip(values, (3, 2, 0, 1), strict=True)
+    ]
+
+
 def as_csv(tables: Sequence[tuple[int, Table]]) -> str:
-    """Tables of the same columns, each with its group's number; a deviation has a column of its own."""
-    first = tables[0][1]
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    deviates = {
-        index
-        for _, table in tables
+    """Tables of a kind, each with its group's number; a deviation has a column of its own.
+
+    A column that only some of the tables have, as the category, is empty in the others.
+    """
+    columns = max((table.columns for _, table in tables), key=len)
+    lines = [
+        (group, dict(zip((column.key for column in table.columns), line.cells, strict=True)))
+        for group, table in tables
         for line in table.lines
-        for index, c in enumerate(line.cells)
-        if c.deviation is not None
-    }
-    header = ["group"]
-    for index, column in enumerate(first.columns):
-        header += [column.key, f"{column.key}_deviation"] if index in deviates else [column.key]
-    writer.writerow(header if any(number for number, _ in tables) else header[1:])
-    for group, table in tables:
-        for line in table.lines:
-            row: list[str] = [str(group)] if group else []
-            for index, cell in enumerate(line.cells):
-                row.append(_plain(cell.value if cell.text != "published" else "published"))
-                if index in deviates:
-                    row.append(_plain(cell.deviation))
-            writer.writerow(row)
+    ]
+    deviates = {key for _, cells in lines for key, cell in cells.items() if cell.deviation is not None}
+    header = ["group"] if any(group for group, _ in tables) else []
+    for column in columns:
+        header += [column.key, f"{column.key}_deviation"] if column.key in deviates else [column.key]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, header, lineterminator="\n", extrasaction="ignore")
+    writer.writeheader()
+    for group, cells in lines:
+        values = {
+            key: "published" if cell.text == "published" else _plain(cell.value)
+            for key, cell in cells.items()
+        }
+        deviations = {f"{key}_deviation": _plain(cell.deviation) for key, cell in cells.items()}
+        # The list of runs has a column of its own for the group.
+        writer.writerow({**({"group": str(group)} if group else {}), **values, **deviations})
     return text.getvalue()
 
 
