@@ -64,7 +64,7 @@ def _settings() -> Iterator[tuple[str, dict[str, Any], str, int | None, int]]:
                 composed = compose("config", given)
                 for seed in range(_SEEDS):
                     OmegaConf.update(composed, "seed", seed)
-                    yield ",".join([*given, f"seed={seed}"]), check(composed), strategy, size, seed
+                    yield ",".join([*given, f"seed={seed}"]), check(composed).plain(), strategy, size, seed
 
 
 def make_run(path: Path, config: dict[str, Any], strategy: str, size: int | None, seed: int) -> None:

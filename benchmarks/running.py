@@ -57,7 +57,7 @@ def composed(*overrides: str) -> dict[str, Any]:
     """The checked settings of a command line."""
     register_resolvers()
     with initialize_config_dir(str(CONF.absolute()), version_base="1.3"):
-        return check(compose("config", list(overrides)))
+        return check(compose("config", list(overrides))).plain()
 
 
 def run(*overrides: str) -> tuple[dict[str, Any], dict[str, float]]:

@@ -10,7 +10,8 @@ from pathlib import Path
 from rich.table import Table
 
 from clbench.recording.run_directory import RunDirectory
-from clbench.sweeping import Run, sweep_table
+from clbench.sweeps.runs import SweepRun
+from clbench.sweeps.tables import sweep_table
 
 _RUNS = 200
 _TINY = (
@@ -41,6 +42,6 @@ def table(checkpoint: str | None = None, root: str | None = None) -> Table:
         finished = sorted(path.parent for path in Path(folder).glob("outputs/default/*/summary.json"))
         copies = [Path(shutil.copytree(path, f"{path},copy={n}")) for path in finished for n in range(10)]
         begin = time.perf_counter()
-        sweep_table([Run([path.name], RunDirectory(path), "finished") for path in copies], 200)
+        sweep_table([SweepRun([path.name], RunDirectory(path), "finished") for path in copies], 200)
         built.add_row(f"the table of {len(copies)} runs", f"{time.perf_counter() - begin:.1f}", "0")
     return built

@@ -1,4 +1,4 @@
-"""Anomaly maps of a task's test images, and what they are worth."""
+"""Anomaly maps of a category's test images, and what they are worth."""
 
 import time
 from collections.abc import Iterator
@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from clbench.data.images import ImageSet
-from clbench.data.stream import Task
 from clbench.methods.base import Prediction, Progress
 from clbench.metrics.curves import image_metrics, pixel_metrics
 from clbench.strategies.base import Strategy
@@ -21,7 +20,10 @@ _TIMED_IMAGES = 32
 def predict(
     strategy: Strategy, images: ImageSet, task: int, device: torch.device, progress: Progress
 ) -> Prediction:
-    """Maps [N, H, W] and scores [N] of a task's test images, on the CPU.
+    """Maps [N, H, W] and scores [N] of a category's test images, on the CPU.
+
+    Args:
+        task: the number of the task that the category arrived in.
 
     Raises:
         Diverged: one is no number.
@@ -52,7 +54,7 @@ def predictions(strategy: Strategy, images: Tensor, task: int, device: torch.dev
 
 
 def measure(prediction: Prediction, images: ImageSet) -> dict[str, float | None]:
-    """The seven metrics of a task; None where one is undefined.
+    """The seven metrics of a category; None where one is undefined.
 
     Pixel metrics are over the images whose pixels are known, which good ones are.
     """
@@ -68,10 +70,14 @@ def measure(prediction: Prediction, images: ImageSet) -> dict[str, float | None]
 
 @torch.no_grad()
 def inference_time(
-    strategy: Strategy, task: Task, index: int, device: torch.device, progress: Progress
+    strategy: Strategy, images: Tensor, task: int, device: torch.device, progress: Progress
 ) -> float:
-    """Milliseconds an image, from uint8 pixels to map and score, nothing remembered: the best of 3 passes."""
-    images = task.test.images[:_TIMED_IMAGES].to(device)
+    """Milliseconds an image, from uint8 pixels to map and score, nothing remembered: the best of 3 passes.
+
+    Args:
+        images: some of a task's, uint8 [N, 3, H, W].
+    """
+    images = images[:_TIMED_IMAGES].to(device)
     # As many as fill whole batches: a batch costs the same when part of it is padding.
     images = images[torch.arange(_TIMED_IMAGES, device=device) % len(images)]
     passes = []
@@ -81,6 +87,6 @@ def inference_time(
             progress("timing", number, 3)
             begin = time.perf_counter()
             for part in images.split(BATCH_SIZE):
-                strategy.predict(part, index).scores.cpu()
+                strategy.predict(part, task).scores.cpu()
             passes.append(time.perf_counter() - begin)
     return 1000 * min(passes) / len(images)

@@ -1,7 +1,8 @@
-"""A trained detector as one graph, for other runtimes: ONNX and torch.export, each checked against the detector.
+"""A trained detector as a graph for other runtimes, ONNX and torch.export, each checked against the detector.
 
-A graph has one path for all images: where a detector works in blocks, remembers features or solves triangular
-systems, its numerics have another form for `torch.compiler.is_compiling()`, in the same files.
+A graph takes the same path for all images. Where a detector works in blocks, keeps features or solves
+triangular systems, its file has a second form of that code for graphs, chosen by
+`torch.compiler.is_compiling()`.
 """
 
 import importlib.util
@@ -23,14 +24,14 @@ from clbench.errors import UserError
 from clbench.methods.base import Detector, Prediction
 from clbench.recording.run_directory import cannot_write, write_whole
 
-TOLERANCE = 1e-4  # of the range of the maps
+TOLERANCE = 1e-4  # largest difference of an export, relative to the range of the maps
 _PICTURES = 5
 
 Runtime = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 class Graph(nn.Module):
-    """What is traced: plain tensors in and out."""
+    """The module that is traced: a detector with plain tensors in and out."""
 
     def __init__(self, detector: Detector):
         super().__init__()
@@ -43,7 +44,7 @@ class Graph(nn.Module):
 
 
 def pictures(height: int, width: int) -> Tensor:
-    """Procedural textures to compare on, uint8 [5, 3, H, W]."""
+    """Procedural textures of this size to compare on, uint8 [5, 3, height, width]."""
     side = max(height, width)
     drawn = torch.stack([texture(number, 0, side) for number in range(_PICTURES)])
     return drawn[..., :height, :width].mul(255).byte()
@@ -51,15 +52,16 @@ def pictures(height: int, width: int) -> Tensor:
 
 @torch.no_grad()
 def trace(detector: Detector, images: Tensor) -> tuple[ExportedProgram, bool]:
-    """The detector's graph, for images of this size and type, and whether it takes any number of them at a time.
-
-    The detector is good for nothing else afterwards. Where its network fixes the number, that is 1.
+    """Trace a detector. It is of no other use afterwards.
 
     Args:
-        images: as `Graph` takes them, at least 2.
+        images: at least 2, [B, 3, H, W], of the type and size that the graph is to take.
+
+    Returns:
+        The graph, and whether it takes any number of images at a time; if not, it takes one.
 
     Raises:
-        UserError: it cannot be traced.
+        UserError: the detector cannot be traced.
     """
     for module in detector.modules():
         if isinstance(module, FeaturePyramid):
@@ -70,22 +72,20 @@ def trace(detector: Detector, images: Tensor) -> tuple[ExportedProgram, bool]:
         try:
             return torch.export.export(graph, (images[:2],), dynamic_shapes=({0: Dim("batch")},)), True
         except (RuntimeError, ValueError, TypeError, AssertionError):
-            any_number = False  # somewhere, the number of images is a number
+            pass  # the code of some networks fixes the number of images
         try:
-            return torch.export.export(graph, (images[:1],)), any_number
-        except (
-            Exception
-        ) as error:  # torch.export's own, and whatever the network's code makes of being traced
+            return torch.export.export(graph, (images[:1],)), False
+        except Exception as error:  # torch.export's own errors, and any that a traced network's code raises
             raise _impossible("torch.export", error) from error
 
 
 def write_torch(program: ExportedProgram, path: Path) -> Runtime:
-    """Write the graph as a .pt2 file, and give what runs it.
+    """Write the graph `program` as a .pt2 file at `path`, and give a function that runs that file.
 
     Raises:
         UserError: the disk is full or may not be written.
     """
-    content = io.BytesIO()  # torch's own writer does not say why it failed
+    content = io.BytesIO()  # torch's own writer does not say why a disk refused
     with _quiet():
         torch.export.save(program, content)
         write_whole(path, lambda part: part.write_bytes(content.getbuffer()))
@@ -93,7 +93,7 @@ def write_torch(program: ExportedProgram, path: Path) -> Runtime:
 
 
 def require_onnx() -> None:
-    """Whether the packages that ONNX needs are here.
+    """Check that the packages that ONNX needs are installed.
 
     Raises:
         UserError: one is not.
@@ -104,13 +104,16 @@ def require_onnx() -> None:
 
 
 def write_onnx(program: ExportedProgram, path: Path, threads: int | None = None) -> Runtime:
-    """Write the graph as an ONNX file, weights beyond 2 GB beside it, and give what runs it in ONNX Runtime.
+    """Write the graph as an ONNX file, and give a function that runs that file in ONNX Runtime.
 
     Args:
-        threads: of ONNX Runtime; None for as many as torch has.
+        program: the graph, as `trace` gives it.
+        path: the file; weights beyond 2 GB go into another one beside it.
+        threads: number of ONNX Runtime's threads; None for as many as torch has.
 
     Raises:
-        UserError: packages are missing, the graph has what ONNX has not, or the disk is full or may not be written.
+        UserError: a package is missing, ONNX lacks an operation of the graph, or the disk is full or may not
+            be written.
     """
     require_onnx()
     import onnxruntime
@@ -145,10 +148,16 @@ def write_onnx(program: ExportedProgram, path: Path, threads: int | None = None)
 
 @torch.no_grad()
 def difference(ours: Prediction, theirs: Runtime, images: Tensor, any_number: bool) -> float:
-    """The largest difference of maps and scores, relative to the range of our maps, or to 1 % of their values.
+    """The largest difference between a detector's maps and scores and those of a runtime, relative.
+
+    It is relative to the range of the detector's maps, or to 1 % of their largest absolute value where that
+    is more.
 
     Args:
-        any_number: whether the runtime takes all images at once, as well as one.
+        ours: the detector's prediction of the images.
+        theirs: what runs the written file.
+        images: [B, 3, H, W].
+        any_number: whether the file takes any number of images at a time; if not, it takes one.
     """
     parts = [images[:1], images] if any_number else list(images.split(1))
     found = [theirs(part) for part in parts]
@@ -173,7 +182,7 @@ def _impossible(what: str, error: Exception) -> UserError:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Inside, what the exporters say of their own workings is not shown."""
+    """Inside, warnings and log messages of the exporters are not shown."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

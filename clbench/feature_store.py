@@ -1,4 +1,4 @@
-"""Features of images that a frozen network has seen, within a budget of memory and then of disk."""
+"""Features of images that a frozen network has seen, kept within a budget of memory and then of disk."""
 
 import os
 import tempfile
@@ -15,10 +15,10 @@ _SEGMENT = 256 * 10**6  # bytes of disk taken at a time
 
 
 def on_disk(floats: int) -> Tensor:
-    """float32 zeros [floats], mapped from an unnamed temporary file that goes when the tensor goes.
+    """Zeros, float32 [floats], mapped from an unnamed temporary file that goes when the tensor goes.
 
     Raises:
-        OSError: the disk has no room for all of them; it is asked for now, so that no later write can fail.
+        OSError: the disk has no room for all of it. The room is taken now, so that no later write can fail.
     """
     with tempfile.TemporaryFile(prefix="clbench-") as file:
         if hasattr(os, "posix_fallocate"):
@@ -33,16 +33,17 @@ def on_disk(floats: int) -> Tensor:
 class FeatureStore:
     """Levels of features by image content: in memory up to a limit, then in temporary files, then not at all.
 
-    Content is what an image is known by, so the same image is found again in any stage, split or replay
-    buffer, and a detector need not know that there is a store. First come, first kept: with passes in the
-    same order over and over, throwing old entries out would only make every pass miss.
+    An image is known by its content: the same image is found again in any stage, split or replay buffer, and
+    a detector need not know that there is a store. What came first stays: images are seen in the same order
+    again and again, where dropping the oldest would make every pass miss.
 
     Args:
-        memory_limit, disk_limit: bytes.
+        memory_limit: bytes of memory for features, at most.
+        disk_limit: bytes of temporary files for what memory has no room for, at most.
 
     Attributes:
         paused: True while nothing is to be found or kept.
-        learning: True while images come in to be learned: see `release`.
+        learning: True while training images are seen, whose features `release` drops after the stage.
     """
 
     def __init__(self, memory_limit: int, disk_limit: int):
@@ -52,12 +53,12 @@ class FeatureStore:
         self._entries: dict[Key, list[Tensor]] = {}
         self._places: dict[Key, Tensor] = {}  # on disk
         self._free: dict[int, list[Tensor]] = {}  # places on disk that were released, by length
-        self._segment = torch.empty(0)  # what is left of the newest one
+        self._segment = torch.empty(0)  # the free rest of the newest piece of disk
         self._learned: set[Key] = set()
         self._weights: Tensor | None = None
 
     def keys(self, images: Tensor) -> list[Key]:
-        """Two independent 64-bit sums over the pixels of each image [B, 3, H, W], computed on its device."""
+        """Images [B, 3, H, W], uint8 or float32 -> their keys, two independent 64-bit sums over pixels."""
         flat = images.reshape(len(images), -1)
         flat = flat.view(torch.int32) if flat.dtype == torch.float32 else flat
         if self._weights is None or self._weights.shape[1] != flat.shape[1]:
@@ -70,11 +71,11 @@ class FeatureStore:
         return [(first, second) for first, second in sums.tolist()]
 
     def get(self, key: Key) -> list[Tensor] | None:
-        """The levels [C_l, H_l, W_l] of an image, or None."""
+        """The levels [C_l, H_l, W_l] of the image with this key; None where they are not kept."""
         return None if self.paused else self._entries.get(key)
 
     def put(self, key: Key, levels: list[Tensor]) -> None:
-        """Keep the levels of an image, where there is room for them."""
+        """Keep the levels [C_l, H_l, W_l] of the image with this key, where there is room for them."""
         if self.paused or key in self._entries:
             return
         floats = sum(level.numel() for level in levels)
@@ -94,7 +95,11 @@ class FeatureStore:
             self._learned.add(key)
 
     def release(self, keep: Tensor | None) -> None:
-        """Make room: training images are not seen after their stage, but for those [M, 3, H, W] in `keep`."""
+        """Drop the features of training images, which are not seen after their stage.
+
+        Args:
+            keep: images that will be learned again and so stay, uint8 [M, 3, H, W]; None for none.
+        """
         again = set(self.keys(keep)) if keep is not None and len(keep) else set()
         for key in self._learned - again:
             size = 4 * sum(level.numel() for level in self._entries.pop(key))
@@ -106,7 +111,7 @@ class FeatureStore:
         self._learned &= again
 
     def _place(self, floats: int) -> Tensor | None:
-        """Room for so many floats on disk, or None where there is none."""
+        """A free place for so many floats on disk, float32 [floats]; None where there is none."""
         if self.disk_used + 4 * floats > self.disk_limit:
             return None
         if self._free.get(floats):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from clbench.backbones import FeaturePyramid, Student
 from clbench.errors import UserError
+from clbench.methods.base import kept_state
 from clbench.strategies.base import Strategy
 
 MB = 10**6
@@ -19,26 +20,37 @@ def measure(strategy: Strategy) -> dict[str, float]:
     """The footprint of what a strategy keeps, in MB.
 
     Returns:
-        architecture_mb: weights of all networks, whole, as the paper counts them;
+        architecture_mb: weights of all networks, whole, as the paper counts them; the running statistics of
+            normalisation layers that are trained are a part of them;
         executed_mb: the part of them that runs;
-        additional_mb: banks, statistics and stored images.
+        additional_mb: what is kept beside networks: the detector's buffers (banks, statistics), wherever in it they are
+            registered, and the strategy's own tensors (stored images, copies of weights).
     """
     detector = strategy.detector
     pyramids = [module for module in detector.modules() if isinstance(module, FeaturePyramid)]
     students = [module for module in detector.modules() if isinstance(module, Student)]
+    running = {
+        f"{name}.{leaf}" if name else leaf
+        for name, module in detector.named_modules()
+        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d)
+        for leaf in module._buffers
+    }
+    trained = {name for name, _ in detector.named_parameters()} | running
+    states = strategy.detectors()
+    one = kept_state(detector)
+    networks = _bytes(tensor for name, tensor in one.items() if name in trained)
+    additional = sum(
+        _bytes(tensor for name, tensor in state.items() if name not in trained) for state in states
+    )
     frozen = sum(_bytes(pyramid.parameters()) for pyramid in pyramids)
-    trained = _bytes(detector.parameters()) - frozen
+    whole = sum(4 * pyramid.whole_parameters for pyramid in pyramids)
     # Where only the first levels of a network are run, the paper counts it whole.
     unused = sum(4 * student.whole_parameters - _bytes(student.parameters()) for student in students)
-    own = {name for name, _ in detector.named_buffers(recurse=False)}
-    states = strategy.detectors()
-    additional = sum(_bytes(tensor for name, tensor in state.items() if name in own) for state in states)
-    stored = strategy.stored_images()
     models = max(len(states), 1)
     return {
-        "architecture_mb": (sum(4 * p.whole_parameters for p in pyramids) + models * (trained + unused)) / MB,
-        "executed_mb": (frozen + models * trained) / MB,
-        "additional_mb": (additional + (_bytes([stored]) if stored is not None else 0)) / MB,
+        "architecture_mb": (whole + models * (networks + unused)) / MB,
+        "executed_mb": (frozen + models * networks) / MB,
+        "additional_mb": (additional + _bytes(strategy.kept().values())) / MB,
     }
 
 

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clbench import instantiation, thresholds
+from clbench import assembly, thresholds
+from clbench.config import Config
 from clbench.data.files import find_images, read_image
 from clbench.data.samples import Geometry
 from clbench.errors import UserError
@@ -179,32 +180,37 @@ def load(
 
     Args:
         run_directory: outputs/<experiment>/<run>.
-        task: whose model, under `strategy=single`, which has one for each.
+        task: the task, or one of its categories, whose model to load, where a strategy has a model for each.
         device: `auto`, `cpu`, `cuda` or `cuda:1`.
-        gpu: settings of the group that are to be others than the run's, as `precision`.
+        gpu: settings of the `gpu` group that replace the run's, such as `precision`.
 
     Raises:
         UserError: the directory holds no trained run, or the task is not one of its tasks.
     """
     directory = RunDirectory(run_directory)
-    config, summary = directory.config(), directory.summary()
-    settings = {"deterministic": False, "threads": None, **(config or {}).get("gpu", {}), **(gpu or {})}
+    stored, summary = directory.config(), directory.summary()
+    if stored is None or summary is None:
+        raise _nothing_trained(directory)
+    config = Config.stored(stored).changed("gpu", **(gpu or {}))
     # A detector that was trained in fp16 judges on a CPU too, if slowly.
-    chosen = instantiation.device({**settings, "device": device, "precision": "fp32"})
+    settings = config.gpu.model_copy(update={"device": device, "precision": "fp32"})
+    chosen = assembly.select_device(settings)
     saved = Checkpoints(directory.path / "checkpoint", str(chosen)).load_stage()
-    if config is None or summary is None or saved is None:
-        raise UserError(
-            f"{directory.path} holds no trained detector (config.yaml, summary.json and checkpoint/): "
-            "give the directory of a run, outputs/<experiment>/<run>"
-        )
-    detector = instantiation.detector({**config, "gpu": settings}).to(chosen)
-    strategy = instantiation.strategy(config, detector)
+    if saved is None:
+        raise _nothing_trained(directory)
+    detector = assembly.build_detector(config).to(chosen)
+    strategy = assembly.build_strategy(config, detector)
     stage, tensors, data = saved
     check_frozen(data.get("frozen"), frozen_digest(detector), directory.path)
-    strategy.restore(tensors)
-    tasks = summary["tasks"][: stage + 1]
+    strategy.restore_detector(tensors)
+    learned = [
+        number for learning in strategy.stages(len(summary["tasks"]))[: stage + 1] for number in learning
+    ]
+    tasks = [summary["tasks"][number] for number in learned]
     if not strategy.task_known and task is None:
         task = tasks[0]
+    for name, categories in zip(tasks, summary.get("categories", ()), strict=False):
+        task = name if task in categories else task  # a category stands for the task that it arrived in
     if task is None or task not in tasks:
         which = "no task is given" if task is None else f"task '{task}' is not one of this run's"
         raise UserError(
@@ -213,13 +219,20 @@ def load(
             if strategy.task_known
             else f"{which}: {directory.path} has learned {', '.join(tasks)}; leave it out, as one model judges all"
         )
-    stored = directory.thresholds() or {}
-    geometry = Geometry(config["dataset"]["resize"], config["dataset"]["crop"])
+    found = directory.thresholds() or {}
+    geometry = Geometry(config.dataset.resize, config.dataset.crop)
     side = geometry.crop or geometry.resize
-    size = tuple(stored.get("image_size") or ([side, side] if side else []))
+    size = tuple(found.get("image_size") or ([side, side] if side else []))
     return TrainedDetector(
         strategy.detector_for(tasks.index(task)).eval(),
         geometry,
         (size[0], size[1]) if size else None,
-        thresholds.read(stored, task) if stored else None,
+        thresholds.read(found, task) if found else None,
+    )
+
+
+def _nothing_trained(directory: RunDirectory) -> UserError:
+    return UserError(
+        f"{directory.path} holds no trained detector (config.yaml, summary.json and checkpoint/): "
+        "give the directory of a run, outputs/<experiment>/<run>"
     )

@@ -1,15 +1,20 @@
 """What a person sees while runs go on, and when they are over."""
 
+from __future__ import annotations
+
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from typing_extensions import Self
+
+if TYPE_CHECKING:
+    from clbench.results import Results
 
 SHOWN = ("image_auroc", "pixel_auroc", "pixel_ap", "pixel_f1", "aupro")
 TITLES = {
@@ -29,7 +34,8 @@ _SHORTEST = 16  # columns of a heading
 
 
 def console() -> Console:
-    """Of standard output. A log has no width of its own, and a table folded to 80 columns cannot be read."""
+    """A console on standard output: as wide as its terminal, or 200 columns where that is a file or a pipe, since a
+    table folded to 80 cannot be read."""
     return Console(width=None if sys.stdout.isatty() else 200)
 
 
@@ -103,30 +109,25 @@ def number(value: float | None, digits: int = 3) -> str:
     return "undefined" if value is None else f"{round(value, digits) + 0.0:.{digits}f}"  # not -0.0
 
 
-def run_table(
-    summary: Mapping[str, Any],
-    just_learned: Mapping[str, Sequence[float | None]],
-    final: Mapping[str, Sequence[float | None]],
-) -> Table:
-    """A finished run: a row a task, each metric just learned and after the last stage.
-
-    Args:
-        just_learned, final: metric -> value per task.
-    """
+def run_table(summary: Mapping[str, Any], results: Results) -> Table:
+    """A finished run: a row a category, each metric just after it was learned and after the last stage."""
+    alone = all(len(categories) == 1 for categories in summary["categories"])
     table = Table(
         title=f"{summary['method']}, {summary['strategy']}: just learned → final", title_justify="left"
     )
-    table.add_column("task")
+    table.add_column("task" if alone else "category")
     for metric in SHOWN:
         table.add_column(TITLES[metric], justify="right")
     table.add_column("F1 forgotten", justify="right")
-    for index, task in enumerate(summary["tasks"]):
+    just_learned = {metric: results.just_learned(metric) for metric in SHOWN}
+    final = {metric: results.matrix(metric)[-1] for metric in SHOWN}
+    for index, name in enumerate(results.categories):
         cells = [
             f"{number(just_learned[metric][index])} → {number(final[metric][index])}" for metric in SHOWN
         ]
         before, after = just_learned["pixel_f1"][index], final["pixel_f1"][index]
         lost = "" if not before or after is None else f"{number(100 * (before - after) / before, 1)} %"
-        table.add_row(escape(task), *cells, lost)
+        table.add_row(escape(name), *cells, lost)
     table.add_section()
     forgotten = summary["average_forgetting_pct"]
     table.add_row(

@@ -4,10 +4,11 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from clbench.errors import UserError
 from clbench.methods.base import Detector, kept_state
@@ -29,7 +30,7 @@ class Bookmark(Protocol):
     """Where trainings under way are kept, so that another process can go on with them."""
 
     def find(self, stage: int) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """What `place` was given last for this stage, or None."""
+        """The tensors and data that `place` was given last for this stage, or None."""
         ...
 
     def due(self, epoch_ended: bool) -> bool:
@@ -41,6 +42,50 @@ class Bookmark(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Batch:
+    """The images of one training step, and where each comes from.
+
+    Attributes:
+        images: uint8 [B, 3, H, W], on the detector's device: images of this stage, then replayed ones.
+        stages: int64 [B], on the CPU: the stage that each image was first learned in.
+        rows: int64 [B], on the CPU: its number among the images of this stage that are learned from, or, of a
+            replayed one, among the stored images of its stage.
+        stage: the stage being learned.
+    """
+
+    images: Tensor
+    stages: Tensor
+    rows: Tensor
+    stage: int
+
+    @property
+    def replayed(self) -> Tensor:
+        """Which of the images are replayed, bool [B], on the CPU."""
+        return self.stages != self.stage
+
+
+class Hooks:
+    """What a strategy does inside the training loop; this one does nothing. See `Strategy`, which is one."""
+
+    def penalty(self, detector: Detector, batch: Batch) -> Tensor | None:
+        """A scalar to add to the method's loss of a batch, or None. Called under the same autocast as the loss."""
+        return None
+
+    def after_backward(self, gradients: Mapping[str, Tensor]) -> None:
+        """Look at, or change in place, the gradients of a step: parameter name -> gradient, before clipping."""
+
+    def after_step(self) -> None:
+        """Called once the optimizer has moved the weights."""
+
+    def kept(self) -> dict[str, Tensor]:
+        """The tensors that are kept from step to step and from stage to stage: name -> tensor."""
+        return {}
+
+    def restore_kept(self, tensors: dict[str, Tensor]) -> None:
+        """Take over what `kept` gave in another process."""
+
+
 def train(
     detector: Detector,
     stage: int,
@@ -49,6 +94,7 @@ def train(
     seed: int,
     bookmark: Bookmark | None = None,
     on_epoch: Callable[[int, int, float], None] = lambda stage, epoch, loss: None,
+    hooks: Hooks | None = None,
 ) -> None:
     """Teach a detector a stage, from the start of its task, or from where it was left, to the end.
 
@@ -57,17 +103,19 @@ def train(
 
     Args:
         stage: 0-based.
-        images: of the stage, uint8 [N, 3, H, W].
-        stored: images of each earlier task: some that it was learned from, as many of which are replayed with
-            every batch as it has, and some that were held out of it and stay so.
-        bookmark: of a training that may be left and continued; methods that only collect begin anew.
+        images: the stage's, uint8 [N, 3, H, W].
+        stored: for each earlier stage, two tensors uint8 [M, 3, H, W]: images that it was learned from, which are
+            replayed, one with every current image; and images that were held out of it, and stay held out.
+        bookmark: where a training is left and continued from; methods that only collect begin anew.
         on_epoch: called with stage, epoch (0-based) and the mean loss of each; again, where one is continued.
+        hooks: the strategy's part in the loop, if it has one.
 
     Raises:
-        Diverged: the loss became infinite or not a number.
+        Diverged: the loss, or a weight, became infinite or not a number.
     """
     current, validation = split(images, detector.held_out, seed, stage)
-    past = [learned for learned, _ in stored if len(learned)]
+    parts = {stage: current, **{earlier: part for earlier, (part, _) in enumerate(stored) if len(part)}}
+    past = [part for owner, part in parts.items() if owner != stage]
     unseen = torch.cat([validation, *(held for _, held in stored)])
     with detector.learning():
         detector.train()
@@ -80,10 +128,10 @@ def train(
         if optimizer is None:
             _collect(detector, torch.cat([current, *past]) if past else current)
         else:
-            descent = Descent(detector, optimizer, stage, seed, bookmark, on_epoch)
+            descent = Descent(detector, optimizer, stage, seed, bookmark, on_epoch, hooks or Hooks())
             if left is not None:
                 descent.restore(*left)
-            descent.run(current, past, unseen)
+            descent.run(parts, unseen)
         detector.eval()
         with torch.no_grad():
             detector.finish_task(unseen if len(unseen) else current)
@@ -98,7 +146,7 @@ def _collect(detector: Detector, images: Tensor) -> None:
 
 
 class Descent:
-    """Minimises a detector's loss, for `epochs` or until `patience` epochs have not bettered the best.
+    """Minimises a detector's loss for its `epochs` (or `step_budget`), or until `patience` epochs have not bettered the best.
 
     Its attributes are all that changes from step to step: what `state` gives and `restore` takes.
     """
@@ -111,29 +159,38 @@ class Descent:
         seed: int,
         bookmark: Bookmark | None,
         on_epoch: Callable[[int, int, float], None],
+        hooks: Hooks,
     ):
-        self.detector, self.optimizer = detector, optimizer
+        self.detector, self.optimizer, self.hooks = detector, optimizer, hooks
         self.stage, self.seed, self.bookmark, self.on_epoch = stage, seed, bookmark, on_epoch
         device = detector.device.type
         self.autocast = torch.autocast(device, detector.precision, enabled=detector.precision is not None)
         self.scaler = torch.amp.GradScaler(device, enabled=detector.precision == torch.float16)
         self.rates = [group["lr"] for group in optimizer.param_groups]
+        names = {id(parameter): name for name, parameter in detector.named_parameters()}
+        self.trained = {names[id(parameter)]: parameter for parameter in self._parameters()}
+        self.watched = type(hooks).after_backward is not Hooks.after_backward
+        self.kept_before = {name: (tensor, tensor._version) for name, tensor in hooks.kept().items()}
         self.epoch, self.step = 0, 0  # the next one's
         self.losses = torch.empty(0)  # of the epoch's steps
         self.best: Mapping[str, Tensor] | None = None
         self.best_loss, self.since = math.inf, 0  # and epochs since then
 
-    def run(self, current: Tensor, past: Sequence[Tensor], unseen: Tensor) -> None:
-        """Train on current and past images, stop early on the unseen ones."""
+    def run(self, parts: Mapping[int, Tensor], unseen: Tensor) -> None:
+        """Train on this stage's images and on replayed ones, and stop early on the unseen ones.
+
+        Args:
+            parts: stage -> uint8 [N, 3, H, W]; first the stage that is learned.
+        """
         detector = self.detector
-        steps = math.ceil(len(current) / detector.batch_size)
-        images = torch.cat([current, *past]) if past else current
-        counts = [len(part) for part in (current, *past)]
+        images = torch.cat(list(parts.values())) if len(parts) > 1 else parts[self.stage]
+        per_epoch = math.ceil(len(parts[self.stage]) / detector.batch_size)
+        budget = detector.step_budget or detector.epochs * per_epoch
         stops_early = detector.patience is not None and len(unseen) > 0
-        while self.epoch < detector.epochs:
+        while self.epoch * per_epoch < budget:
             if stops_early and self.since >= (detector.patience or 0):
                 break
-            self._epoch(images, counts, steps)
+            self._epoch(images, parts, per_epoch, budget)
             if stops_early:
                 self._validate(unseen)
             self.on_epoch(self.stage, self.epoch, float(self.losses.mean()))
@@ -141,53 +198,80 @@ class Descent:
             self._keep(epoch_ended=True)
         if self.best is not None:
             detector.restore(self.best)
-        if not all(bool(parameter.isfinite().all()) for parameter in self._parameters()):
+        if not all(bool(parameter.isfinite().all()) for parameter in self.trained.values()):
             raise Diverged(
                 f"weights became no numbers in the last step of epoch {self.epoch}: {calmer(self.detector)}"
             )
 
-    def _epoch(self, images: Tensor, counts: Sequence[int], steps: int) -> None:
-        """The steps of an epoch, from the next one on."""
+    def _epoch(self, images: Tensor, parts: Mapping[int, Tensor], per_epoch: int, budget: int) -> None:
+        """The steps of an epoch, from the next one on, and no more than the budget has left."""
         detector = self.detector
         detector.train()
+        before = self.epoch * per_epoch  # steps of the epochs before
+        steps = min(per_epoch, budget - before)
         if self.step == 0:
             self.losses = torch.full((steps,), math.nan, device=images.device)
         looked = time.perf_counter()
-        batches = _batches(counts, detector.batch_size, self.stage, self.epoch, self.seed)[self.step :]
+        counts = [len(part) for part in parts.values()]
+        batches = _batches(counts, detector.batch_size, self.stage, self.epoch, self.seed)[self.step : steps]
+        rows = torch.cat([*batches, torch.empty(0, dtype=torch.int64)])
+        starts = torch.tensor([0, *itertools.accumulate(counts)])
+        part = torch.bucketize(rows, starts, right=True) - 1
+        stages, own_rows = torch.tensor(list(parts))[part], rows - starts[part]
         # All of an epoch's rows go to the device together: a copy in every step would wait for the device.
-        rows = torch.cat([*batches, torch.empty(0, dtype=torch.int64)]).to(images.device)
-        for batch in rows.split([len(part) for part in batches]):
-            self._step(images[batch], steps)
+        sizes = [len(batch) for batch in batches]
+        columns = (values.split(sizes) for values in (rows.to(images.device), stages, own_rows))
+        for chosen, *where in zip(*columns, strict=True):
+            self._step(Batch(images[chosen], *where, self.stage), (before + self.step) / budget)
             self._keep(epoch_ended=False)
             if self.step == steps or time.perf_counter() - looked > _LOOK_S:
                 self._check()
-                note = f"epoch {self.epoch + 1}/{detector.epochs}, loss {self.losses[: self.step].mean():.4g}"
-                detector.progress("learning", self.epoch * steps + self.step, detector.epochs * steps, note)
+                epochs = math.ceil(budget / per_epoch)
+                note = f"epoch {self.epoch + 1}/{epochs}, loss {self.losses[: self.step].mean():.4g}"
+                detector.progress("learning", before + self.step, budget, note)
                 looked = time.perf_counter()
 
-    def _step(self, batch: Tensor, steps: int) -> None:
-        done = (self.epoch * steps + self.step) / (self.detector.epochs * steps)
+    def _step(self, batch: Batch, done: float) -> None:
+        """One step, when this share of all steps is done."""
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * self.detector.learning_rate_factor(done)
         torch.manual_seed(seed_for(self.seed, "step", self.stage, self.epoch, self.step))
+        loss = self._loss(batch)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(loss).backward()
+        if self.watched or self.detector.gradient_clip is not None:
+            self.scaler.unscale_(self.optimizer)
+            there = {name: p.grad for name, p in self.trained.items() if p.grad is not None}
+            self.hooks.after_backward(there)
+            if self.detector.gradient_clip is not None:
+                nn.utils.clip_grad_norm_(self.trained.values(), self.detector.gradient_clip)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.hooks.after_step()
+        self.losses[self.step] = loss.detach()
+        self.step += 1
+
+    def _loss(self, batch: Batch) -> Tensor:
+        """The method's loss, and what the strategy adds to it.
+
+        Raises:
+            UserError: a batch of one image leaves batch normalisation a single position.
+        """
         try:
             with self.autocast:
-                loss = self.detector.training_step(batch)
+                loss = self.detector.training_step(batch.images)
+                assert loss is not None
+                penalty = self.hooks.penalty(self.detector, batch)
+                return loss if penalty is None else loss + penalty
         except ValueError as error:
             if "more than 1 value per channel" not in str(error):
                 raise
+            images = batch.images
             raise UserError(
-                f"a batch of {len(batch)} image, {batch.shape[-1]}x{batch.shape[-2]} pixels, leaves one position in the "
-                "deepest level, which batch normalisation cannot learn from: give a larger dataset.resize, or a "
+                f"a batch of {len(images)} image, {images.shape[-1]}x{images.shape[-2]} pixels, leaves one position in "
+                "the deepest level, which batch normalisation cannot learn from: give a larger dataset.resize, or a "
                 "method.batch_size that leaves no single image over"
             ) from error
-        assert loss is not None
-        self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(loss).backward()
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.losses[self.step] = loss.detach()
-        self.step += 1
 
     def _check(self) -> None:
         """Look at the epoch's losses so far.
@@ -224,9 +308,14 @@ class Descent:
             self.bookmark.place(self.stage, *self.state())
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """All that a step depends on beside the images: tensors, and plain data."""
+        """All that a step depends on beside the images: tensors by name, and plain data."""
         tensors = {f"detector.{name}": tensor for name, tensor in kept_state(self.detector).items()}
         tensors |= {f"best.{name}": tensor for name, tensor in (self.best or {}).items()}
+        kept = self.hooks.kept()
+        for name, tensor in kept.items():  # what the stage began with, it begins with again
+            before, version = self.kept_before.get(name, (None, 0))
+            if tensor is not before or tensor._version != version:
+                tensors[f"kept.{name}"] = tensor
         for index, parameter in enumerate(self._parameters()):
             for name, value in self.optimizer.state[parameter].items():
                 if value is not None:  # momentum, where there is none
@@ -237,18 +326,21 @@ class Descent:
             "best_loss": self.best_loss,
             "since": self.since,
             "scaler": self.scaler.state_dict(),
+            "kept": list(kept),
         }
         return {**tensors, "losses": self.losses}, data
 
     def restore(self, tensors: Mapping[str, Tensor], data: Mapping[str, Any]) -> None:
         """Go on from what `state` gave."""
-        parts: dict[str, dict[str, Tensor]] = {"detector": {}, "best": {}, "optimizer": {}}
+        parts: dict[str, dict[str, Tensor]] = {"detector": {}, "best": {}, "optimizer": {}, "kept": {}}
         for name, tensor in tensors.items():
             owner, _, rest = name.partition(".")
             if owner in parts:
                 parts[owner][rest] = tensor
         self.detector.restore(parts["detector"])
         self.best = parts["best"] or None
+        kept = {**self.hooks.kept(), **parts["kept"]}
+        self.hooks.restore_kept({name: kept[name] for name in data["kept"]})
         parameters = self._parameters()
         for name, tensor in parts["optimizer"].items():
             index, _, key = name.partition(".")

@@ -115,11 +115,17 @@ def test_the_newest_two_of_a_training_are_kept_until_its_stage_is(tmp_path: Path
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == [f"learning-0000-00000{n}.{kind}" for n in (2, 3) for kind in ("json", "safetensors")]
     for stage in range(3):
-        checkpoints.save_stage(stage, {"x": torch.tensor([stage])}, {"rows": [stage]})
+        checkpoints.save_stage(stage, {"x": torch.tensor([stage])}, {"number": stage})
     assert sorted(path.stem for path in tmp_path.glob("*.json")) == ["stage-0001", "stage-0002"]
-    checkpoints.update_stage(2, {"rows": "new"})
     stage, tensors, data = Checkpoints(tmp_path).load_stage() or (None, {}, {})
-    assert (stage, tensors["x"].tolist(), data) == (2, [2], {"rows": "new"})
+    assert (stage, tensors["x"].tolist(), data) == (2, [2], {"number": 2})
+
+
+def test_tensors_come_back_in_the_order_in_which_they_were_kept(tmp_path: Path) -> None:
+    names = [f"task {number}" for number in (11, 2, 0, 10, 1)]
+    Checkpoints(tmp_path).save_stage(0, {name: torch.zeros(len(name)) for name in names}, {})
+    _, tensors, _ = Checkpoints(tmp_path).load_stage() or (None, {}, {})
+    assert list(tensors) == names
 
 
 @pytest.mark.parametrize("kind", ["json", "safetensors"])

@@ -34,7 +34,7 @@ JOINT: Matrix = [[0.5, 0.6, 0.7]]
 def composed(*overrides: str) -> str:
     register_resolvers()
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return json.dumps(check(compose("config", list(overrides))))
+        return json.dumps(check(compose("config", list(overrides))).plain())
 
 
 def make(

@@ -154,7 +154,7 @@ def test_networks_whose_gradients_overrun_their_memory_channels_last_are_left_as
     register_resolvers()
     narrow = ["backbone.checkpoint=null", f"backbone.arguments.channels=[{width},16,32,64]"]
     with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        built = detector(check(hydra.compose("config", ["method=stfpm", *narrow])))
+        built = detector(check(hydra.compose("config", ["method=stfpm", *narrow])).plain())
     kernels = [
         parameter for parameter in built.parameters() if parameter.dim() == 4 and parameter[0, 0].numel() > 1
     ]

@@ -18,7 +18,8 @@ from rich.console import Console
 from clbench.errors import UserError
 from clbench.footprint import memory_named
 from clbench.recording.run_directory import RunDirectory
-from clbench.sweeping import Run, suited, sweep_table
+from clbench.sweeps.runs import SweepRun, suited
+from clbench.sweeps.tables import sweep_table
 from clbench.terminal import SHOWN, Display
 
 FAILING = (
@@ -196,7 +197,7 @@ def test_a_sweep_s_table_is_read_in_any_terminal(width: int, tmp_path: Path) -> 
             "time": {"train_s": 1440.9, "eval_s": 204.9, "inference_ms_per_image": 136.9},
         }
         (directory.path / "summary.json").write_text(json.dumps(summary))
-        runs.append(Run([f"method={method}", "strategy=finetune"], directory, "finished"))
+        runs.append(SweepRun([f"method={method}", "strategy=finetune"], directory, "finished"))
     printed = Console(width=width, record=True, file=io.StringIO())
     printed.print(sweep_table(runs, width))
     lines = printed.export_text().splitlines()

@@ -1,6 +1,7 @@
 """The training loop: what steps see, when it stops, and what it leaves."""
 
 import math
+from collections.abc import Mapping
 
 import pytest
 import torch
@@ -8,7 +9,8 @@ from torch import Tensor, nn
 
 from clbench.methods.base import Detector
 from clbench.strategies.replay import Replay
-from clbench.training import Diverged, train
+from clbench.testing import SmallDetector
+from clbench.training import Batch, Diverged, Hooks, train
 
 
 class Recorder(Detector):
@@ -99,8 +101,10 @@ def test_what_was_held_out_of_a_task_stays_held_out_when_it_is_replayed() -> Non
         strategy.learn(stage, numbered(20 * stage, 20))
         learned |= set(numbers(torch.cat(detector.seen)))
         held_out |= set(numbers(detector.finished))
-        assert len(strategy.images) == min(24, 20 * (stage + 1))
-        assert sum(strategy.counts[1::2]) == pytest.approx(0.2 * len(strategy.images), abs=stage + 1)
+        stored = strategy.stored_images()
+        assert stored is not None and len(stored) == min(24, 20 * (stage + 1))
+        kept_out = sum(len(part) for _, part in strategy.replayed())
+        assert kept_out == pytest.approx(0.2 * len(stored), abs=stage + 1)
     assert len(held_out) == 5 * 4 and not learned & held_out
 
 
@@ -153,3 +157,81 @@ def test_the_learning_rate_follows_the_share_of_steps_done() -> None:
     detector = Falling(epochs=2, batch_size=5)
     train(detector, 0, numbered(0, 10), [], seed=0)
     assert float(detector.weight.detach()) == pytest.approx(2.2)
+
+
+class Watching(Hooks):
+    """Remembers what it is called with, and draws the weight back."""
+
+    def __init__(self) -> None:
+        self.batches: list[Batch] = []
+        self.gradients: list[dict[str, float]] = []
+        self.steps = 0
+
+    def penalty(self, detector: Detector, batch: Batch) -> Tensor:
+        self.batches.append(batch)
+        return 3 * next(detector.parameters())
+
+    def after_backward(self, gradients: Mapping[str, Tensor]) -> None:
+        self.gradients.append({name: float(gradient) for name, gradient in gradients.items()})
+        for gradient in gradients.values():
+            gradient.mul_(0.5)
+
+    def after_step(self) -> None:
+        self.steps += 1
+
+
+def test_a_strategy_adds_to_the_loss_changes_gradients_and_knows_where_images_come_from() -> None:
+    detector, hooks = Recorder(epochs=2, batch_size=4), Watching()
+    stored = [(numbered(100, 3), numbered(190, 1)), (numbered(0, 0), numbered(0, 0)), (numbered(200, 2),) * 2]
+    train(detector, 3, numbered(0, 10), stored, seed=0, hooks=hooks)
+    assert hooks.steps == 6 and hooks.gradients == [{"weight": 2.0}] * 6  # -1 of the loss, and 3
+    assert float(detector.weight.detach()) == -6  # each step goes by half of it
+    first = {3: 0, 0: 100, 2: 200}
+    for batch in hooks.batches:
+        assert len(batch.stages) == len(batch.rows) == len(batch.images)
+        assert batch.replayed.tolist() == [False] * (len(batch.images) // 2) + [True] * (len(batch.images) // 2)
+    rows = {(stage, row) for b in hooks.batches for stage, row in zip(b.stages.tolist(), b.rows.tolist(), strict=True)}
+    assert {stage for stage, _ in rows} == {0, 2, 3}
+    shown = {
+        (stage, row): number
+        for b in hooks.batches
+        for stage, row, number in zip(b.stages.tolist(), b.rows.tolist(), numbers(b.images), strict=True)
+    }
+    assert all(number == first[stage] + row for (stage, row), number in shown.items())
+
+
+def test_a_hook_that_does_nothing_changes_nothing() -> None:
+    class Idle(Hooks):
+        def after_backward(self, gradients: Mapping[str, Tensor]) -> None:
+            pass
+
+    weights = []
+    for hooks in (None, Hooks(), Idle()):
+        detector = SmallDetector()
+        train(detector, 0, numbered(0, 7).repeat(1, 1, 2, 2), [], seed=0, hooks=hooks)
+        weights.append(torch.cat([parameter.detach().flatten() for parameter in detector.parameters()]))
+    assert torch.equal(weights[0], weights[1]) and torch.equal(weights[0], weights[2])
+
+
+@pytest.mark.parametrize("budget", [1, 3, 4, 10])
+def test_a_budget_of_steps_ends_training_in_the_middle_of_an_epoch(budget: int) -> None:
+    shares = []
+
+    class Scheduled(Recorder):
+        def learning_rate_factor(self, done: float) -> float:
+            shares.append(done)
+            return 1.0
+
+    detector = Scheduled(epochs=1, batch_size=4, step_budget=budget)  # three steps an epoch
+    train(detector, 0, numbered(0, 10), [], seed=0)
+    assert len(detector.seen) == budget and shares == [step / budget for step in range(budget)]
+
+
+def test_gradients_are_clipped_to_a_norm_of_all_together() -> None:
+    class Steep(Recorder):
+        def training_step(self, images: Tensor) -> Tensor:
+            return -1000 * self.weight
+
+    detector = Steep(epochs=3, batch_size=10, gradient_clip=0.5)
+    train(detector, 0, numbered(0, 10), [], seed=0)
+    assert float(detector.weight.detach()) == pytest.approx(1.5)

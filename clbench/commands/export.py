@@ -11,6 +11,7 @@ from clbench.errors import UserError
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments to its parser."""
     parser.add_argument("run", metavar="RUN", help="a run's directory, outputs/<experiment>/<run>")
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="(RUN/export)")
     parser.add_argument(
@@ -30,7 +31,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(options: argparse.Namespace) -> int:
-    """Write the detector's graph; 1 where what was written does not agree with the detector, and is not kept."""
+    """Write a run's detector as a graph in each format asked for. Returns 0.
+
+    Raises:
+        UserError: the run has no detector or no known image size, ONNX's packages are missing, or a file
+            cannot be written or differs from the detector; then nothing is kept.
+    """
     from clbench import exporting
     from clbench.backbones import unit
     from clbench.loading import load

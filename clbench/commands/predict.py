@@ -1,4 +1,4 @@
-"""clbench predict: a trained detector on image files: scores, decisions, masks and heat maps."""
+"""clbench predict: scores, decisions, masks and heat maps of image files by a trained detector."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ _THREADS = min(8, os.cpu_count() or 1)
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments to its parser."""
     parser.add_argument("run", metavar="RUN", help="a run's directory, outputs/<experiment>/<run>")
     parser.add_argument(
         "images", nargs="+", metavar="IMAGES", help="files, folders with those in them, or 'patterns*.png'"
@@ -53,7 +54,15 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(options: argparse.Namespace) -> int:
-    """Predict the images and write what was found; 1 where a file could not be read."""
+    """Predict images and write tables and pictures of what was found.
+
+    Returns:
+        0, or 1 where a file was passed over, since it could not be read or has the wrong size.
+
+    Raises:
+        UserError: an option is out of range, the output folder holds predictions, there is no image, the run
+            has no detector or no thresholds of use, or a file cannot be written.
+    """
     image_rate = options.image_false_positive_rate
     if image_rate is None:
         image_rate = options.false_positive_rate
@@ -109,7 +118,7 @@ def main(options: argparse.Namespace) -> int:
             for row in _written(found, trained, folder, options.output, pictures):
                 rows.append(row)
                 display.progress("predicting", len(rows) + len(unreadable), len(files))
-        finally:  # also of one that was interrupted
+        finally:  # the tables also of a command that was interrupted
             if rows or unreadable:
                 _write_tables(
                     options.output,
@@ -139,7 +148,12 @@ def main(options: argparse.Namespace) -> int:
 def _about(
     trained: TrainedDetector, rate: float, image_rate: float, pixel: float, image: float
 ) -> Iterator[str]:
-    """What the decisions rest on."""
+    """Lines that say which thresholds the decisions are by, and what these were set on.
+
+    Args:
+        rate, image_rate: false-positive rates of pixels and of images.
+        pixel, image: the thresholds for these rates.
+    """
     thresholds = trained.thresholds
     assert thresholds is not None
     yield (
@@ -161,7 +175,7 @@ def _about(
 
 
 def _remove_pictures(output: Path) -> None:
-    """Those of the predictions that are replaced, as their table names them."""
+    """Remove the pictures of the predictions that are replaced, which scores.json names."""
     try:
         named = [str(row["image"]) for row in json.loads((output / "scores.json").read_text())["images"]]
     except (OSError, ValueError, KeyError, TypeError):
@@ -174,10 +188,9 @@ def _remove_pictures(output: Path) -> None:
 
 
 def _common(given: list[str], files: list[Path]) -> Path:
-    """The folder that what is written has its names from: of those given, or the nearest that holds them all."""
-    roots = [
-        path for path in (Path(os.path.abspath(Path(each).expanduser())) for each in given) if path.is_dir()
-    ]
+    """The nearest folder that holds all folders given and all files: outputs have their paths below it."""
+    paths = [Path(os.path.abspath(Path(each).expanduser())) for each in given]
+    roots = [path for path in paths if path.is_dir()]
     others = [file.parent for file in files if not any(root in file.parents for root in roots)]
     return Path(os.path.commonpath([*roots, *others]))
 
@@ -187,10 +200,10 @@ def _name(path: Path, folder: Path) -> str:
 
 
 def _pictures(files: list[Path], folder: Path) -> dict[Path, str]:
-    """The name of each file's overlay and mask.
+    """The name of the overlay and mask of each file.
 
     Raises:
-        UserError: two have the same.
+        UserError: two files would have the same.
     """
     by_name: dict[str, Path] = {}
     for file in files:
@@ -209,7 +222,10 @@ def _written(
     output: Path,
     pictures: dict[Path, str],
 ) -> Iterator[dict[str, Any]]:
-    """The rows of the tables in order, each when its pictures are written, by a few threads a few images ahead."""
+    """The rows of the tables in order, each once its pictures are written.
+
+    A few threads write them, a few images ahead.
+    """
 
     def write(one: Found) -> dict[str, Any]:
         heat = one.map
@@ -235,7 +251,14 @@ def _written(
 
 
 def _write_pictures(one: Found, heat: Any, mask: Any, output: Path, name: str, low: float) -> None:
-    """The overlay, in whose colours the threshold is the middle and `low` the beginning, and the mask."""
+    """Write the overlay and the mask of an image.
+
+    Args:
+        heat: the anomaly map, float32 [H, W].
+        mask: where it is above the threshold, bool [H, W].
+        name: of both files.
+        low: value at which the overlay's colours begin; their middle is the threshold.
+    """
     import cv2
     import numpy as np
 
@@ -244,7 +267,7 @@ def _write_pictures(one: Found, heat: Any, mask: Any, output: Path, name: str, l
     from clbench.recording.run_directory import write_whole
 
     assert one.threshold is not None
-    picture = cv2.cvtColor(read_image(one.path), cv2.COLOR_RGB2BGR)  # once more: memory holds no large ones
+    picture = cv2.cvtColor(read_image(one.path), cv2.COLOR_RGB2BGR)  # read again: images may be large
     high = low + 2 * (one.threshold - low)
     written = (
         ("overlays", overlay(picture, mask, heat, low, high)),
@@ -257,17 +280,17 @@ def _write_pictures(one: Found, heat: Any, mask: Any, output: Path, name: str, l
 
 
 def _write_tables(output: Path, results: dict[str, Any]) -> None:
-    """scores.json, all of it, and scores.csv, a row an image."""
+    """Write all results to scores.json, and a row for each image to scores.csv."""
     from clbench.recording.run_directory import write_whole
 
     text = io.StringIO()
     writer = csv.DictWriter(text, ("image", "score", "anomalous", "anomalous_pixels"), lineterminator="\n")
     writer.writeheader()
     writer.writerows({**row, "anomalous": int(row["anomalous"])} for row in results["images"])
-    write_whole(output / "scores.csv", lambda part: _encoded(part, text.getvalue()))
-    write_whole(output / "scores.json", lambda part: _encoded(part, json.dumps(results, indent=2) + "\n"))
+    write_whole(output / "scores.csv", lambda part: _write_text(part, text.getvalue()))
+    write_whole(output / "scores.json", lambda part: _write_text(part, json.dumps(results, indent=2) + "\n"))
 
 
-def _encoded(part: Path, text: str) -> None:
-    """Names of files are bytes on some systems, and are written as they are."""
+def _write_text(part: Path, text: str) -> None:
+    """Write UTF-8, but names of files as the bytes that they are, which on some systems are no UTF-8."""
     part.write_bytes(text.encode(errors="surrogateescape"))

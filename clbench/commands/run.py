@@ -1,26 +1,137 @@
-"""clbench run: train.py, from any folder."""
+"""clbench run: one run, or with -m a sweep, in any folder; what train.py does."""
 
 from __future__ import annotations
 
 import argparse
 import os
 import sys
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib import import_module
+from typing import Any
+
+import yaml
+from hydra._internal.utils import (
+    _run_hydra,
+    get_args_parser,
+)  # what hydra.main is made of, for words of our own
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.plugins import Plugins
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from clbench.config import Config, check, departures, register, sources
+from clbench.config.departures import read_again
+from clbench.config.explanations import explain
+from clbench.errors import UserError
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """None of its own: all are Hydra's."""
 
 
-def main(words: list[str]) -> int:
-    """Become train.py with these words; an exit status only where it is not there."""
-    script = Path(__file__).parents[2] / "train.py"
-    if not script.is_file():
-        print(
-            f"error: {script} is not there: clbench run needs the project's folder, with conf/; "
-            "install it from there with pip install --editable .",
-            file=sys.stderr,
-        )
-        return 1
-    sys.stdout.flush()
-    os.execv(sys.executable, [sys.executable, str(script), *words])  # so that signals are its own
+def main(words: Sequence[str]) -> int:
+    """Do what a command line says, and give its exit status: 0, 1 where a run failed, 2 where it makes no sense.
+
+    Args:
+        words: Hydra's flags, anywhere, and overrides.
+    """
+    parser = get_args_parser()
+    try:
+        given = parser.parse_intermixed_args(list(words))
+        if any(text.startswith("hydra.mode=") for text in given.overrides):
+            return _refused(UserError("hydra.mode=...: one run is a sweep of one here; leave it out"))
+        with _fresh_hydra():
+            _run_hydra(
+                args=given,
+                args_parser=parser,
+                task_function=task,
+                config_path=str(sources.conf()),
+                config_name="config",
+            )
+    except SystemExit as ended:
+        return ended.code if isinstance(ended.code, int) else 1
+    except (HydraException, OmegaConfBaseException) as error:
+        return _refused(explain(error, given.overrides, given.config_dir))
+    except yaml.YAMLError as error:  # in conf/, most likely in a conf/local.yaml of the user's own
+        return _refused(UserError(f"a config cannot be read: {' '.join(str(error).split())}"))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _refused(error: UserError) -> int:
+    print(f"error: {error}", file=sys.stderr)
+    return 2
+
+
+@contextmanager
+def _fresh_hydra() -> Iterator[None]:
+    """Inside, Hydra knows our configs and parts, and hands errors on; afterwards it is as it was."""
+    sources.read_again()
+    read_again()
+    register()
+    plugins = Plugins.instance()  # which finds those of hydra_plugins, but not in an editable install
+    for plugin in import_module("hydra_plugins.clbench_sweeps").PLUGINS:
+        plugins.register(plugin)
+    composed, full = HydraConfig.instance().cfg, os.environ.get("HYDRA_FULL_ERROR")
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us, to be said in one line
+    try:
+        with sources.app_put_aside():
+            yield
+    finally:
+        HydraConfig.instance().cfg = composed
+        if full is None:
+            del os.environ["HYDRA_FULL_ERROR"]
+        else:
+            os.environ["HYDRA_FULL_ERROR"] = full
+
+
+def task(composed: DictConfig) -> None:
+    """One run, whose settings Hydra has composed."""
+    train(check(composed), HydraConfig.get())
+
+
+def train(config: Config, hydra_config: Any) -> None:
+    """Take a method and a strategy through a stream.
+
+    Args:
+        hydra_config: the `hydra` node of the composed config.
+
+    Raises:
+        UserError: the run's images, weights or machine refuse it.
+    """
+    from clbench import assembly, experiment
+    from clbench.interruption import Interruption, Stopped
+    from clbench.recording.provenance import made_by
+    from clbench.recording.run_directory import RunDirectory
+    from clbench.terminal import Display
+
+    directory = RunDirectory(hydra_config.runtime.output_dir)
+    alone = hydra_config.launcher._target_.endswith("SequentialLauncher")
+    try:
+        with (
+            directory.lock(),
+            Interruption() as interruption,
+            Display(directory.path.name, alone=alone) as display,
+        ):
+            if directory.finished(config.plain()):
+                return
+            with directory.reporting(assembly.identity(config)) as report:
+                display.heading(directory.path.name)
+                made = assembly.assemble(config, interruption.watching(display.progress))
+                made.identity["composed_from"] = sources.composed_from(hydra_config, hydra_config.overrides.task)
+                directory.write_config(
+                    config.plain(), departures(config, hydra_config), made_by(made.device)
+                )
+                report(made.identity)
+                recorder, notice = assembly.build_recorder(made, directory.path)
+                if notice:
+                    display.line(notice)
+                experiment.run(made, directory, display, interruption, recorder)
+    except Stopped as stopped:
+        again = "the same command without overwrite=true" if config.overwrite else "the same command"
+        print(f"{'' if alone else directory.path.name + ': '}{stopped}: {again} continues here", flush=True)
+        stopped.hand_on()

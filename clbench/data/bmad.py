@@ -1,4 +1,4 @@
-"""BMAD: six medical benchmarks from brain MRI to histopathology (Bao et al., CVPR Workshops 2024, arXiv 2306.11876)."""
+"""BMAD: six medical benchmarks, from brain MRI to histopathology (Bao et al., CVPR Workshops 2024)."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,17 +8,17 @@ from clbench.data.samples import GOOD, Split
 from clbench.errors import UserError
 
 UNGOOD = "ungood"
-MASKS = ("label", "anomaly_mask")  # the authors' first and second name for it
+MASKS = ("label", "anomaly_mask")  # the authors' two names for the folder of masks
 
 
 class BMAD(OnDisk):
     """`<category>/train/good` and `<category>/test/{good,Ungood}`, each with its images in it or in its `img`.
 
-    The subsets come from six hands: `Ungood` is also `ungood`, a category may lie one folder deeper, as
-    `Brain_AD/BraTS2021_slice`, which is `Brain` here. Where `test/Ungood` has a folder of masks
-    (`label`; brain MRI, liver CT, RESC), each image needs one of its own name; where it has none (chest X-ray,
-    OCT2017, histopathology), nobody outlined the defects: image-level metrics only, and pixel metrics are
-    undefined. `valid` (or `val`) is left out: it holds defects, to tune on, and nothing here is tuned.
+    Source: arXiv 2306.11876. The six subsets differ: `Ungood` is also spelt `ungood`, and a category may lie
+    one folder deeper, as `Brain_AD/BraTS2021_slice`, which is `Brain` here. Where `test/Ungood` has a folder
+    of masks (`label`; brain MRI, liver CT, RESC), each image needs a mask of the same name. Where it has none
+    (chest X-ray, OCT2017, histopathology), the defects were not outlined: there are image metrics, and pixel
+    metrics are undefined. `valid` (or `val`) is left out: it holds defects to tune on, and nothing is tuned.
     """
 
     name = "bmad"

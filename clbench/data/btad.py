@@ -4,10 +4,10 @@ from clbench.data.mvtec import MVTec
 
 
 class BTAD(MVTec):
-    """MVTec AD's layout, but for `ok` in place of `good`, defects in `ko`, and masks without `_mask`.
+    """MVTec AD's layout with three other names: `ok` for `good`, `ko` for defects, and masks without `_mask`.
 
-    Products 01, 02 and 03, of 1600 x 1600, 600 x 600 and 800 x 600 pixels, are as unlike in size as in kind:
-    dataset.resize brings them to one.
+    The images of the products 01, 02 and 03 have 1600 x 1600, 600 x 600 and 800 x 600 pixels: dataset.resize
+    brings them to one size.
     """
 
     name = "btad"

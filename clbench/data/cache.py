@@ -1,4 +1,4 @@
-"""Images at run size, decoded once per machine and memory-mapped by every job of a sweep."""
+"""Images at the run's size, decoded once per machine and memory-mapped by every job of a sweep."""
 
 import fcntl
 import hashlib
@@ -23,25 +23,26 @@ from clbench.data.samples import Geometry, Sample
 from clbench.errors import UserError
 
 _FORMAT = 1  # raise it when the same samples and geometry would be stored differently
-_ABANDONED_S = 3600  # a part file that nobody wrote to for so long belongs to a killed process
+_ABANDONED_S = 3600  # seconds: a part file not written to for so long belongs to a killed process
 
-Decoded = tuple[np.ndarray, np.ndarray | None]  # uint8 [H, W, 3], bool [H, W] or None where good
+Decoded = tuple[np.ndarray, np.ndarray | None]  # image uint8 [H, W, 3]; mask bool [H, W], or None without
 
 
 def ignore(decoded: int) -> None:
-    """A progress callback for those who do not watch."""
+    """A `progress` of `load` that does nothing."""
 
 
 def load(
     samples: list[Sample], geometry: Geometry, directory: Path, progress: Callable[[int], None] = ignore
 ) -> ImageSet:
-    """The samples at run size, mapped from the cache; decoded first if nobody has yet.
+    """The samples at the run's size, mapped from the cache; decoded first if no job has done so.
 
     The tensors may be written to: changes stay in this process (copy on write).
 
     Args:
         samples: at least one.
-        directory: shared by all jobs of the machine or cluster, created if missing.
+        geometry: the size that images and masks are brought to.
+        directory: folder of the cache, shared by all jobs of the machine or cluster; created if missing.
         progress: called with 1 for each newly decoded image.
 
     Raises:
@@ -122,7 +123,7 @@ def _write(
 
 
 def _decoded(samples: list[Sample], geometry: Geometry) -> Generator[Decoded, None, None]:
-    """The samples at run size in their order, decoded by a few threads a few images ahead."""
+    """The samples at the run's size in their order, decoded by a few threads a few images ahead."""
 
     def decode(sample: Sample) -> Decoded:
         image, mask = sample.read()
@@ -175,7 +176,10 @@ def _lock(path: Path) -> Iterator[None]:
 
 
 def _remove_abandoned(directory: Path, key: str) -> None:
-    """Part files of this key whose writer was killed. By age, since locks may not reach across machines."""
+    """Remove part files of this key whose writer was killed.
+
+    They are known by their age, since locks may not reach across machines.
+    """
     for part in directory.glob(f"{key}.*.part"):
         try:
             if time.time() - part.stat().st_mtime > _ABANDONED_S:

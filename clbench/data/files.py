@@ -26,9 +26,9 @@ def find_images(given: Iterable[Path | str], without: Path | None = None) -> lis
     """Image files, absolute, in the order given, each once.
 
     Args:
-        given: files, whatever they are called; folders, of which and of those in which image files are taken,
-            sorted; and patterns such as `parts/*.png`. What does not exist is given back as it is.
-        without: a folder from which none is taken, unless it is named.
+        given: files, whatever their suffix; folders, whose image files are taken, sorted, with those of
+            folders inside; and patterns such as `parts/*.png`. A path that does not exist is given back.
+        without: a folder whose files are left out of the folders given.
 
     Raises:
         UserError: a pattern matches nothing.
@@ -40,27 +40,27 @@ def find_images(given: Iterable[Path | str], without: Path | None = None) -> lis
         matches = sorted(map(Path, glob.glob(str(path), recursive=True))) if pattern else [path]
         if not matches:
             raise UserError(f"{each} matches no file: name files, folders or another pattern")
-        for match in map(_whole, matches):
+        for match in map(_absolute, matches):
             if not match.is_dir():
                 found[match] = None
                 continue
             for file in sorted(match.rglob("*")):
                 inside = file.relative_to(match).parts
                 hidden = any(part.startswith(".") for part in inside)
-                left_out = without is not None and _whole(without) in file.parents
+                left_out = without is not None and _absolute(without) in file.parents
                 if file.suffix.lower() in SUFFIXES and file.is_file() and not (hidden or left_out):
                     found[file] = None
     return list(found)
 
 
-def _whole(path: Path) -> Path:
-    """Absolute, and without `..`: the same file has one name."""
+def _absolute(path: Path) -> Path:
+    """The absolute path without `..`: the same file has one name."""
     return Path(os.path.abspath(path))
 
 
 @dataclass(frozen=True)
 class FileSample(Sample):
-    """An image file and the masks of its defect: several are merged; none where it is good, or was not outlined."""
+    """An image file and the masks of its defect, which are merged; with none, it is good or not outlined."""
 
     name: str
     kind: str
@@ -82,14 +82,14 @@ class FileSample(Sample):
 
 
 def read_image(path: Path) -> np.ndarray:
-    """The image as a person sees it, uint8 [H, W, 3] RGB.
+    """Read an image file as a person sees it: uint8 [H, W, 3] RGB.
 
     Grey becomes three equal channels, 16 bits are scaled by the full range (65535 -> 255: / 257, rounded),
     alpha is dropped, and the EXIF orientation is applied.
 
     Raises:
-        UserError: the file is missing, no regular one, truncated, corrupt, or of a type without a range (float,
-            32-bit).
+        UserError: the file is missing, no regular file, truncated, corrupt, or has pixels that cannot be read
+            for certain (float, 32-bit, and two kinds of 16-bit TIFF).
     """
     pixels = _decode(path)
     if pixels.dtype == np.uint16:
@@ -98,7 +98,7 @@ def read_image(path: Path) -> np.ndarray:
 
 
 def read_mask(path: Path) -> np.ndarray:
-    """Where the defect is, bool [H, W]: every pixel with a positive value in any channel but alpha.
+    """Read a mask file: bool [H, W], True where any channel but alpha is positive.
 
     Raises:
         UserError: as `read_image`, or the mask marks no pixel.
@@ -110,10 +110,15 @@ def read_mask(path: Path) -> np.ndarray:
 
 
 def read_mask_of(image: Path, path: Path, size: tuple[int, ...] | None) -> np.ndarray:
-    """The mask of an image, which has its size (height, width) where that is known.
+    """Read the mask of an image: bool [H, W].
+
+    Args:
+        image: the image's file, for the error.
+        path: the mask's file.
+        size: size (H, W) of the image; None where it is not known, and is not compared.
 
     Raises:
-        UserError: as `read_mask`, or it has another size.
+        UserError: as `read_mask`, or the mask has another size than the image.
     """
     mask = read_mask(path)
     if size is not None and mask.shape != size:
@@ -125,7 +130,7 @@ def read_mask_of(image: Path, path: Path, size: tuple[int, ...] | None) -> np.nd
 
 
 def _decode(path: Path) -> np.ndarray:
-    """Pixels as stored, uint8 or uint16 [H, W, 3] BGR, oriented."""
+    """Pixels as stored, uint8 or uint16 [H, W, 3] BGR, with the EXIF orientation applied."""
     try:
         if stat.S_IFMT(path.stat().st_mode) not in (stat.S_IFREG, stat.S_IFDIR):  # a pipe is waited for
             raise _broken(path, "a pipe, socket or device")
@@ -148,7 +153,11 @@ def _decode(path: Path) -> np.ndarray:
 
 
 def _check_whole(path: Path, data: bytes) -> None:
-    """Refuse what OpenCV would return half-decoded or wrongly decoded, without a word."""
+    """Refuse files that OpenCV would decode partly or wrongly without an error.
+
+    Raises:
+        UserError: this is one.
+    """
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             image.load()
@@ -160,7 +169,7 @@ def _check_whole(path: Path, data: bytes) -> None:
     if mode in ("F", "I"):
         raise _unsupported(path, "float pixels" if mode == "F" else "signed or 32-bit pixels")
     if max(_as_tuple(tags.get(258, 8))) > 8:
-        # OpenCV 5.0 mixes up the planes of the one and does not invert the other.
+        # OpenCV 5.0 mixes up separate planes, and does not invert white-is-zero.
         if tags.get(284) == _SEPARATE_PLANES:
             raise _unsupported(path, "16-bit separate colour planes")
         if tags.get(262) == _WHITE_IS_ZERO:
@@ -182,7 +191,11 @@ def _unsupported(path: Path, what: str) -> UserError:
 
 
 def file_identity(path: Path) -> str:
-    """What changes when the file does: its path, size in bytes and change time in nanoseconds."""
+    """A text that changes when the file does: path, size in bytes, time of last change in nanoseconds.
+
+    Raises:
+        UserError: the file is missing.
+    """
     try:
         status = path.stat()
     except OSError as error:

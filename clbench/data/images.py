@@ -1,4 +1,4 @@
-"""Decoded images of one category or task, as tensors."""
+"""Decoded images of a category or a task, as tensors."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,14 +13,14 @@ from clbench.errors import UserError
 
 @dataclass(frozen=True, eq=False)
 class ImageSet:
-    """Images with what is known about them, all of one size.
+    """Images of one size, and what is known about each.
 
     Args:
         images: uint8 [N, 3, H, W], RGB.
         masks: bool [N, H, W], True on defects.
-        kinds: `GOOD` or the kind of defect, per image.
-        names: for people, per image.
-        unknown: numbers of the defective images whose defect nobody outlined: their masks say nothing.
+        kinds: `GOOD` or the kind of defect, one for each image.
+        names: names to show to people, one for each image.
+        unknown: indices of the defective images whose defect was not outlined: their masks mean nothing.
     """
 
     images: Tensor
@@ -38,17 +38,17 @@ class ImageSet:
         return torch.tensor([kind != GOOD for kind in self.kinds], dtype=torch.bool)
 
     def same_size(self, other: "ImageSet") -> None:
-        """Check that two sets could be one.
+        """Check that another set has images of the same size.
 
         Raises:
-            UserError: they differ in image size.
+            UserError: it has not.
         """
         if other.images.shape[1:] != self.images.shape[1:]:
             raise different_sizes(self.names[0], self.masks.shape[1:], other.names[0], other.masks.shape[1:])
 
     @staticmethod
     def concatenate(sets: Sequence["ImageSet"]) -> "ImageSet":
-        """The images of several sets, in order; copied, unless there is only one set.
+        """The images of several sets in their order; copied, unless there is only one set.
 
         Raises:
             UserError: the sets differ in image size.
@@ -67,11 +67,9 @@ class ImageSet:
         )
 
 
-def different_sizes(
-    first: str, first_size: Sequence[int], other: str, other_size: Sequence[int]
-) -> UserError:
-    """The error for two images that cannot share a tensor; sizes are (H, W)."""
+def different_sizes(first: str, size: Sequence[int], other: str, other_size: Sequence[int]) -> UserError:
+    """The error for two named images that cannot share a tensor, with their sizes (H, W)."""
     return UserError(
-        f"{first} is {first_size[1]}x{first_size[0]} but {other} is {other_size[1]}x{other_size[0]}: "
+        f"{first} is {size[1]}x{size[0]} but {other} is {other_size[1]}x{other_size[0]}: "
         "bring all images to one size with dataset.resize=..."
     )

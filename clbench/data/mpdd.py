@@ -9,7 +9,7 @@ CATEGORIES = ("bracket_black", "bracket_brown", "bracket_white", "connector", "m
 
 
 class MPDD(MVTec):
-    """MVTec AD's layout, known by the names of its six parts."""
+    """MVTec AD's layout, recognised by the names of its six parts."""
 
     name = "mpdd"
 

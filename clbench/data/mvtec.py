@@ -12,7 +12,7 @@ from clbench.errors import UserError
 class MVTec(OnDisk):
     """`<root>/<category>/train/good`, `test/<kind>` and `ground_truth/<kind>/<stem>_mask.*` (or `<stem>.*`).
 
-    What is nearly this layout says what it calls things.
+    Datasets with nearly this layout subclass it and override the names of folders and masks below.
 
     Args:
         root: the folder that holds the category folders.
@@ -23,10 +23,10 @@ class MVTec(OnDisk):
     """
 
     name = "mvtec"
-    good = GOOD  # the folder of normal images, in train and test
+    good = GOOD  # name of the folder of normal images, in train and test
     test = "test"
-    truth = "ground_truth"
-    mask = "{stem}_mask.png"  # as the error for a missing one names it
+    truth = "ground_truth"  # folder of the masks
+    mask = "{stem}_mask.png"  # a mask's name, in the error for one that is missing
 
     @classmethod
     def recognises(cls, root: Path) -> bool:
@@ -79,7 +79,7 @@ class MVTec(OnDisk):
                     self.gap(UserError(f"defect image {image} has no mask: expected {expected}"))
 
     def masks(self, folder: Path) -> dict[str, tuple[Path, ...]]:
-        """The masks of a kind of defect, by their stem."""
+        """The masks in the folder of a kind of defect: stem -> the files that make up one mask."""
         return {stem: (path,) for stem, path in self.images_by_stem(folder).items()}
 
     def nothing(self, category: str, split: Split) -> UserError:

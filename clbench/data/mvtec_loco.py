@@ -9,15 +9,16 @@ KINDS = ("logical_anomalies", "structural_anomalies")
 
 
 class MVTecLOCO(MVTec):
-    """MVTec AD's layout, with a folder of masks an image: `ground_truth/<kind>/<stem>/000.png`, `001.png`, ...
+    """MVTec AD's layout with a folder of masks for each image: `ground_truth/<kind>/<stem>/000.png`, ...
 
-    Each mask is one anomaly, and marks its region with a value of its own; here they are merged into the one
+    Each mask file is one anomaly, whose region has a pixel value of its own; here they are merged into one
     mask of the image. `validation/good`, more normal images, is left out.
 
-    Its paper measures localisation by sPRO, in which a logical anomaly counts as found once a part of its
-    region is (the saturation area of `defects_config.json`): a missing part may be anywhere in its compartment.
-    AU-PRO, here as for all datasets, asks for the whole region instead. It can be compared between runs, but
-    is lower than sPRO, and not to be set beside published ones. The image-level metrics are the paper's.
+    The dataset's paper measures localisation by sPRO: a logical anomaly counts as found once a part of its
+    region is, the saturation area of `defects_config.json`, since a missing part may be anywhere in its
+    compartment. AU-PRO, which is measured here as for all datasets, asks for the whole region. It compares
+    runs with one another, but is lower than sPRO and cannot be compared with published sPRO. Image metrics
+    are the paper's.
     """
 
     name = "mvtec_loco"

@@ -1,4 +1,4 @@
-"""Datasets that are folders of files: what they share, whatever their layout."""
+"""What all datasets share that are folders of files."""
 
 import difflib
 from abc import abstractmethod
@@ -14,13 +14,17 @@ Gap = Callable[[UserError], None]
 
 
 def refuse(gap: UserError) -> None:
-    """What is done about a gap unless one is asked to go on: a run needs a whole dataset."""
+    """Raise a gap, an image or mask that is missing: a run needs a whole dataset.
+
+    Raises:
+        UserError: always.
+    """
     raise gap
 
 
 @dataclass(frozen=True)
 class Entry:
-    """An image that a layout says is there, with the masks of its defect; none where the pixels are unknown."""
+    """An image of a dataset and the masks of its defect: without any, it is good or was not outlined."""
 
     image: Path
     kind: str = GOOD
@@ -28,15 +32,16 @@ class Entry:
 
 
 class OnDisk(Dataset):
-    """Categories under a root folder, all listed at once: a gap is found before training, not after hours of it.
+    """Categories under a root folder, all listed at once: a gap is found before training, not after hours.
 
-    A layout says which categories there are (`find`) and what is in them (`entries`), and tells `self.gap` of
-    what is missing.
+    A layout is a subclass: it says which categories there are (`find`) and which images they have
+    (`entries`), and calls `self.gap` for each image or mask that is missing.
 
     Args:
         root: the folder that the layout begins at.
         categories: those to use, in this order; None takes all that are found, sorted.
-        gap: told of each image or mask that is missing, which is then left out; the default raises it.
+        gap: called for each image or mask that is missing; if it returns, the image is left out. The default
+            raises.
 
     Raises:
         UserError: the root or a category is missing or incomplete, or cannot be listed.
@@ -67,27 +72,30 @@ class OnDisk(Dataset):
 
     @abstractmethod
     def find(self, whole: bool) -> list[str]:
-        """The categories in the root, which exists, sorted.
+        """The categories in the root folder, sorted. The folder exists.
 
         Args:
-            whole: all are wanted, so that something that looks like an incomplete one is a gap.
+            whole: whether all categories are wanted; then a folder that looks like half of one is a gap.
 
         Raises:
-            UserError: it has none.
+            UserError: there is none.
         """
 
     @abstractmethod
     def entries(self, category: str, split: Split) -> Iterator[Entry]:
-        """The images of a category that are there, in a fixed order; gaps are told to `self.gap`."""
+        """The images of a category in a fixed order; calls `self.gap` for what is missing."""
 
     def samples(self, category: str, split: Split) -> list[Sample]:
         if category not in self.categories:
-            raise unknown("dataset.categories", category, self.categories)
+            raise unknown_category("dataset.categories", category, self.categories)
         given = map(self._sample, self._entries[category, split])
         return [sample for sample in given if sample is not None]
 
     def images_by_stem(self, folder: Path) -> dict[str, Path]:
-        """The image files of a folder by stem, sorted; what is hidden or no image is ignored."""
+        """The image files of a folder, sorted: stem -> file. Hidden files and other files are ignored.
+
+        Calls `self.gap` where two files share a stem, and takes the first of them.
+        """
         images: dict[str, Path] = {}
         for path in sorted(folder.iterdir()) if folder.is_dir() else []:
             if path.name.startswith(".") or path.suffix.lower() not in SUFFIXES:
@@ -115,7 +123,7 @@ class OnDisk(Dataset):
             raise UserError(f"dataset.categories=[] names none: give some of {', '.join(found)}, or null")
         for category in self.categories:
             if category not in found:
-                raise unknown(f"dataset.root={self.root}", category, found)
+                raise unknown_category(f"dataset.root={self.root}", category, found)
             if self.categories.count(category) > 1:
                 raise UserError(f"dataset.categories names '{category}' more than once: name it once")
 
@@ -126,6 +134,7 @@ class OnDisk(Dataset):
         return listed
 
     def _sample(self, entry: Entry) -> FileSample | None:
+        """An entry as a sample; None where one of its files cannot be found, which `gap` is told of."""
         try:
             identity = " mask ".join(map(file_identity, (entry.image, *entry.masks)))
         except UserError as error:  # a link that leads nowhere
@@ -147,8 +156,12 @@ def folders(parent: Path) -> list[Path]:
     return sorted(path for path in parent.iterdir() if not path.name.startswith(".") and path.is_dir())
 
 
-def unknown(where: str, category: str, found: list[str]) -> UserError:
-    """The error for a category that is not there, with the nearest that is."""
+def unknown_category(where: str, category: str, found: list[str]) -> UserError:
+    """The error for a category that is not among those found, with the nearest of them.
+
+    Args:
+        where: what was searched, to begin the message.
+    """
     nearest = difflib.get_close_matches(category, found, n=1)
     hint = f" (nearest: '{nearest[0]}')" if nearest else ""
     return UserError(f"{where} has no category '{category}'{hint}; found: {', '.join(found)}")

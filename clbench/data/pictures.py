@@ -1,4 +1,4 @@
-"""Pictures beside the stream, for methods that train on more than normal images: a folder's, or procedural."""
+"""Pictures from a folder, or procedural ones, for methods that train on more than normal images."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ _SIDE = 256  # pixels of a procedural texture, before it is brought to the size 
 
 @dataclass(frozen=True)
 class Texture(Sample):
-    """A procedural texture, which is a function of its number."""
+    """A procedural texture: its number says which."""
 
     name: str
     kind: str
@@ -45,13 +45,14 @@ Folder = Annotated[str, AfterValidator(_existing)]
 
 
 class Pictures:
-    """Pictures to be had at any size: from a folder and those inside it, or procedural textures.
+    """Pictures that can be loaded at any size: from a folder and those inside it, or procedural textures.
 
     Args:
-        folder: None for procedural ones.
-        count: how many, at most; which of a folder's is random by seed.
-        setting: that names the folder, for errors.
-        directory: of the decoded-image cache.
+        folder: folder of the pictures; None for procedural ones.
+        count: number of pictures, at most; which of a folder's is random.
+        setting: name of the config key that the folder comes from, quoted in error messages.
+        seed: seed of the choice of pictures.
+        directory: folder of the cache of decoded images.
 
     Raises:
         UserError: the folder does not exist or holds no image.

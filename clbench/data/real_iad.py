@@ -1,4 +1,4 @@
-"""Real-IAD: thirty parts, each seen from five sides (Wang et al., CVPR 2024), by its own JSON splits."""
+"""Real-IAD: thirty parts, each seen from five sides (Wang et al., CVPR 2024), in its published splits."""
 
 import json
 from collections.abc import Iterator
@@ -16,19 +16,20 @@ View = Literal["C1", "C2", "C3", "C4", "C5"]
 class RealIAD(OnDisk):
     """`realiad_<size>/<category>/` and `<split>/<category>.json`, which lists images with their class and mask.
 
-    The JSON files may lie in `<root>/realiad_jsons/<split>/` too, which is what their archive unpacks to. As in
-    the authors' own code, an image without a mask is good: of a defective part, these are the sides that do not
-    show the defect.
+    The JSON files may also lie in `<root>/realiad_jsons/<split>/`, where their archive unpacks them. As in
+    the authors' own code, an image without a mask is good: it shows a side of a defective part from which the
+    defect cannot be seen.
 
     Args:
         root: the folder that holds `realiad_1024` or another size, and `realiad_jsons`.
-        size: of the images on disk: 256, 512, 1024 or raw; None takes 1024, or the only one that is there.
+        size: size of the images on disk: 256, 512, 1024 or raw; None takes 1024, or the only one there is.
         split: the folder of JSON files: `realiad_jsons` (all views) or `realiad_jsons_sv` (single view). The
-            `realiad_jsons_fuiad_*` that mix defects among the training images are refused.
+            folders `realiad_jsons_fuiad_*`, which mix defects among the training images, are refused.
         views: the cameras, C1 from above and C2 to C5 from the sides; None takes all.
+        categories, gap: as in `OnDisk`.
 
     Raises:
-        UserError: as `OnDisk`, or a JSON file is missing or no such list, or lists defects to train on.
+        UserError: as `OnDisk`; or a JSON file is missing, is no such list, or lists defects to train on.
     """
 
     name = "real_iad"
@@ -86,15 +87,13 @@ class RealIAD(OnDisk):
             files = (folder / named,) if good else (folder / named, folder / item["mask_path"])
             missing = [path for path in files if not path.is_file()]
             for path in missing:
-                self.gap(
-                    UserError(
-                        f"{path} is missing, which {self._split}/{category}.json lists: unpack it again"
-                    )
-                )
+                lists = f"{self._split}/{category}.json lists"
+                self.gap(UserError(f"{path} is missing, which {lists}: unpack it again"))
             if not missing:
                 yield Entry(files[0], GOOD if good else kind, files[1:])
 
     def _list(self, category: str) -> dict[str, Any]:
+        """What a category's JSON file holds, read once; without images where it is missing or damaged."""
         if category in self._lists:
             return self._lists[category]
         places = [self.root / part / f"{category}.json" for part in (self._split, f"{JSONS}/{self._split}")]

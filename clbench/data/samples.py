@@ -16,21 +16,21 @@ GOOD = "good"
 class Sample(ABC):
     """One image of a category, not yet decoded."""
 
-    name: str  # for people: a path, or what was drawn
+    name: str  # shown to people: a path, or what was drawn
     kind: str  # GOOD, or the kind of defect
-    identity: str  # changes whenever what `read` returns would change: the key of the decoded-image cache
+    identity: str  # the key of the decoded-image cache: changes whenever the result of `read` would
 
     @property
     def outlined(self) -> bool:
-        """Whether it is known which pixels are defective; not so where a dataset has labels of images alone."""
+        """Whether it is known which pixels are defective; a dataset may have labels of images alone."""
         return True
 
     @abstractmethod
     def read(self) -> tuple[np.ndarray, np.ndarray | None]:
-        """The image, uint8 [H, W, 3] RGB, and its defect mask, bool [H, W], or None where there is none.
+        """The image, uint8 [H, W, 3] RGB, and the mask of its defect, bool [H, W]; None where it has no mask.
 
         Raises:
-            UserError: the file is unreadable, truncated, or its mask is missing or does not fit.
+            UserError: the file is unreadable or truncated, or its mask is missing or has another size.
         """
 
 
@@ -42,7 +42,7 @@ class Dataset(ABC):
 
     @abstractmethod
     def samples(self, category: str, split: Split) -> list[Sample]:
-        """The samples of one category in a fixed order: the training ones are all good.
+        """The samples of a category in a fixed order; training samples are all good.
 
         Raises:
             UserError: the category is unknown, or has no image for the split.
@@ -51,7 +51,11 @@ class Dataset(ABC):
 
 @dataclass(frozen=True)
 class Geometry:
-    """The size images are brought to: both sides to `resize` (None keeps the file's), then the centre `crop`.
+    """The size that images are brought to.
+
+    Args:
+        resize: both sides are brought to so many pixels; None keeps the file's size.
+        crop: then the square of so many pixels in the middle is cut out; None keeps all.
 
     Raises:
         UserError: a size is not positive, or the crop is larger than what it is cut from.
@@ -73,7 +77,7 @@ class Geometry:
             )
 
     def image(self, image: np.ndarray) -> np.ndarray:
-        """Image [H, W, C] -> [h, w, C] of the same type.
+        """Image [H, W, C] -> image [h, w, C] of the same type at this size.
 
         Raises:
             UserError: the image is smaller than the crop.
@@ -87,7 +91,7 @@ class Geometry:
         return self._cropped(image)
 
     def mask(self, mask: np.ndarray) -> np.ndarray:
-        """Mask, bool [H, W] -> bool [h, w]: nearest neighbours, so that it stays a mask.
+        """Mask, bool [H, W] -> mask, bool [h, w] at this size, by nearest neighbours.
 
         Raises:
             UserError: the mask is smaller than the crop.
@@ -98,14 +102,14 @@ class Geometry:
         return self._cropped(mask)
 
     def restore(self, grid: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-        """A map of the image that `image` gave, back on the original's pixels.
+        """Bring a map of an image that `image` resized and cropped back to the original image's pixels.
 
         Args:
-            grid: float32 [h, w].
-            size: of the original, (H, W).
+            grid: the map, float32 [h, w].
+            size: size (H, W) of the original image, in pixels.
 
         Returns:
-            float32 [H, W], interpolated linearly; NaN outside of the crop, where nothing is known.
+            The map, float32 [H, W], interpolated linearly; NaN outside the crop, where nothing is known.
         """
         rows, columns = (
             _weights(original, self.resize or original, known)
@@ -129,8 +133,17 @@ class Geometry:
 
 
 def _weights(original: int, resized: int, known: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """For each of `original` pixels along a side that was resized and cut to its middle `known` ones: the two of
-    those that it lies between, int [N], and the second one's share, float32 [N, 1]; NaN outside."""
+    """Weights of linear interpolation along one side.
+
+    Args:
+        original: N, the pixels of the side before it was resized.
+        resized: its pixels after that.
+        known: how many of these, in the middle, are known.
+
+    Returns:
+        For each of the N pixels: the two known ones that it lies between, int64 [N] each, and the weight of
+        the second, float32 [N, 1]; NaN where the pixel lies outside of what is known.
+    """
     centre = (np.arange(original) + 0.5) * (resized / original) - 0.5 - (resized - known) // 2
     within = np.clip(centre, 0, known - 1)
     low = within.astype(np.int64)

@@ -14,23 +14,37 @@ from clbench.data.samples import Dataset, Geometry
 from clbench.errors import UserError
 from clbench.randomness import generator
 
-_TAKEN = ("mean", "forgetting", "maps")  # what results are filed under beside tasks
+_TAKEN = ("mean", "forgetting", "maps")  # what results are filed under beside categories
 _LOOKED_AT = 16  # images of a set, at most, whose pixels tell whether it is the same
 
 
 @dataclass(frozen=True)
+class Category:
+    """One product: what metrics are of."""
+
+    name: str
+    test: ImageSet
+
+
+@dataclass(frozen=True)
 class Task:
-    """Categories that arrive together, with what is learned from and what is tested on."""
+    """Categories that arrive together.
+
+    Attributes:
+        name: the categories' names, joined by `+`.
+        train: the normal images of all its categories, which are learned from together.
+        categories: each with the test set that it is evaluated on.
+    """
 
     name: str
     train: ImageSet
-    test: ImageSet
+    categories: tuple[Category, ...]
 
     def fingerprint(self) -> str:
-        """The same wherever the files lie, and another where images joined, left or changed: of names, kinds and
-        sizes of all, and pixels and masks of some."""
+        """A digest that is the same wherever the files lie, and another where images joined, left or changed: of names,
+        kinds and sizes of all, and pixels and masks of some."""
         digest = hashlib.sha256()
-        for images in (self.train, self.test):
+        for images in (self.train, *(category.test for category in self.categories)):
             digest.update(json.dumps([images.names, images.kinds, images.images.shape]).encode())
             step = -(-len(images) // _LOOKED_AT)
             for tensor in (images.images[::step], images.masks[::step]):
@@ -46,14 +60,14 @@ def order(dataset: Dataset, kind: str, tasks: list | None, seed: int) -> list[li
         tasks: for `listed`: categories, or lists of categories that arrive together.
 
     Raises:
-        UserError: the list names a category twice, or one that the dataset does not have; a task has a name that
+        UserError: the list names a category twice, or one that the dataset does not have; a category has a name that
             results need for themselves.
     """
     grouped = _grouped(dataset, kind, tasks, seed)
-    for group in grouped:
-        if "+".join(group) in _TAKEN:
+    for name in (name for group in grouped for name in group):
+        if name in _TAKEN:
             raise UserError(
-                f"the category '{group[0]}' has a name that results need for themselves; rename its folder"
+                f"the category '{name}' has a name that results need for themselves; rename its folder"
             )
     return grouped
 
@@ -87,7 +101,12 @@ def load(
     directory: Path,
     progress: Callable[[str, int, int], None],
 ) -> list[Task]:
-    """The tasks of a stream, every image of which has been read once: no bad file is found after training.
+    """Load the tasks of a stream, reading every image once: no bad file is found after training.
+
+    Args:
+        categories: the names of each task's.
+        directory: of the decoded-image cache.
+        progress: called with the phase, images read and images in all.
 
     Raises:
         UserError: a file is unreadable, or images differ in size.
@@ -114,7 +133,7 @@ def load(
         Task(
             name="+".join(group),
             train=ImageSet.concatenate([sets[name, "train"] for name in group]),
-            test=ImageSet.concatenate([sets[name, "test"] for name in group]),
+            categories=tuple(Category(name, sets[name, "test"]) for name in group),
         )
         for group in categories
     ]

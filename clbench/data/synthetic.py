@@ -4,6 +4,7 @@
 """
 
 import difflib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -20,15 +21,15 @@ from clbench.randomness import seed_for
 
 VERSION = 1  # raise it when the same arguments draw other pictures: the cache must not serve the old ones
 
-VISIBLE = 10  # grey levels: what a defect changes by less, it does not show
-PLAIN = 25  # grey levels: what a defect changes on average, so that a person sees it
-LEAST_SIZE = 32  # pixels of a picture
-LEAST_AREA, MOST_AREA = 0.004, 0.12  # of the picture
+VISIBLE = 10  # grey levels: a pixel that a defect changes by less is not in its mask
+PLAIN = 25  # grey levels: the least mean change within a mask, so that a person sees the defect
+LEAST_SIZE = 32  # pixels of a picture's side
+LEAST_AREA, MOST_AREA = 0.004, 0.12  # share of the picture that a mask covers
 
 
 @dataclass(frozen=True)
 class Drawn(Sample):
-    """A picture that is a function of its fields."""
+    """A picture of the synthetic stream: its fields say which."""
 
     seed: int
     size: int
@@ -57,10 +58,10 @@ class Drawn(Sample):
             mask = difference >= VISIBLE
             if LEAST_AREA <= mask.mean() <= MOST_AREA and difference[mask].mean() >= PLAIN:
                 return image, mask
-        raise AssertionError(f"{self.name} shows no defect")  # held off by a test over many seeds
+        raise AssertionError(f"{self.name} shows no defect")  # never, says a test over many seeds
 
     def without_defect(self) -> Array:
-        """The same picture, uint8 [S, S, 3], had it come out well."""
+        """The same picture without its defect, uint8 [S, S, 3] RGB."""
         picture, _, grain = self._product()
         return _finished(picture, grain)
 
@@ -83,7 +84,11 @@ def _finished(picture: Array, grain: Array) -> Array:
 
 
 def _spot(random: np.random.Generator, region: Array, margin: float = 0.08) -> tuple[float, float]:
-    """A place on the product, as fractions from the middle, mostly inside."""
+    """A random place (x, y) on the product, in fractions of the side from the middle.
+
+    It keeps a quarter of `margin` from the product's outline and 0.08 from the picture's border, where the
+    product is large enough.
+    """
     size = len(region)
     inner = cv2.erode((region > 0.5).astype(np.uint8), np.ones((max(1, round(margin * size / 2)),) * 2))
     border = max(1, round(0.08 * size))
@@ -94,7 +99,7 @@ def _spot(random: np.random.Generator, region: Array, margin: float = 0.08) -> t
 
 
 def _blot(random: np.random.Generator, region: Array, low: float, high: float, rough: float = 0.35) -> Array:
-    """An irregular patch, alpha [S, S], with a radius between two fractions of the side."""
+    """An irregular patch at a random place on the region: alpha [S, S], with a radius of `low` to `high`."""
     size = len(region)
     x, y = grid(size, random.uniform(0, np.pi), _spot(random, region))
     radius = random.uniform(low, high)
@@ -103,7 +108,7 @@ def _blot(random: np.random.Generator, region: Array, low: float, high: float, r
 
 
 def _line(random: np.random.Generator, region: Array, length: float, width: float, wander: float) -> Array:
-    """A curved stroke, alpha [S, S]."""
+    """A curved stroke at a random place on the region: alpha [S, S]."""
     size = len(region)
     x, y = grid(size, random.uniform(0, np.pi), _spot(random, region))
     path = wander * np.sin(2 * np.pi * (x * random.uniform(1, 3) + random.random()))
@@ -112,31 +117,40 @@ def _line(random: np.random.Generator, region: Array, length: float, width: floa
     return edge(np.abs(y - path) - width * taper, 0.004) * (np.abs(x) < length / 2)
 
 
+# (random, picture [S, S, 3], region [S, S] that is 1 on the product) -> the picture [S, S, 3] with a defect.
+Defect = Callable[[np.random.Generator, Array, Array], Array]
+
+
 def scratch(random: np.random.Generator, picture: Array, region: Array) -> Array:
+    """A bright or dark stroke, see `Defect`."""
     alpha = _line(random, region, random.uniform(0.15, 0.4), random.uniform(0.006, 0.011), 0.02) * region
     shift = random.choice([-1, 1]) * random.uniform(0.25, 0.45)
     return blend(picture, np.clip(picture.mean(2, keepdims=True) + shift, 0.02, 1), 0.75 * alpha)
 
 
 def crack(random: np.random.Generator, picture: Array, region: Array) -> Array:
+    """A dark, branching stroke, see `Defect`."""
     alpha = _line(random, region, random.uniform(0.2, 0.4), random.uniform(0.006, 0.01), 0.035)
     branch = _line(random, np.where(alpha > 0.3, 1, 0), 0.18, 0.007, 0.03)
     return blend(picture, 0.25 * picture, 0.9 * np.maximum(alpha, branch) * region)
 
 
 def stain(random: np.random.Generator, picture: Array, region: Array) -> Array:
+    """A brown, translucent patch, see `Defect`."""
     alpha = _blot(random, region, 0.035, 0.1, 0.45) * region
     tone = random.uniform(0, 0.5) * np.array([1, 0.8, 0.55], np.float32)
     return blend(picture, picture * 0.45 + 0.4 * tone, random.uniform(0.55, 0.9) * alpha)
 
 
 def discolouration(random: np.random.Generator, picture: Array, region: Array) -> Array:
+    """A blurred patch of another colour, see `Defect`."""
     alpha = cv2.GaussianBlur(_blot(random, region, 0.06, 0.12), (0, 0), len(region) / 90) * region
     shift = (random.choice([-1, 1], 3) * random.uniform(0.12, 0.3, 3)).astype(np.float32)
     return blend(picture, picture * (1 + shift) + 0.25 * shift, alpha)
 
 
 def hole(random: np.random.Generator, picture: Array, region: Array) -> Array:
+    """A small dark patch with a bright rim, see `Defect`."""
     alpha = _blot(random, region, 0.02, 0.045, 0.25) * region
     rim = np.clip(cv2.GaussianBlur(alpha, (0, 0), len(region) / 80) - alpha, 0, 1)
     depth = 0.06 + 0.04 * noise(random, len(region), 0.03)[..., None]
@@ -144,6 +158,7 @@ def hole(random: np.random.Generator, picture: Array, region: Array) -> Array:
 
 
 def thread(random: np.random.Generator, picture: Array, region: Array) -> Array:
+    """A coloured thread on the product, with its shadow, see `Defect`."""
     alpha = _line(random, region, random.uniform(0.25, 0.45), random.uniform(0.007, 0.011), 0.05)
     hue = np.clip(random.uniform(0.1, 0.9) + random.uniform(-0.15, 0.15, 3), 0.02, 1).astype(np.float32)
     shadow = np.roll(alpha, len(alpha) // 80, axis=(0, 1))
@@ -151,18 +166,19 @@ def thread(random: np.random.Generator, picture: Array, region: Array) -> Array:
 
 
 def contamination(random: np.random.Generator, picture: Array, region: Array) -> Array:
+    """A cluster of dark or bright grains, see `Defect`."""
     size = len(region)
     alpha = np.zeros((size, size), np.float32)
     around = _blot(random, region, 0.06, 0.1)
     for _ in range(random.integers(3, 8)):
         alpha = np.maximum(alpha, _blot(random, np.where(around > 0.5, 1, 0), 0.008, 0.022, 0.3))
-    hue = random.choice([0.08, 0.9]) + 0.15 * fractal(random, size, 0.03, 2)[..., None] * np.ones(
-        3, np.float32
-    )
+    grey, grain = random.choice([0.08, 0.9]), 0.15 * fractal(random, size, 0.03, 2)
+    hue = grey + grain[..., None] * np.ones(3, np.float32)
     return blend(picture, np.clip(hue, 0, 1), 0.9 * alpha)
 
 
 def deformation(random: np.random.Generator, picture: Array, region: Array) -> Array:
+    """A dent or bulge that bends the pattern and changes its shading, see `Defect`."""
     size = len(region)
     x, y = grid(size, 0, _spot(random, region))
     radius = random.uniform(0.07, 0.13)
@@ -179,7 +195,7 @@ def deformation(random: np.random.Generator, picture: Array, region: Array) -> A
 
 
 def missing_part(random: np.random.Generator, picture: Array, region: Array) -> Array:
-    """What lies at the product's edge has broken off: what is around it shows instead, behind a fresh fracture."""
+    """A piece broken off at the outline, with a bright fracture, see `Defect`: the backdrop shows instead."""
     outline = cv2.morphologyEx((region > 0.5).astype(np.uint8), cv2.MORPH_GRADIENT, np.ones((5, 5)))
     alpha = _blot(random, outline, 0.05, 0.1, 0.2)
     backdrop = np.median(picture[region < 0.05].reshape(-1, 3), axis=0) if (region < 0.05).any() else 0.1
@@ -188,19 +204,16 @@ def missing_part(random: np.random.Generator, picture: Array, region: Array) -> 
     return blend(broken, np.asarray(backdrop, np.float32), alpha * region)
 
 
-DEFECTS = {
-    defect.__name__: defect
-    for defect in (
-        contamination,
-        crack,
-        deformation,
-        discolouration,
-        hole,
-        missing_part,
-        scratch,
-        stain,
-        thread,
-    )
+DEFECTS: dict[str, Defect] = {
+    "contamination": contamination,
+    "crack": crack,
+    "deformation": deformation,
+    "discolouration": discolouration,
+    "hole": hole,
+    "missing_part": missing_part,
+    "scratch": scratch,
+    "stain": stain,
+    "thread": thread,
 }
 
 KINDS = {
@@ -222,13 +235,14 @@ class Synthetic(Dataset):
 
     Args:
         seed: another seed draws other pictures of the same products.
-        size: both sides, pixels.
-        train: normal training images per category.
-        test_good, test_defect: test images per category; defects take turns among the category's kinds.
-        categories: None for all ten.
+        size: pixels of both sides.
+        train: number of normal training images of each category.
+        test_good, test_defect: numbers of test images of each category without and with a defect, whose kinds
+            take turns.
+        categories: those to use, in this order; None takes all ten, sorted.
 
     Raises:
-        UserError: an unknown category.
+        UserError: a category is unknown, or there are no test images.
     """
 
     name = "synthetic"
@@ -271,7 +285,7 @@ class Synthetic(Dataset):
 
 
 def write(dataset: Synthetic, directory: Path) -> None:
-    """Write the stream in the MVTec AD layout, PNG.
+    """Write a dataset's images and masks as PNG files into `directory`, in the MVTec AD layout.
 
     Raises:
         UserError: the directory holds something already, or cannot be written.
@@ -290,10 +304,8 @@ def write(dataset: Synthetic, directory: Path) -> None:
         assert isinstance(sample, Drawn)
         image, mask = sample.read()
         folder = directory / sample.category
-        _save(
-            folder / sample.split / sample.kind / f"{sample.index:03d}.png",
-            cv2.cvtColor(image, cv2.COLOR_RGB2BGR),
-        )
+        path = folder / sample.split / sample.kind / f"{sample.index:03d}.png"
+        _save(path, cv2.cvtColor(image, cv2.COLOR_RGB2BGR))
         if mask is not None:
             path = folder / "ground_truth" / sample.kind / f"{sample.index:03d}_mask.png"
             _save(path, 255 * mask.astype(np.uint8))

@@ -1,11 +1,17 @@
-"""Procedural textures: pictures of endlessly many surfaces, for networks that must not see a dataset for them."""
+"""Procedural textures: pictures of endlessly many surfaces, for training without a dataset of pictures."""
 
 import torch
 from torch import Tensor
 
 
 def texture(recipe: int, variant: int, size: int) -> Tensor:
-    """One picture of a recipe, [3, S, S] in [0, 1]: the recipe fixes the statistics, not the pixels."""
+    """A picture of a surface, float32 [3, S, S] in [0, 1].
+
+    Args:
+        recipe: number of the surface; it fixes the statistics, not the pixels.
+        variant: number of the picture of this surface.
+        size: S, pixels of a side.
+    """
     style = torch.Generator().manual_seed(recipe)
     random = torch.Generator().manual_seed(1_000_003 * (recipe + 1) + variant)
 
@@ -27,9 +33,8 @@ def texture(recipe: int, variant: int, size: int) -> Tensor:
         field = wave.sign() * wave.abs() ** between(0.2, 1.5)
     elif kind == 2:  # woven or tiled
         aspect = between(0.5, 2)
-        wave = torch.sin(6.3 * frequency * (u + bend) + phase[0]) * torch.sin(
-            6.3 * frequency * aspect * v + phase[1]
-        )
+        across = torch.sin(6.3 * frequency * (u + bend) + phase[0])
+        wave = across * torch.sin(6.3 * frequency * aspect * v + phase[1])
         field = wave.sign() * wave.abs() ** between(0.1, 1)
     elif kind == 3:  # cells
         count = int(between(30, 300))
@@ -51,17 +56,25 @@ def texture(recipe: int, variant: int, size: int) -> Tensor:
     fine = between(0, 0.6) * spectral(random, size, between(0, 1), 1.0, 0.0)
     mix = torch.sigmoid(between(0.7, 2) * field + fine)
     colourful = between(0, 0.8) ** 2
-    dark, bright = (
-        torch.lerp(
-            torch.full((3, 1, 1), between(0.05, 0.95)), torch.rand(3, 1, 1, generator=style), colourful
-        )
-        for _ in range(2)
-    )
+
+    def colour() -> Tensor:
+        grey = torch.full((3, 1, 1), between(0.05, 0.95))
+        return torch.lerp(grey, torch.rand(3, 1, 1, generator=style), colourful)
+
+    dark, bright = colour(), colour()
     return (dark + (bright - dark) * mix).clamp(0, 1)
 
 
 def spectral(random: torch.Generator, size: int, slope: float, stretch: float, angle: float) -> Tensor:
-    """Noise [S, S] with a power law of frequency, elongated by `stretch` along a direction."""
+    """Noise, float32 [S, S], mean 0 and deviation 1, whose spectrum falls with frequency by a power law.
+
+    Args:
+        random: what the noise is drawn from.
+        size: S, pixels of a side.
+        slope: exponent of the power law: amplitudes fall with frequency to the power of -slope.
+        stretch: factor that features are longer by in one direction, and narrower across it.
+        angle: that direction, in radians from the x axis.
+    """
     fy, fx = torch.fft.fftfreq(size)[:, None], torch.fft.rfftfreq(size)[None]
     turn = torch.tensor(angle)
     along, across = fx * turn.cos() + fy * turn.sin(), fy * turn.cos() - fx * turn.sin()
@@ -72,7 +85,10 @@ def spectral(random: torch.Generator, size: int, slope: float, stretch: float, a
 
 
 def cells(random: torch.Generator, count: int, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Distance of every position to the nearest and second nearest of `count` random points."""
+    """Distances of the positions x, y [S, S] to the nearest and second nearest of `count` random points.
+
+    Points are drawn from -0.5 to 0.5. Both results are float32 [S, S].
+    """
     points = torch.rand(count, 2, generator=random) - 0.5
     distances = torch.cdist(torch.stack([x, y], -1).view(-1, 2), points)
     nearest = distances.topk(2, largest=False).values.view(len(x), len(x), 2)

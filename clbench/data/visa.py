@@ -1,4 +1,4 @@
-"""VisA, the Visual Anomaly dataset (Zou et al., ECCV 2022), in the layout and the split that it comes in."""
+"""VisA, the Visual Anomaly dataset (Zou et al., ECCV 2022), in its published layout and split."""
 
 import csv
 from collections.abc import Iterator
@@ -13,11 +13,11 @@ COLUMNS = ("object", "split", "label", "image", "mask")
 
 
 class VisA(OnDisk):
-    """Images and masks as `split_csv/1cls.csv` lists them: nine in ten normal images to train on, the rest to test.
+    """Images and masks as `split_csv/1cls.csv` lists them: nine in ten normal images are to train on.
 
-    Rows are `object,split,label,image,mask`, the last two paths in the root, as
+    Rows are `object,split,label,image,mask`; the last two are paths in the root, as in
     `candle,test,anomaly,candle/Data/Images/Anomaly/000.JPG,candle/Data/Masks/Anomaly/000.png`.
-    What the dataset's own prepare_data.py makes of it has the MVTec AD layout, and is `dataset=mvtec`.
+    What the dataset's own prepare_data.py writes has the MVTec AD layout: read it with `dataset=mvtec`.
     """
 
     name = "visa"
@@ -42,7 +42,7 @@ class VisA(OnDisk):
                     raise UserError(
                         f"{path} has no column {', '.join(missing)}: copy it again from its source"
                     )
-                self._rows = []  # with their line in the file
+                self._rows = []  # (line in the file, row)
                 for line, row in enumerate(table, start=2):
                     if None in row or None in row.values():
                         self.gap(
@@ -74,6 +74,7 @@ class VisA(OnDisk):
                 yield Entry(image, GOOD if normal else "anomaly", (mask,) if mask else ())
 
     def _file(self, listed: str, where: str) -> Path | None:
+        """The file that a row lists; None where it is missing, which `gap` is told of."""
         path = self.root / listed
         if listed and path.is_file():
             return path

@@ -47,9 +47,11 @@ class Detector(nn.Module):
         rebuilt_by_replay: whether replay makes banks and statistics anew from current and stored images, or
             leaves them to the method's own update.
         epochs: passes over a task's images; 1 for methods that only collect.
+        step_budget: optimizer steps of a task, in place of epochs; None where epochs count.
         batch_size: images of a training step, and as many replayed ones.
         held_out: share of a task's normal images that no step sees, for early stopping and thresholds.
         patience: epochs without a better loss on the held-out images before training stops; None for never.
+        gradient_clip: largest norm of all gradients together; None to leave them as they are.
         precision: of mixed-precision training; None for single precision.
         progress: called with (phase, done, total) during long phases.
     """
@@ -57,6 +59,8 @@ class Detector(nn.Module):
     native = False
     rebuilt_by_replay = True
     epochs = 1
+    step_budget: int | None = None
+    gradient_clip: float | None = None
     batch_size = 16
     held_out = 0.0
     patience: int | None = None
@@ -104,6 +108,11 @@ class Detector(nn.Module):
         loss = self.training_step(images)
         assert loss is not None
         return loss
+
+    def outputs(self, images: Tensor) -> list[Tensor]:
+        """Images uint8 [B, 3, H, W] -> the trained outputs, with gradients, that distillation and replay of stored
+        outputs compare: float tensors [B, ...], always as many and in the same order; none where nothing is trained."""
+        return []
 
     def finish_task(self, images: Tensor) -> None:
         """Consolidate what the task's steps left; normal images [N, 3, H, W], held out where some are."""

@@ -21,20 +21,21 @@ class CFA(Detector):
         layers: levels of its pyramid; all are brought to the grid of the first.
         attracted: K, the nearest centroids that attract a patch, and that its score looks at.
         repelled: J, the next nearest, which repel it.
-        alpha: how far within the hypersphere a repelling centroid may be at no cost.
-        nu: of the soft boundary: the smaller, the more a patch outside its hypersphere costs.
-        sigma: of the map's smoothing, pixels.
-        epochs, batch_size, learning_rate, weight_decay: of AdamW with AMSGrad.
-        held_out: share of normal images that no step sees, for thresholds, see `Detector`.
-        seed: of the descriptor's first weights.
+        alpha: margin of the repulsion: a repelling centroid costs nothing from a squared distance of
+            r^2 - alpha on, with r the learned radius.
+        nu: what the loss is divided by.
+        sigma: standard deviation of the map's Gaussian smoothing, in pixels.
+        epochs, batch_size, learning_rate, weight_decay: settings of the training, with AdamW and AMSGrad.
+        held_out: share of the normal images that training does not see; thresholds are set on them.
+        seed: seed of the descriptor's first weights.
 
     Buffers:
-        centroids: C, float32 [P, D], one for each position.
-        tasks: int64, of how many tasks they are the average (Algorithm 3).
+        centroids: the memory bank C, float32 [P, D]: one centroid for each position of the grid.
+        tasks: number of tasks that the centroids are the average of, int64 scalar (Algorithm 3).
     """
 
     native = True
-    rebuilt_by_replay = False  # Algorithm 3, which averages over tasks, is the paper's for replay
+    rebuilt_by_replay = False  # under replay too, the paper averages the centroids over tasks (Algorithm 3)
 
     centroids: Tensor
     tasks: Tensor
@@ -71,9 +72,8 @@ class CFA(Detector):
         self.register_buffer("tasks", torch.tensor(0))
 
     def check(self, images: Tensor) -> None:
-        positions = self.pyramid.check(images)[0][
-            0, 0
-        ].numel()  # patches are brought to the first level's grid
+        grid = self.pyramid.check(images)[0].shape[-2:]  # all levels are brought to the first one's grid
+        positions = grid.numel()
         wanted = self.attracted + self.repelled
         if wanted > positions:
             raise UserError(
@@ -86,16 +86,17 @@ class CFA(Detector):
         self.centroids, self.tasks = self.centroids[:0], torch.zeros_like(self.tasks)
 
     def start_task(self, task: int, images: Tensor, stored: Tensor) -> None:
-        """Algorithm 3: the running average over tasks of the mean description of every position."""
-        mean = None
-        for done, part in zip(
-            range(0, len(images), self.batch_size), images.split(self.batch_size), strict=True
-        ):
+        """Update the centroids from the task's images, uint8 [N, 3, H, W] (supplement, Algorithm 3).
+
+        A task's centroids are the mean of the images' descriptions at each position; the bank is the running
+        average of them over tasks.
+        """
+        mean, done = None, 0
+        for part in images.split(self.batch_size):
             total = self.describe(part).sum(0)
-            mean = (
-                total / len(part) if mean is None else mean + (total - len(part) * mean) / (done + len(part))
-            )
-            self.progress("centroids", done + len(part), len(images))
+            done += len(part)
+            mean = total / done if mean is None else mean + (total - len(part) * mean) / done
+            self.progress("centroids", done, len(images))
         assert mean is not None
         seen = int(self.tasks)
         self.centroids = self.centroids * (seen / (seen + 1)) + mean / (seen + 1) if seen else mean
@@ -108,7 +109,10 @@ class CFA(Detector):
         )
 
     def training_step(self, images: Tensor) -> Tensor:
-        """Images [B, 3, H, W] -> L_att + L_rep, with D the squared distance."""
+        """Images [B, 3, H, W] -> the loss, a scalar: (L_att + L_rep) / nu (supplement, section 1.3.2).
+
+        D is the squared Euclidean distance.
+        """
         described = self.describe(images).flatten(0, 1)
         distances, _ = k_nearest(described, self.centroids, self.attracted + self.repelled)
         boundary = self.radius.square()
@@ -117,7 +121,10 @@ class CFA(Detector):
         return (attraction + repulsion) / self.nu
 
     def forward(self, images: Tensor) -> Prediction:
-        """The distance to the nearest centroid, weighted by how surely it is the nearest (softmin over K)."""
+        """Images [B, 3, H, W] -> maps [B, H, W], and scores [B], their maxima (supplement, section 1.3.3).
+
+        At each position: the distance to the nearest centroid, times its softmin over the K nearest.
+        """
         described = self.describe(images)
         distances, _ = k_nearest(described.flatten(0, 1), self.centroids, self.attracted)
         distances = distances.sqrt()
@@ -126,7 +133,7 @@ class CFA(Detector):
         return Prediction(maps, maps.amax((1, 2)))
 
     def describe(self, images: Tensor) -> Tensor:
-        """The descriptor's output phi for every patch, [B, P, D]."""
+        """Images [B, 3, H, W] -> the adapted features phi(p_t) of every patch, float32 [B, P, D]."""
         patches = neighbourhood_patches(self.pyramid(images))
         batch, height, width, _ = patches.shape
         self._grid = height, width

@@ -16,9 +16,9 @@ from clbench.methods.base import Detector, Prediction, Share
 from clbench.methods.simulated import change_some, rotated, simulate, uniform
 from clbench.randomness import seed_for
 
-_MEAN_FILTER = 21  # pixels, of the mask's smoothing before its maximum is taken
+_MEAN_FILTER = 21  # s_f: side in pixels of the mean filter for image scores
 _SSIM_WINDOW, _SSIM_SIGMA = 11, 1.5  # pixels
-_SMALLEST = 32  # pixels of an image's side
+_SMALLEST = 32  # pixels: images with a shorter side are refused
 _FOCUS = 2.0  # gamma of the focal loss
 
 
@@ -28,14 +28,15 @@ class DRAEM(Detector):
     Args:
         textures: folder of the pictures that anomalies are made of, the Describable Textures Dataset for the
             real thing; None for procedural ones.
-        texture_count: how many of them, at most.
+        texture_count: number of these pictures, at most.
         reconstructive_width, discriminative_width: channels of the sub-networks' first blocks.
-        rotated_share: of the normal images, turned by up to 90 degrees.
-        similarity: weight of the structural dissimilarity beside the squared error.
-        epochs, batch_size, learning_rate: of Adam; the rate falls to a fifth after 80 % and 90 % of the steps.
-        held_out: share of normal images that no step sees, for thresholds, see `Detector`.
-        seed: of the first weights and the choice of textures.
-        cache: where decoded pictures are kept.
+        rotated_share: share of the normal images that are turned, by up to 90 degrees.
+        similarity: lambda, the weight of the structural dissimilarity beside the squared error.
+        epochs, batch_size, learning_rate: settings of the training with Adam, whose rate is divided by 5
+            after 80 % and again after 90 % of the steps.
+        held_out: share of the normal images that training does not see; thresholds are set on them.
+        seed: seed of the first weights and of the choice of textures.
+        cache: folder that decoded pictures are kept in.
     """
 
     def __init__(
@@ -82,14 +83,19 @@ class DRAEM(Detector):
         return 1.0 if done < 0.8 else 0.2 if done < 0.9 else 0.04
 
     def training_step(self, images: Tensor) -> Tensor:
-        """Images [B, 3, H, W] -> L_rec + L_seg, of the repaired images and of the masks."""
+        """Images [B, 3, H, W] -> the loss L_rec + L_seg, a scalar (supplement, section 1.6.1)."""
         normal, anomalous, masks = self.material(images)
         repaired, logits = self.parts(anomalous)
         squared = F.mse_loss(repaired, normal)
         return squared + self.similarity * dissimilarity(repaired, normal) + focal(logits, masks)
 
     def material(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Normal images, the same with simulated anomalies, both in [0, 1], and the masks [B, 1, H, W]."""
+        """What a step learns from, made of normal images [B, 3, H, W].
+
+        Returns:
+            The normal images, some of them turned; the same with simulated anomalies; both float32
+            [B, 3, H, W] in [0, 1]; and the anomalies' masks, float32 [B, 1, H, W] of 0 and 1.
+        """
         normal = unit(images)
         turned = torch.rand(len(images)) < self.rotated_share
         change_some(normal, turned, lambda t: rotated(t, uniform(t, -90, 90)))
@@ -97,9 +103,12 @@ class DRAEM(Detector):
         return normal, anomalous, masks
 
     def parts(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Images [B, 3, H, W] in [0, 1] -> repaired ones, and logits [B, 2, H, W] of normal and anomalous."""
+        """Images [B, 3, H, W] in [0, 1] -> repaired images [B, 3, H, W] and logits [B, 2, H, W].
+
+        The logits are those of normal and anomalous.
+        """
         height, width = images.shape[-2:]
-        # Five halvings: what does not divide is mirrored, and cut off again.
+        # The networks halve images five times: sides that 32 does not divide are padded, and cut again.
         pad = 0, -width % 32, 0, -height % 32
         padded = F.pad(images, pad, mode="reflect") if any(pad) else images
         repaired = self.reconstructive(padded)
@@ -107,7 +116,10 @@ class DRAEM(Detector):
         return repaired[..., :height, :width].float(), logits[..., :height, :width].float()
 
     def forward(self, images: Tensor) -> Prediction:
-        """The probability of an anomaly at each pixel; score: the maximum of its local mean."""
+        """Images [B, 3, H, W] -> maps [B, H, W], the probability of an anomaly at each pixel, and scores [B].
+
+        A score is the maximum of the map after a mean filter (supplement, section 1.6.3).
+        """
         _, logits = self.parts(unit(images))
         maps = torch.softmax(logits, 1)[:, 1]
         smooth = F.avg_pool2d(maps[:, None], _MEAN_FILTER, 1, _MEAN_FILTER // 2)
@@ -115,15 +127,19 @@ class DRAEM(Detector):
 
 
 def focal(logits: Tensor, masks: Tensor) -> Tensor:
-    """Focal loss of logits [B, 2, H, W] against masks [B, 1, H, W] of 0 and 1 (Lin et al., 2017)."""
+    """L_seg, a scalar: the mean focal loss (Lin et al., 2017) of logits [B, 2, H, W] against masks.
+
+    Masks are [B, 1, H, W] of 0 and 1.
+    """
     log_probability = F.log_softmax(logits, 1).gather(1, masks.long())
     return -((1 - log_probability.exp()) ** _FOCUS * log_probability).mean()
 
 
 def dissimilarity(one: Tensor, other: Tensor) -> Tensor:
-    """1 - SSIM (Wang et al., 2004), the mean over images [B, 3, H, W] in [0, 1] within Gaussian windows.
+    """L_SSIM of two batches of images [B, C, H, W] in [0, 1]: 1 - SSIM, a scalar (Wang et al., 2004).
 
-    Always in single precision: variances, small differences of squares, are lost in half of it.
+    The windows are Gaussian.
+    Always in single precision: variances are small differences of squares, which half precision loses.
     """
     with torch.autocast(one.device.type, enabled=False):
         return _dissimilarity(one.float(), other.float())
@@ -134,7 +150,7 @@ def _dissimilarity(one: Tensor, other: Tensor) -> Tensor:
     weights = torch.exp(-(offsets**2) / (2 * _SSIM_SIGMA**2))
     weights = (weights / weights.sum()).to(one)
     channels = 5 * one.shape[1]
-    # All five moments in one depthwise convolution a side.
+    # One depthwise convolution along each side gives all five moments.
     moments = torch.cat([one, other, one * one, other * other, one * other], 1)
     for shape in ((1, 1, _SSIM_WINDOW, 1), (1, 1, 1, _SSIM_WINDOW)):
         moments = F.conv2d(moments, weights.view(shape).expand(channels, -1, -1, -1), groups=channels)
@@ -147,7 +163,7 @@ def _dissimilarity(one: Tensor, other: Tensor) -> Tensor:
 
 
 def block(*channels: int) -> nn.Sequential:
-    """3x3 convolutions from each number of channels to the next, normalised and rectified."""
+    """3x3 convolutions, batch-normalised and rectified, from each number of channels to the next."""
     layers: list[nn.Module] = []
     for before, after in itertools.pairwise(channels):
         layers += [nn.Conv2d(before, after, 3, padding=1), nn.BatchNorm2d(after), nn.ReLU(inplace=True)]
@@ -155,14 +171,18 @@ def block(*channels: int) -> nn.Sequential:
 
 
 def up(before: int, after: int) -> nn.Sequential:
-    """To twice the size, then a block."""
+    """Features [B, before, h, w] -> [B, after, 2h, 2w]: upsampled, then a `block`."""
     return nn.Sequential(
         nn.Upsample(scale_factor=2, mode="bilinear", align_corners=True), block(before, after)
     )
 
 
 class Reconstructive(nn.Module):
-    """An encoder and a decoder without shortcuts, so that what is no normal pattern cannot pass."""
+    """An encoder and a decoder without skip connections, so that only normal patterns pass.
+
+    Args:
+        width: channels of the first block.
+    """
 
     def __init__(self, width: int):
         super().__init__()
@@ -184,12 +204,16 @@ class Reconstructive(nn.Module):
         )
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images [B, 3, H, W] -> repaired ones; H and W are multiples of 16."""
+        """Images [B, 3, H, W] -> repaired images [B, 3, H, W]; H and W are multiples of 16."""
         return self.decoder(self.encoder(images))
 
 
 class Discriminative(nn.Module):
-    """A U-Net over the repaired image and the original."""
+    """A U-Net that sees the repaired image and the original.
+
+    Args:
+        width: channels of the first block.
+    """
 
     def __init__(self, width: int):
         super().__init__()
@@ -215,7 +239,7 @@ class Discriminative(nn.Module):
         self.logits = nn.Conv2d(b, 2, 3, padding=1)
 
     def forward(self, both: Tensor) -> Tensor:
-        """Repaired and original [B, 6, H, W] -> logits [B, 2, H, W]; H and W are multiples of 32."""
+        """Repaired and original images [B, 6, H, W] -> logits [B, 2, H, W]; H and W are multiples of 32."""
         levels: list[Tensor] = []
         for index, level in enumerate(self.down):
             levels.append(level(F.max_pool2d(levels[-1], 2) if index else both))

@@ -23,12 +23,12 @@ from clbench.feature_store import FeatureStore
 from clbench.methods.base import Detector, Prediction, Share
 from clbench.randomness import seed_for
 
-_HARD = 0.999  # quantile of the squared differences from which on they count
-_LOW, _HIGH = 0.9, 0.995  # quantiles of normal maps that become 0 and _UNIT
+_HARD = 0.999  # p_hard: the loss counts squared differences from this quantile of them on
+_LOW, _HIGH = 0.9, 0.995  # a and b: these quantiles of maps on normal images become 0 and _UNIT
 _UNIT = 0.1
-_AUTOENCODER_SIDE = 256  # pixels: the autoencoder sees images at this size, whatever theirs
+_AUTOENCODER_SIDE = 256  # pixels: images of any size are brought to this one for the autoencoder
 _GREY = 0.3  # share of penalty images shown in grey
-_JITTER = 0.2  # of brightness, contrast or saturation
+_JITTER = 0.2  # largest relative change of brightness, contrast or saturation
 
 
 def _teacher(name: str | None) -> str:
@@ -41,7 +41,7 @@ def _teacher(name: str | None) -> str:
 
 
 class EfficientAD(Detector):
-    """Local maps from a student, global ones from an autoencoder, averaged (supplement, section 1.5).
+    """The average of a student's local and an autoencoder's global anomaly map (supplement, section 1.5).
 
     Args:
         teacher: file of the distilled network's weights (`clbench distil` makes one;
@@ -49,17 +49,21 @@ class EfficientAD(Detector):
         width: channels of the networks' first layer: 256 is the paper's medium size.
         penalty_images: folder of out-of-distribution images that the student must not imitate the teacher on,
             ImageNet for the real thing; None for procedural ones.
-        penalty_count: how many of them, at most.
-        epochs, batch_size, learning_rate, weight_decay: of Adam; the rate falls to a tenth after 95 % of the
-            steps.
-        held_out, patience: of early stopping, see `Detector`; the maps' quantiles are of the held-out images.
-        feature_memory_mb, feature_disk_mb: how much of the teacher's features may be kept.
-        seed: of first weights and the choice of penalty images.
-        cache: where decoded pictures are kept.
+        penalty_count: number of these images, at most.
+        epochs, batch_size, learning_rate, weight_decay: settings of the training with Adam, whose rate falls
+            to a tenth after 95 % of the steps.
+        held_out, patience: when training stops early, see `Detector`; the maps' quantiles are taken over the
+            held-out images.
+        feature_memory_mb, feature_disk_mb: how much of the teacher's features may be kept, in memory and then
+            in temporary files.
+        seed: seed of the first weights and of the choice of penalty images.
+        cache: folder that decoded pictures are kept in.
 
     Buffers:
-        channel_mean, channel_deviation: of the teacher's features on normal images, [1, C, 1, 1].
-        quantiles: of the local and the global map on normal images, [2, 2].
+        channel_mean, channel_deviation: mean and standard deviation of each channel of the teacher's features
+            on normal images, float32 [1, C, 1, 1].
+        quantiles: float32 [2, 2]: a row for the local and one for the global map, with their 0.9 and 0.995
+            quantiles on normal images.
     """
 
     channel_mean: Tensor
@@ -95,7 +99,7 @@ class EfficientAD(Detector):
         if teacher != "random":
             load_teacher(network, teacher, width)
         self.teacher = FeaturePyramid(
-            Single(network),
+            OneLevel(network),
             name="method=efficientad",
             channels=[channels],
             whole_parameters=sum(parameter.numel() for parameter in network.parameters()),
@@ -112,13 +116,16 @@ class EfficientAD(Detector):
 
     def prepare(self, images: Tensor) -> None:
         height, width = images.shape[-2:]
-        # The middle of pictures of twice the size (Batzner et al., 2024, appendix A).
+        # Penalty images are the middle of pictures of twice the size (Batzner et al., 2024, appendix A).
         larger = self.pictures.load(2 * height, 2 * width)
         middle = larger[..., height // 2 : height // 2 + height, width // 2 : width // 2 + width]
         self._penalties = middle.to(images.device, copy=True)
 
     def start_task(self, task: int, images: Tensor, stored: Tensor) -> None:
-        """The teacher's mean and deviation of each channel over all positions of all normal images."""
+        """Set `channel_mean` and `channel_deviation`, over all positions of all images, new and stored.
+
+        Both are uint8 [N, 3, H, W].
+        """
         count, mean = 0, torch.zeros_like(self.channel_mean).double()
         scatter = torch.zeros_like(mean)
         everything = torch.cat([images, stored])
@@ -126,11 +133,11 @@ class EfficientAD(Detector):
             (features,) = self.teacher(part)
             positions = features.transpose(0, 1).flatten(1).double()
             size = positions.shape[1]
-            own = positions.mean(1).view_as(mean)
-            squares = (positions - own.view(-1, 1)).square().sum(1).view_as(mean)
-            # Chan et al., 1979: means and scatters of two sets together
-            scatter = scatter + squares + (own - mean).square() * (count * size / (count + size))
-            mean = mean + (own - mean) * (size / (count + size))
+            part_mean = positions.mean(1).view_as(mean)
+            squares = (positions - part_mean.view(-1, 1)).square().sum(1).view_as(mean)
+            # Chan et al., 1979: mean and scatter of two sets together
+            scatter = scatter + squares + (part_mean - mean).square() * (count * size / (count + size))
+            mean = mean + (part_mean - mean) * (size / (count + size))
             count += size
             self.progress("teacher statistics", count // size * len(part), len(everything))
         self.channel_mean = mean.float()
@@ -144,61 +151,78 @@ class EfficientAD(Detector):
         return 1.0 if done < 0.95 else 0.1
 
     def training_step(self, images: Tensor) -> Tensor:
-        """Images [B, 3, H, W] -> L_ST (hard features and penalty) + L_AE + L_STAE."""
+        """Images [B, 3, H, W] -> the loss L_ST + L_AE + L_STAE, a scalar.
+
+        L_ST is L_hard plus the penalty for imitating the teacher on one out-of-distribution picture (Batzner
+        et al., 2024, sections 3.2 and 3.3).
+        """
         batch = len(images)
         jittered = jitter(unit(images))
-        penalty = unit(self._penalties[torch.randint(len(self._penalties), (1,), device=images.device)])
+        foreign = unit(self._penalties[torch.randint(len(self._penalties), (1,), device=images.device)])
         if float(torch.rand(())) < _GREY:
-            penalty = penalty.mean(1, keepdim=True).expand_as(penalty)
-        # One pass of the student over all that it is to see.
-        imitated = self.student(self.normalisation(torch.cat([unit(images), jittered, penalty]))).float()
-        normal, changed, foreign = imitated.split([batch, batch, 1])
-        taught, repeated = normal[:, : self.channels], changed[:, self.channels :]
-        hard = hard_features((self._taught(images) - taught).square())
+            foreign = foreign.mean(1, keepdim=True).expand_as(foreign)
+        # The student sees everything in one pass.
+        seen = self.student(self.normalisation(torch.cat([unit(images), jittered, foreign]))).float()
+        on_images, on_jittered, on_foreign = seen.split([batch, batch, 1])
+        as_teacher, as_autoencoder = on_images[:, : self.channels], on_jittered[:, self.channels :]
+        hard = hard_features((self._teacher_features(images) - as_teacher).square())
+        penalty = on_foreign[:, : self.channels].square().mean()
         targets = self._normalised(self.teacher.compute(jittered)[0])
-        return (
-            hard
-            + foreign[:, : self.channels].square().mean()
-            + self._autoencoder_loss(jittered, targets, repeated)
-        )
+        return hard + penalty + self._autoencoder_loss(jittered, targets, as_autoencoder)
 
     def validation_loss(self, images: Tensor) -> Tensor:
-        """The same without jitter and penalty, which would only add noise."""
-        taught, repeated = self.student(self.normalisation(images)).chunk(2, 1)
-        targets = self._taught(images)
-        return hard_features((targets - taught).square()) + self._autoencoder_loss(images, targets, repeated)
+        """Images [B, 3, H, W] -> the training loss without jitter and penalty, which would only add noise."""
+        as_teacher, as_autoencoder = self.student(self.normalisation(images)).chunk(2, 1)
+        targets = self._teacher_features(images)
+        hard = hard_features((targets - as_teacher).square())
+        return hard + self._autoencoder_loss(images, targets, as_autoencoder)
 
-    def _autoencoder_loss(self, images: Tensor, targets: Tensor, repeated: Tensor) -> Tensor:
-        """L_AE + L_STAE: the autoencoder is to give the teacher's features, the student the autoencoder's."""
+    def _autoencoder_loss(self, images: Tensor, targets: Tensor, as_autoencoder: Tensor) -> Tensor:
+        """L_AE + L_STAE: the autoencoder is to give the teacher's features, the student the autoencoder's.
+
+        Args:
+            images: what the autoencoder sees, [B, 3, H, W].
+            targets: the teacher's normalised features of these images, [B, C, h, w].
+            as_autoencoder: the student's prediction of the autoencoder's output, [B, C, h, w].
+        """
         coded = self.autoencoder(self.normalisation(images), targets.shape[-2:]).float()
-        return F.mse_loss(coded, targets) + F.mse_loss(repeated, coded)
+        return F.mse_loss(coded, targets) + F.mse_loss(as_autoencoder, coded)
 
     def finish_task(self, images: Tensor) -> None:
-        """Quantiles of both maps over normal images: what their scales are made equal by."""
+        """Set `quantiles` from normal images [N, 3, H, W]: they bring both maps to one scale.
+
+        Source: Batzner et al., 2024, section 3.4.
+        """
         maps = [torch.stack(self.differences(part)) for part in images.split(self.batch_size)]
         both = torch.cat([part.flatten(1) for part in maps], 1)
         self.quantiles = torch.stack([quantile(both, _LOW), quantile(both, _HIGH)], 1)
 
     def forward(self, images: Tensor) -> Prediction:
-        """The average of both maps in units of their quantiles: map [B, H, W], score [B] its maximum."""
+        """Images [B, 3, H, W] -> maps [B, H, W], and scores [B], their maxima (supplement, section 1.5.3).
+
+        A map is the average of the local and the global one, each scaled so that its quantiles are 0 and 0.1.
+        """
         height, width = images.shape[-2:]
         levels = []
         for level, (low, high) in zip(self.differences(images), self.quantiles, strict=True):
-            # Its unpadded convolutions leave out a border, of about four positions a side at 256 pixels: no
-            # difference is known there, so it is to rank below what is normal, and not at the quantile.
+            # The networks' unpadded convolutions leave out a border, of about four positions a side at 256
+            # pixels. No difference is known there: it counts as 0, which ranks below what is normal.
             scaled = _UNIT * (F.pad(level, (4, 4, 4, 4)) - low) / (high - low).clamp_min(1e-12)
             levels.append(F.interpolate(scaled[:, None], (height, width), mode="bilinear")[:, 0])
         maps = torch.stack(levels).mean(0)
         return Prediction(maps, maps.amax((1, 2)))
 
     def differences(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean squared differences over channels [B, h, w]: teacher and student, autoencoder and student."""
-        taught, repeated = self.student(self.normalisation(images)).chunk(2, 1)
-        targets = self._taught(images)
-        coded = self.autoencoder(self.normalisation(images), targets.shape[-2:])
-        return (targets - taught).square().mean(1), (coded - repeated).square().mean(1)
+        """Images [B, 3, H, W] -> the local and the global map, each [B, h, w] (supplement, section 1.5.3).
 
-    def _taught(self, images: Tensor) -> Tensor:
+        Squared differences, averaged over channels: of teacher and student, and of autoencoder and student.
+        """
+        as_teacher, as_autoencoder = self.student(self.normalisation(images)).chunk(2, 1)
+        targets = self._teacher_features(images)
+        coded = self.autoencoder(self.normalisation(images), targets.shape[-2:])
+        return (targets - as_teacher).square().mean(1), (coded - as_autoencoder).square().mean(1)
+
+    def _teacher_features(self, images: Tensor) -> Tensor:
         return self._normalised(self.teacher(images)[0])
 
     def _normalised(self, features: Tensor) -> Tensor:
@@ -206,14 +230,20 @@ class EfficientAD(Detector):
 
 
 def hard_features(squares: Tensor) -> Tensor:
-    """The mean of the squared differences that reach their own 0.999 quantile."""
+    """L_hard: the mean of those squared differences, of any shape, that reach their 0.999 quantile; a scalar.
+
+    Source: Batzner et al., 2024, section 3.2.
+    """
     flat = squares.flatten()
     count = max(1, len(flat) - 1 - int(_HARD * (len(flat) - 1)))
     return flat.topk(count, sorted=False).values.mean()
 
 
 def quantile(values: Tensor, share: float) -> Tensor:
-    """Of each row [K, N], interpolated; torch.quantile refuses more than 16 million values."""
+    """The quantile of each row of values [K, N] at a share in [0, 1], interpolated linearly: [K].
+
+    torch.quantile refuses more than 16 million values.
+    """
     ranks = values.sort(1).values
     place = share * (values.shape[1] - 1)
     below = int(place)
@@ -222,7 +252,7 @@ def quantile(values: Tensor, share: float) -> Tensor:
 
 
 def jitter(images: Tensor) -> Tensor:
-    """Images [B, 3, H, W] in [0, 1], each with its brightness, contrast or saturation changed by up to 20 %."""
+    """Images [B, 3, H, W] in [0, 1] with brightness, contrast or saturation of each changed by up to 20 %."""
     batch, device = len(images), images.device
     factor = 1 + _JITTER * (2 * torch.rand(batch, 1, 1, 1, device=device) - 1)
     kind = torch.randint(3, (batch, 1, 1, 1), device=device)
@@ -236,7 +266,15 @@ def _mean(grey: Tensor) -> Tensor:
 
 
 def patch_description_network(width: int, channels: int, padding: bool = False) -> nn.Sequential:
-    """Images [B, 3, H, W] -> descriptions [B, C, h, w] of 33 x 33 pixels each, at stride 4."""
+    """The PDN: images [B, 3, H, W] -> features [B, C, h, w] of 33 x 33 pixels each, at stride 4.
+
+    The medium size of Batzner et al., 2024, section 3.1.
+
+    Args:
+        width: channels of the first layer.
+        channels: channels C of the output.
+        padding: whether convolutions pad, so that the border gets features too.
+    """
     pad = int(padding)
     return nn.Sequential(
         nn.Conv2d(3, width, 4, padding=3 * pad),
@@ -256,7 +294,12 @@ def patch_description_network(width: int, channels: int, padding: bool = False) 
 
 
 def load_teacher(network: nn.Module, file: str, width: int) -> None:
-    """Read a teacher's weights, whatever its layers are called, by their order.
+    """Read a teacher's weights by the order of their layers, whatever those are called.
+
+    Args:
+        network: the teacher, whose weights are replaced.
+        file: a .safetensors or .pth file, or one of the package's own.
+        width: channels of the network's first layer, for the error.
 
     Raises:
         UserError: the file cannot be read, is of another size or architecture, or holds what are no numbers.
@@ -289,20 +332,25 @@ def _layer(name: str) -> tuple[int, int]:
     return int(digits or 0), int(name.endswith("bias"))
 
 
-class Single(nn.Module):
-    """A network of one level."""
+class OneLevel(nn.Module):
+    """A network as a pyramid of one level."""
 
     def __init__(self, network: nn.Module):
         super().__init__()
         self.network = network
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """Images [B, 3, H, W] -> one level."""
+        """Normalised images [B, 3, H, W] -> a list of one level, [B, C, h, w]."""
         return [self.network(images)]
 
 
 class Autoencoder(nn.Module):
-    """The whole image through a narrow middle, to features on the student's grid."""
+    """Brings whole images through a bottleneck to features on the student's grid (supplement, section 1.5.1).
+
+    Args:
+        width: channels of the patch description networks' first layer, which its own are a part of.
+        channels: channels C of the output.
+    """
 
     def __init__(self, width: int, channels: int):
         super().__init__()

@@ -15,22 +15,22 @@ from clbench.methods.base import Detector, Prediction, Share
 from clbench.randomness import generator, seed_for
 
 _CLAMP = 2.0  # bounds the logarithm of a coupling's scales
-_SCALE = 0.1  # of subnetworks' outputs and raw scales, so that a flow starts and stays close to the identity
+_SCALE = 0.1  # multiplies subnetworks' outputs and raw scales: a flow starts and stays close to the identity
 
 
 class FastFlow(Detector):
-    """Anomaly where a flow that was trained on normal features finds low likelihood (supplement, 1.7 and 1.8).
+    """Anomaly where flows trained on normal features find a low likelihood (supplement, 1.7 and 1.8).
 
     Args:
-        backbone: where features come from.
-        layers: levels, each with a flow of its own.
+        backbone: the network that features come from.
+        layers: levels of its pyramid, each with a flow of its own.
         steps: couplings of a flow; 8 for convolutional backbones, 20 for transformers.
-        hidden_ratio: channels inside a subnetwork, relative to those it sees.
-        trained_normalisation: whether levels get a trained factor and offset for each channel and position once
-            they are normalised, as part of the flow; the paper's parameters do not include them.
-        epochs, batch_size, learning_rate, weight_decay: of Adam.
-        held_out: share of normal images that no step sees, for thresholds, see `Detector`.
-        seed: of the flows' permutations and first weights.
+        hidden_ratio: hidden channels of a coupling's subnetwork, relative to its input channels.
+        trained_normalisation: whether a flow begins with a trained factor and offset for each channel and
+            position; the paper's number of parameters does not include them.
+        epochs, batch_size, learning_rate, weight_decay: settings of the training with Adam.
+        held_out: share of the normal images that training does not see; thresholds are set on them.
+        seed: seed of the flows' permutations and first weights.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class FastFlow(Detector):
 
     def lay_out(self) -> None:
         super().lay_out()
-        # Couplings halve their channels, and halves of a tensor that has them last lie in pieces.
+        # Couplings split channels in halves, which are not contiguous in memory where channels come last.
         self.flows.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
 
     def prepare(self, images: Tensor) -> None:
@@ -87,7 +87,10 @@ class FastFlow(Detector):
         )
 
     def training_step(self, images: Tensor) -> Tensor:
-        """Images [B, 3, H, W] -> negative log-likelihood, but for constants, summed over levels."""
+        """Images [B, 3, H, W] -> the loss, a scalar: negative log-likelihood, summed over levels.
+
+        With z = f(x) standard normal, and without the constant: |z|^2 / 2 - log |det dz/dx|.
+        """
         losses = [
             (0.5 * z.square().sum((1, 2, 3)) - log_determinant).mean()
             for z, log_determinant in self.transformed(images)
@@ -95,7 +98,11 @@ class FastFlow(Detector):
         return torch.stack(losses).sum()
 
     def forward(self, images: Tensor) -> Prediction:
-        """Minus the likelihood of every position, upsampled and averaged over levels."""
+        """Images [B, 3, H, W] -> maps [B, H, W], and scores [B], their maxima (supplement, section 1.8.2).
+
+        At each position of a level: minus the likelihood exp(-|z|^2 / 2C); then upsampled, and averaged over
+        levels.
+        """
         size = images.shape[-2:]
         likelihoods = [
             torch.exp(-0.5 * z.square().mean(1, keepdim=True)) for z, _ in self.transformed(images)
@@ -104,7 +111,7 @@ class FastFlow(Detector):
         return Prediction(maps, maps.amax((1, 2)))
 
     def transformed(self, images: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Each level through its flow: z [B, C_l, h_l, w_l] and log-determinants [B]."""
+        """Images [B, 3, H, W] -> for each level, its flow's z [B, C_l, h_l, w_l] and log-determinants [B]."""
         levels = self.pyramid(images)
         if not self.pyramid.normalised:
             levels = [F.layer_norm(level, level.shape[1:]) for level in levels]
@@ -112,10 +119,14 @@ class FastFlow(Detector):
 
 
 class Flow(nn.Module):
-    """Couplings one after the other, their subnetworks' kernels 3x3 and 1x1 in turn.
+    """Couplings one after the other; their subnetworks' kernels are 3x3 and 1x1 in turn.
 
     Args:
-        affine: whether an `Affine` comes before them.
+        channels: channels C of what goes through, an even number.
+        steps: number of couplings.
+        hidden_ratio: hidden channels of the subnetworks, relative to their input channels.
+        seed: seed of the permutations of channels.
+        affine: whether an `Affine` comes before the couplings.
     """
 
     def __init__(self, channels: int, steps: int, hidden_ratio: float, seed: int, affine: bool = False):
@@ -127,7 +138,7 @@ class Flow(nn.Module):
         )
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x [B, C, h, w] -> z of the same shape, and the log-determinant of the Jacobian [B]."""
+        """x [B, C, h, w] -> z [B, C, h, w], and the log-determinants of the Jacobian [B]."""
         total = x.new_zeros(x.shape[0])
         if self.affine is not None:
             x, log_determinant = self.affine(x)
@@ -145,7 +156,10 @@ class Flow(nn.Module):
 
 
 class Affine(nn.Module):
-    """A factor and an offset for each channel and position: at first 1 and 0, and of no size until `spread`."""
+    """A trained factor and offset for each channel and position, at first 1 and 0.
+
+    Both are [1, 1, 1] until `spread` gives them the size of the inputs, [C, h, w].
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -153,13 +167,13 @@ class Affine(nn.Module):
         self.offset = nn.Parameter(torch.zeros(1, 1, 1))
 
     def spread(self, shape: torch.Size) -> None:
-        """Take the size of inputs of this shape, (C, h, w), where it has none yet."""
+        """Give factor and offset this shape, (C, h, w), unless they have been given one."""
         if self.offset.numel() == 1:
             self.log_factor = nn.Parameter(self.log_factor.new_zeros(shape))
             self.offset = nn.Parameter(self.offset.new_zeros(shape))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x [B, C, h, w] -> y of the same shape, and the log-determinant of the Jacobian, one for all."""
+        """x [B, C, h, w] -> y [B, C, h, w], and the log-determinant of the Jacobian, one for all images."""
         return x * self.log_factor.exp() + self.offset, self.log_factor.sum()
 
     def inverse(self, y: Tensor) -> Tensor:
@@ -168,7 +182,14 @@ class Affine(nn.Module):
 
 
 class Coupling(nn.Module):
-    """An affine coupling: half of the channels, seen through a subnetwork, scale and shift the other half."""
+    """An affine coupling: from half of the channels a subnetwork gives scales and shifts of the other half.
+
+    Args:
+        channels: channels C of what goes through, an even number.
+        kernel: side of the subnetwork's kernels, 1 or 3.
+        hidden_ratio: hidden channels of the subnetwork, relative to its input channels.
+        seed: seed of the permutation of channels at the end.
+    """
 
     order: Tensor
 
@@ -187,7 +208,7 @@ class Coupling(nn.Module):
         self.register_buffer("order", order, persistent=False)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x [B, C, h, w] -> y of the same shape, and the log-determinant of the Jacobian [B]."""
+        """x [B, C, h, w] -> y [B, C, h, w], and the log-determinants of the Jacobian [B]."""
         seen, other = x.chunk(2, 1)
         log_scale, shift = self._coefficients(seen)
         scale = self.scale
@@ -203,10 +224,10 @@ class Coupling(nn.Module):
 
     @property
     def scale(self) -> Tensor:
-        """Of each channel, positive and 1 at first."""
+        """The factor of each channel, float32 [1, C, 1, 1]: positive, and at first 1."""
         return _SCALE * F.softplus(self.raw_scale, beta=0.5)
 
     def _coefficients(self, seen: Tensor) -> tuple[Tensor, Tensor]:
-        """Log-scales, bounded, and shifts for the other half."""
+        """Half of the channels -> bounded log-scales and shifts of the other half; all are [B, C/2, h, w]."""
         raw, shift = (_SCALE * self.subnetwork(seen).to(seen.dtype)).chunk(2, 1)
         return _CLAMP * raw.tanh(), shift

@@ -10,13 +10,14 @@ from annotated_types import Ge, Le
 from torch import Tensor
 from torch.nn import functional as F
 
-Sigma = Annotated[float, Ge(0), Le(100)]  # pixels of a map's smoothing
+Sigma = Annotated[float, Ge(0), Le(100)]  # standard deviation of a map's Gaussian smoothing, in pixels
 
 
 def to_image_size(grid: Tensor, size: Sequence[int], sigma: float) -> Tensor:
-    """Grid [B, h, w] -> map [B, H, W]: bilinear upsampling, then a Gaussian of `sigma` pixels.
+    """Grid [B, h, w] -> maps [B, H, W] of `size` (H, W): upsampled bilinearly, then smoothed by a Gaussian.
 
-    Both are linear and separable, so together they are one matrix on each side.
+    The Gaussian's standard deviation is `sigma` pixels. Both operations are linear and separable, so together
+    they are one matrix for each side.
     """
     rows = _resampling(grid.shape[1], size[0], sigma).to(grid)
     columns = _resampling(grid.shape[2], size[1], sigma).to(grid)
@@ -25,7 +26,7 @@ def to_image_size(grid: Tensor, size: Sequence[int], sigma: float) -> Tensor:
 
 @lru_cache(maxsize=32)
 def _resampling(source: int, target: int, sigma: float) -> Tensor:
-    """float32 [target, source]: bilinear resampling, then blurring with mirrored borders."""
+    """The matrix [target, source] that resamples a side bilinearly, then blurs it with mirrored borders."""
     upsampled = F.interpolate(torch.eye(source)[None], size=target, mode="linear", align_corners=False)[0].T
     if sigma == 0:
         return upsampled.contiguous()

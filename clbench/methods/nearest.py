@@ -1,6 +1,6 @@
-"""Nearest neighbours in memory banks: matrix products and minima, never a whole distance matrix.
+"""Nearest neighbours in memory banks, exact: matrix products and minima, block by block.
 
-But where they are traced for export, whose runtimes have no use for blocks.
+A whole distance matrix is held only in graphs traced for export: other runtimes have no use for blocks.
 """
 
 import math
@@ -11,16 +11,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 _BLOCK = 1 << 22  # distances held at a time: 16 MB
-_GROUP = 64  # distances that are reduced to their minimum before the nearest is looked for
+_GROUP = 64  # neighbouring distances of which only the minimum is looked at first
 
 
 def nearest(queries: Tensor, bank: Tensor, sizes: list[int]) -> tuple[Tensor, Tensor]:
-    """The nearest entry of each of several banks, for each query.
+    """The nearest entry of each of several banks for each query.
 
     Args:
         queries: float32 [Q, D].
         bank: the banks one after the other, float32 [sum of sizes, D].
-        sizes: entries of each of the K banks.
+        sizes: numbers of entries of the K banks.
 
     Returns:
         Euclidean distances float32 [K, Q] and rows of `bank` int64 [K, Q].
@@ -47,7 +47,7 @@ def nearest(queries: Tensor, bank: Tensor, sizes: list[int]) -> tuple[Tensor, Te
             torch.addmm(entry_norms, part, entries.T, alpha=-2, out=products[:, :size])
             found = _smallest(products)
             rows[index, first : first + step] = found + begin
-            # By differences, since the product cancels where the distance is small.
+            # From differences: where a distance is small, rounding of the products would be all of it.
             distances[index, first : first + step] = (part - entries[found]).square_().sum(1).sqrt_()
     return distances, rows
 
@@ -82,11 +82,11 @@ def k_nearest(queries: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 class _KNearest(torch.autograd.Function):
-    """As only k distances of a query reach the loss, its gradient needs k entries and no second product."""
+    """`k_nearest` with a gradient that needs k entries a query, and no second product with the whole bank."""
 
     @staticmethod
     def forward(ctx: Any, queries: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        queries = queries.float()  # distances cancel: half precision would leave nothing of the small ones
+        queries = queries.float()  # small distances are differences: half precision would lose them
         norms = bank.square().sum(1)
         width = _GROUP * math.ceil(len(bank) / _GROUP)
         step = max(1, min(_BLOCK // width, len(queries)))
@@ -112,7 +112,10 @@ class _KNearest(torch.autograd.Function):
 
 
 def _k_smallest(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k smallest of each row [Q, W] and where: they lie in the k groups with the smallest minima."""
+    """The k smallest of each row [Q, W], and their columns, both [Q, k].
+
+    They lie in the k groups with the smallest minima.
+    """
     groups = values.view(len(values), -1, _GROUP)
     nearest_groups = groups.amin(2).topk(min(k, groups.shape[1]), largest=False).indices
     candidates = groups.gather(1, nearest_groups[:, :, None].expand(-1, -1, _GROUP)).flatten(1)
@@ -121,7 +124,10 @@ def _k_smallest(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def _smallest(values: Tensor) -> Tensor:
-    """argmin over each row [Q, W]: minima of groups vectorise where an argmin does not."""
+    """The column of the smallest value of each row [Q, W]: [Q].
+
+    By minima of groups, which vectorise where an argmin does not.
+    """
     groups = values.view(len(values), -1, _GROUP)
     group = groups.amin(2).argmin(1)
     inside = groups[torch.arange(len(values), device=values.device), group].argmin(1)

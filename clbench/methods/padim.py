@@ -13,32 +13,31 @@ from clbench.methods.base import Detector, Prediction, Share
 from clbench.methods.maps import Sigma, to_image_size
 from clbench.randomness import generator
 
-# Bytes worked on at a time: on a CPU they stay near the cache.
-_CHUNK = {"cpu": 8 * 2**20}
-_CHUNK_ELSEWHERE = 512 * 2**20
+_CPU_BYTES = 8 * 2**20  # worked on at a time on a CPU: they stay near the cache
+_GPU_BYTES = 512 * 2**20
 
 
 class PaDiM(Detector):
-    """Gaussians over positions, averaged over tasks (supplement, Algorithm 1).
+    """A Gaussian at each position, averaged over tasks (supplement, section 1.1 and Algorithm 1).
 
     Args:
         backbone: where patch features come from.
         layers: levels of its pyramid; all are brought to the grid of the first.
-        features: random channels kept, at most; all where the levels have fewer.
-        epsilon: added to the diagonal of each covariance.
-        update: how a task's Gaussians meet those of earlier tasks under `strategy=native`.
+        features: number D of channels that are kept, chosen at random; all, where the levels have fewer.
+        epsilon: what is added to the diagonal of each covariance, eq. (1).
+        update: how a task's Gaussians are combined with those of earlier tasks under `strategy=native`.
             `average` is Algorithm 1. Beyond the paper: `pooled` gives the Gaussian of all images seen
-            (scatter within and between tasks, Chan et al., 1979), `per_task` keeps one map of Gaussians
-            per task, and an image is judged by the one it is nearest to on average.
-        sigma: of the map's smoothing, pixels.
-        held_out: share of normal images that the Gaussians are not of, for thresholds, see `Detector`.
-        seed: of the choice of channels.
+            (scatter within and between tasks, Chan et al., 1979); `per_task` keeps one map of Gaussians
+            per task, and judges an image by the one it is nearest to on average.
+        sigma: standard deviation of the map's Gaussian smoothing, in pixels.
+        held_out: share of the normal images that the Gaussians are not estimated from; thresholds are set on
+            them.
+        seed: seed of the choice of channels.
 
     Buffers, with K = 1, or the number of tasks under `per_task`, and P positions:
         mean: float32 [K, P, D].
-        factor: float32 [K, P, D, D], the lower Cholesky factor of each covariance: all that the map needs,
-            and the covariance is its square.
-        counts: int64 [tasks], images of each task seen.
+        factor: float32 [K, P, D, D], the lower Cholesky factor L of each covariance L L^T.
+        counts: int64 [tasks], number of images of each task seen.
     """
 
     native = True
@@ -86,7 +85,7 @@ class PaDiM(Detector):
         self._count = 0
 
     def training_step(self, images: Tensor) -> None:
-        """Adds images [B, 3, H, W] to the sums that mean and covariance come from."""
+        """Add images [B, 3, H, W] to the sums that mean and covariance are computed from."""
         embedding = self.embedding(images)
         if not self._count:
             # Sums are of differences to a first guess of the mean: squares of raw features would cancel.
@@ -99,7 +98,10 @@ class PaDiM(Detector):
         self._count += embedding.shape[2]
 
     def finish_task(self, images: Tensor) -> None:
-        """Merges the task's Gaussians into what is kept, and factors the result."""
+        """Compute the task's Gaussians, eq. (1), merge them with those kept, and factor the covariances.
+
+        The images, [N, 3, H, W], are not looked at: steps have seen what is learned from.
+        """
         count = self._count
         shift = self._sum / count
         mean = self._origin + shift
@@ -127,12 +129,13 @@ class PaDiM(Detector):
         del self._origin, self._sum, self._squares
 
     def _weight(self, count: int) -> float:
-        """The new task's share: 1 / tasks in Algorithm 1, its share of the images when pooled."""
+        """Weight of a new task of `count` images: 1 / tasks in Algorithm 1, its share of all when pooled."""
         if self.update == "pooled":
             return count / (int(self.counts.sum()) + count)
         return 1 / (len(self.counts) + 1)
 
     def _merged_mean(self, mean: Tensor, count: int) -> Tensor:
+        """Means [P, D] of the kept Gaussians and the new ones together."""
         return torch.lerp(self.mean[0], mean, self._weight(count))
 
     def _merged_covariance(self, rows: slice, mean: Tensor, covariance: Tensor, count: int) -> Tensor:
@@ -150,17 +153,20 @@ class PaDiM(Detector):
         return scatter / (total - 1) + identity
 
     def for_export(self) -> None:
-        """Factors are inverted, as no runtime solves triangular systems."""
+        """Replace the Cholesky factors by their inverses: no runtime solves triangular systems."""
         identity = torch.eye(self.factor.shape[-1], dtype=torch.float64, device=self.factor.device)
         for chunk in self.factor.flatten(0, 1).split(_positions(identity.device, identity.numel() * 8)):
             chunk.copy_(torch.linalg.solve_triangular(chunk.double(), identity, upper=False))
 
     def forward(self, images: Tensor) -> Prediction:
+        """Images [B, 3, H, W] -> maps [B, H, W], and scores [B], their maxima (supplement, section 1.1.3).
+
+        A map is the Mahalanobis distance of every position, eq. (2), smoothed at image size.
+        """
         embedding = self.embedding(images)
         distance = _by_inverse if torch.compiler.is_compiling() else mahalanobis
-        distances = torch.stack(
-            [distance(embedding, mean, factor) for mean, factor in zip(self.mean, self.factor, strict=True)]
-        )  # eq. (2): [K, P, B]
+        kept = zip(self.mean, self.factor, strict=True)
+        distances = torch.stack([distance(embedding, mean, factor) for mean, factor in kept])  # [K, P, B]
         nearest = distances.mean(1).argmin(0)
         batch = images.shape[0]  # not len(), which would fix it where it is traced
         selected = distances.permute(0, 2, 1)[nearest, torch.arange(batch, device=images.device)]
@@ -168,14 +174,14 @@ class PaDiM(Detector):
         return Prediction(maps, maps.amax((1, 2)))
 
     def embedding(self, images: Tensor) -> Tensor:
-        """The chosen channels on the first level's grid, [P, D, B]: a matrix for each position."""
+        """Images [B, 3, H, W] -> chosen channels at each position of the first level's grid, [P, D, B]."""
         levels = [
             level[:, channels.to(level.device)]
             for level, channels in zip(self.pyramid(images), self.channels, strict=True)
         ]
         self._grid = levels[0].shape[-2:]
-        # Nearest, as the method copies a deep feature to all positions that it covers.
-        chosen = [level for level in levels if level.shape[1]]  # a level may have none of them
+        # By nearest neighbours: the method copies a deep feature to all positions that it covers.
+        chosen = [level for level in levels if level.shape[1]]  # none of a level's channels may be chosen
         aligned = torch.cat([F.interpolate(level, self._grid, mode="nearest") for level in chosen], 1)
         return aligned.flatten(2).permute(2, 1, 0).contiguous()
 
@@ -183,7 +189,7 @@ class PaDiM(Detector):
 def mahalanobis(embedding: Tensor, mean: Tensor, factor: Tensor) -> Tensor:
     """Distances [P, B] of embeddings [P, D, B] from Gaussians with means [P, D] and Cholesky factors [P, D, D].
 
-    By triangular solves, which read half of what products with inverse factors would.
+    By triangular solves, which read half as much memory as products with inverse factors.
     """
     distances = embedding.new_empty(embedding.shape[0], embedding.shape[2])
     step = _positions(embedding.device, 4 * embedding[0].numel())
@@ -196,10 +202,10 @@ def mahalanobis(embedding: Tensor, mean: Tensor, factor: Tensor) -> Tensor:
 
 
 def _by_inverse(embedding: Tensor, mean: Tensor, inverse: Tensor) -> Tensor:
-    """`mahalanobis`, with the inverses of the Cholesky factors."""
+    """As `mahalanobis`, from the inverses [P, D, D] of the Cholesky factors."""
     return torch.linalg.vector_norm(inverse @ (embedding - mean[:, :, None]), dim=1)
 
 
 def _positions(device: torch.device, size: int) -> int:
-    """How many positions to work on at a time, of so many bytes each."""
-    return max(1, _CHUNK.get(device.type, _CHUNK_ELSEWHERE) // size)
+    """How many positions to work on at a time, where each takes `size` bytes."""
+    return max(1, (_CPU_BYTES if device.type == "cpu" else _GPU_BYTES) // size)

@@ -18,25 +18,25 @@ from clbench.methods.nearest import nearest
 from clbench.methods.patches import neighbourhood_patches
 from clbench.randomness import generator
 
-_CHUNK = 65_536  # patches projected at a time
+_PROJECTED = 65_536  # patches at a time
 
 
 class PatchCore(Detector):
-    """One coreset of patches per task, in a memory of fixed size (supplement, Algorithm 2).
+    """One coreset of patches per task, in a memory of fixed size (supplement, section 1.2 and Algorithm 2).
 
     Args:
         backbone: where patch features come from.
         layers: levels of its pyramid; all are brought to the grid of the first.
-        memory_size: patches kept in all; each task's share is memory_size / number of tasks.
-        epsilon: relative error allowed to the random projection that coresets are selected in.
-        neighbours: memorised patches that the image score is weighted with.
-        sigma: of the map's smoothing, pixels.
-        held_out: share of normal images that are not memorised, for thresholds, see `Detector`.
-        seed: of the projection and of each coreset's first patch.
+        memory_size: number of patches kept in all; each task's share is memory_size / number of tasks.
+        epsilon: relative error that the random projection for selecting coresets may make in distances.
+        neighbours: number of memorised patches, b of Roth et al., eq. 7, that weight an image score.
+        sigma: standard deviation of the map's Gaussian smoothing, in pixels.
+        held_out: share of the normal images that are not memorised; thresholds are set on them.
+        seed: seed of the projection and of each coreset's first patch.
 
     Buffers:
         bank: the tasks' coresets one after the other, float32 [sum of bank_sizes, D].
-        bank_sizes: int64 [tasks].
+        bank_sizes: number of patches of each task's coreset, int64 [tasks].
     """
 
     native = True
@@ -77,7 +77,7 @@ class PatchCore(Detector):
         self._filled = 0
 
     def training_step(self, images: Tensor) -> None:
-        """Collects the patches of images [B, 3, H, W]."""
+        """Collect the patches of images [B, 3, H, W]."""
         patches = self.patches(images).flatten(0, 2)
         if not self._filled:  # one block for the whole task: appending would need twice the memory
             self._patches = self._block(self._expected * len(patches) // len(images), patches)
@@ -85,7 +85,9 @@ class PatchCore(Detector):
         self._filled += len(patches)
 
     def _block(self, rows: int, like: Tensor) -> Tensor:
-        """Room for a task's patches: on their device, or on disk beyond the backbone's memory limit.
+        """Room for so many patches like these [.., D]: float32 [rows, D], on their device, or on disk.
+
+        On disk where they are more than backbone.feature_memory_mb.
 
         Raises:
             UserError: the disk has no room either.
@@ -104,14 +106,18 @@ class PatchCore(Detector):
             ) from error
 
     def finish_task(self, images: Tensor) -> None:
-        """Algorithm 2: every task, old or new, keeps memory_size / tasks patches."""
+        """Select the task's coreset, and cut those of earlier tasks (supplement, Algorithm 2).
+
+        Every task, old or new, then has memory_size / tasks patches. The images, [N, 3, H, W], are not looked
+        at: steps have seen what is learned from.
+        """
         patches = self._patches[: self._filled]
         share = max(self.memory_size // (len(self.bank_sizes) + 1), 1)
         count = min(share, len(patches))
         random = generator(self.seed, "coreset", self._task)
         start = int(torch.randint(len(patches), (1,), generator=random))
         plane = projection(patches.shape[1], len(patches), self.epsilon, random).to(self.bank)
-        projected = torch.cat([part.to(plane.device) @ plane for part in patches.split(_CHUNK)])
+        projected = torch.cat([part.to(plane.device) @ plane for part in patches.split(_PROJECTED)])
         chosen = farthest_first(
             projected, count, start, progress=lambda done: self.progress("coreset", done, count)
         )
@@ -122,16 +128,21 @@ class PatchCore(Detector):
         del self._patches
 
     def for_export(self) -> None:
-        """The banks' sizes become part of the graph, which knows a buffer's shape and not what it holds."""
+        """Take `bank_sizes` as plain numbers: tracing sees the shape of a buffer, and not its values."""
         self._sizes = self.bank_sizes.tolist()
 
     def forward(self, images: Tensor) -> Prediction:
+        """Images [B, 3, H, W] -> maps [B, H, W] and scores [B] (supplement, section 1.2.4).
+
+        A map is the distance of every patch to the nearest in the selected coreset, smoothed at image size; a
+        score is the largest such distance, weighted by Roth et al., 2022, eq. 7.
+        """
         sizes = self._sizes if torch.compiler.is_compiling() else self.bank_sizes.tolist()
         patches = self.patches(images)
         batch, height, width, size = patches.shape
         distances, rows = nearest(patches.flatten(0, 2), self.bank, sizes)
         distances, rows = distances.view(-1, batch, height * width), rows.view(-1, batch, height * width)
-        # The task is unknown: take the bank that the image is nearest to on average (supplement, 1.2.4).
+        # The task is unknown: take the coreset that the image is nearest to on average.
         selected = distances.mean(2).argmin(0)
         each = torch.arange(batch, device=patches.device)
         chosen, rows = distances[selected, each], rows[selected, each]
@@ -144,21 +155,22 @@ class PatchCore(Detector):
         return Prediction(maps, highest * weights[selected, each])
 
     def _weight(self, bank: Tensor, farthest: Tensor, matched: Tensor, highest: Tensor) -> Tensor:
-        """Weights [B] of image scores by Roth et al., 2022, eq. 7: less where the matched patch is itself a rare one.
+        """Weights [B] of image scores (Roth et al., 2022, eq. 7).
 
         Args:
-            bank: [M, D]; only the weights of images that it was selected for are to be used.
-            farthest, matched: each image's patch that is farthest from its bank, and the nearest there, [B, D].
-            highest: the distance between them, [B].
+            bank: one coreset, float32 [M, D]; weights of images that another was selected for mean nothing.
+            farthest: each image's patch with the largest distance to its selected coreset, float32 [B, D].
+            matched: the memorised patch that is nearest to it, float32 [B, D].
+            highest: the distance between these two, float32 [B].
         """
         count = min(self.neighbours, len(bank))
         if count < 2:
             return torch.ones_like(farthest[:, 0])
         around = torch.addmm(bank.square().sum(1), matched, bank.T, alpha=-2).topk(count, largest=False)
         to_test = (bank[around.indices] - farthest[:, None]).square().sum(2).sqrt()
-        # 1 - exp(highest) / sum(exp(to_test)), so that it cannot overflow: `matched` is one of its own neighbours.
+        # 1 - exp(highest) / sum(exp(to_test)), in a form that cannot overflow.
         return 1 - (highest - to_test.logsumexp(1)).exp()
 
     def patches(self, images: Tensor) -> Tensor:
-        """Patch features [B, h, w, D] of images."""
+        """Images [B, 3, H, W] -> patch features, float32 [B, h, w, D]."""
         return neighbourhood_patches(self.pyramid(images))

@@ -8,7 +8,10 @@ from torch.nn import functional as F
 
 
 def neighbourhood_patches(levels: Sequence[Tensor]) -> Tensor:
-    """Levels [B, C_l, h_l, w_l], averaged over 3x3 neighbours, on the first one's grid: [B, h, w, sum of C_l]."""
+    """Levels [B, C_l, h_l, w_l] -> patch features [B, h, w, sum of C_l].
+
+    Each level is averaged over 3x3 neighbours and brought to the grid of the first, (h, w).
+    """
     levels = [F.avg_pool2d(level, 3, 1, 1) for level in levels]
     grid = levels[0].shape[-2:]
     levels = [

@@ -1,7 +1,7 @@
-"""Simulated anomalies: textures laid over normal images where Perlin noise says so (Zavrtanik et al., 2021).
+"""Simulated anomalies: textures laid over normal images where Perlin noise is high (Zavrtanik et al., 2021).
 
-Whole batches at once on the images' device; all draws come from torch's own generators. Which images are changed is
-drawn on the CPU, so that the device works on those alone and is not waited for.
+Whole batches are made at once on the images' device, and all draws come from torch's own generators. Which
+images are changed is drawn on the CPU: so the device works on those alone, and nothing waits for it.
 """
 
 import math
@@ -13,21 +13,22 @@ from torch.nn import functional as F
 
 from clbench.backbones import unit
 
-_FINEST = 6  # Perlin cells along a side: 2^0 to 2^5
+_FINEST = 6  # so many numbers of Perlin cells along a side: 2^0 to 2^5
 _LATTICE = math.ceil(1.5 * 2 ** (_FINEST - 1)) + 2  # corners along a side that turned coordinates reach
-_THRESHOLD = 0.5
-_OPACITY = 0.8  # of the normal image through an anomaly, at most
-_AUGMENTATIONS = 3  # of a texture at a time
+_THRESHOLD = 0.5  # where noise is above it, there is an anomaly
+_OPACITY = 0.8  # largest share of the normal image that shows through an anomaly
+_AUGMENTATIONS = 3  # changes of each texture
 
 
 def simulate(images: Tensor, textures: Tensor) -> tuple[Tensor, Tensor]:
-    """Half of the images [B, 3, H, W], float in [0, 1], with an anomaly each, and the others as they are.
+    """Lay an anomaly over each image with a chance of one half (supplement, section 1.6.1).
 
     Args:
-        textures: [T, 3, H, W], uint8 or float in [0, 1], to draw from; augmented before they are laid over.
+        images: normal ones, float32 [B, 3, H, W] in [0, 1]; they stay as they are.
+        textures: [T, 3, H, W], uint8 or float in [0, 1]; some are drawn, changed by `augment` and laid over.
 
     Returns:
-        Images [B, 3, H, W] and masks [B, 1, H, W] of 0 and 1.
+        The images I_a, float32 [B, 3, H, W], and the anomalies' masks M_a, float32 [B, 1, H, W] of 0 and 1.
     """
     device, (height, width) = images.device, images.shape[-2:]
     masks = torch.zeros_like(images[:, :1])
@@ -46,18 +47,25 @@ def simulate(images: Tensor, textures: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def change_some(images: Tensor, chosen: Tensor, change: Callable[[Tensor], Tensor]) -> None:
-    """Change in place those of the images [B, ...] that are chosen, bool [B] on the CPU, all together."""
+    """Change some images in place.
+
+    Args:
+        images: [B, ...], of any type.
+        chosen: which of them to change, bool [B] on the CPU.
+        change: called once, with the K chosen images [K, ...]; gives as many.
+    """
     if chosen.any():
         rows = chosen.nonzero().flatten().to(images.device, non_blocking=True)
         images.index_copy_(0, rows, change(images.index_select(0, rows)))
 
 
 def perlin(batch: int, height: int, width: int, device: torch.device) -> Tensor:
-    """Perlin noise [B, H, W], each with its own numbers of cells along x and y, turned by up to 90 degrees.
+    """Perlin noise, float32 [B, H, W], turned by up to 90 degrees either way.
 
-    The noise is read off at turned coordinates, so that a turn leaves no empty corners. At (x, y) it is a mean of
-    g_x (x - i) + g_y (y - j) over the cell's corners (i, j), with faded weights; so it is x and y times such means
-    of g_x and g_y, less that of g_x i + g_y j: three channels of one bilinear look-up.
+    Each of the `batch` pictures has its own numbers of cells along x and y. The noise is read at turned
+    coordinates, so that no corner stays empty. At (x, y) it is the mean of g_x (x - i) + g_y (y - j) over the
+    four corners (i, j) of the cell, with faded weights: x times the mean of g_x, plus y times that of g_y,
+    minus that of g_x i + g_y j. These three means are the channels of one bilinear look-up.
     """
     cells = 2.0 ** torch.randint(_FINEST, (batch, 1, 2), device=device)
     angle = math.pi * (torch.rand(batch, device=device) - 0.5)
@@ -79,14 +87,17 @@ def perlin(batch: int, height: int, width: int, device: torch.device) -> Tensor:
 
 
 def _faded(t: Tensor) -> Tensor:
-    """t, moved within its cell by 6 f^5 - 15 f^4 + 10 f^3, which is flat at the corners f = 0 and 1."""
+    """Coordinates t of any shape with their share f of a cell replaced by 6 f^5 - 15 f^4 + 10 f^3.
+
+    This polynomial is flat at the corners f = 0 and f = 1.
+    """
     f = t.frac()
-    move = (f * 6).sub_(15).mul_(f).add_(10).mul_(f).mul_(f).sub_(1).mul_(f)  # less f, where t is from
+    move = (f * 6).sub_(15).mul_(f).add_(10).mul_(f).mul_(f).sub_(1).mul_(f)  # the polynomial minus f
     return move.add_(t)
 
 
 def augment(textures: Tensor) -> Tensor:
-    """Textures [B, 3, H, W] in [0, 1], each changed in place in three of ten ways."""
+    """Textures, float32 [B, 3, H, W] in [0, 1], each changed in three of ten ways; also changed in place."""
     chosen = torch.rand(len(textures), len(_CHANGES)).argsort(1)[:, :_AUGMENTATIONS]
     for number, change in enumerate(_CHANGES):
         change_some(textures, (chosen == number).any(1), change)
@@ -94,7 +105,7 @@ def augment(textures: Tensor) -> Tensor:
 
 
 def rotated(images: Tensor, degrees: Tensor) -> Tensor:
-    """Images [B, 3, H, W] turned about their middle by angles [B, 1, 1, 1], mirrored beyond their borders."""
+    """Images [B, 3, H, W] turned about their middle by `degrees` [B, 1, 1, 1], mirrored beyond the border."""
     angle = torch.deg2rad(degrees.flatten())
     ratio = images.shape[-2] / images.shape[-1]
     zero = torch.zeros_like(angle)
@@ -106,13 +117,16 @@ def rotated(images: Tensor, degrees: Tensor) -> Tensor:
 
 
 def uniform(images: Tensor, low: float, high: float, channels: int = 1) -> Tensor:
-    """A number between low and high for each image: [B, channels, 1, 1]."""
+    """Random numbers between `low` and `high` for each of the images [B, ...]: [B, channels, 1, 1]."""
     return low + (high - low) * torch.rand(len(images), channels, 1, 1, device=images.device)
 
 
 def sharpened(images: Tensor, factor: Tensor) -> Tensor:
-    """Images [B, 3, H, W] and their smooth copies, mixed: 0 is smooth, 1 the image, more is sharper; not at the border."""
-    # A pixel weighs five times as much as each of its neighbours: the sum of all nine, and four times itself.
+    """Images [B, 3, H, W] in [0, 1], sharper by `factor` [B, 1, 1, 1]; their outermost pixels stay.
+
+    With a factor of 0 they are smooth, with 1 as they were; a larger one extrapolates from smooth to sharp.
+    """
+    # The smooth copy: a pixel weighs five times as much as each of its eight neighbours.
     columns = images[..., :-2, :] + images[..., 1:-1, :] + images[..., 2:, :]
     smooth = images.clone()
     inside = smooth[..., 1:-1, 1:-1].mul_(4)
@@ -121,7 +135,7 @@ def sharpened(images: Tensor, factor: Tensor) -> Tensor:
 
 
 def equalised(images: Tensor) -> Tensor:
-    """Each channel of images [B, 3, H, W] with its 256 levels spread so that all are about as frequent."""
+    """Images [B, 3, H, W] in [0, 1] with each channel's 256 levels spread: all are then about as frequent."""
     levels, counts = _levels(images)
     below = counts.cumsum(-1) - counts
     brightest = counts.gather(-1, levels.amax(-1, keepdim=True))
@@ -131,8 +145,10 @@ def equalised(images: Tensor) -> Tensor:
 
 
 def stretched(images: Tensor, cut: Tensor) -> Tensor:
-    """Each channel of images [B, 3, H, W] brought to the whole range, but for a share [B, 1, 1, 1] of its pixels
-    at either end, which go beyond it and are clamped."""
+    """Images [B, 3, H, W] in [0, 1] with each channel stretched to the whole range.
+
+    The share `cut` [B, 1, 1, 1] of a channel's pixels at either end goes beyond the range and is clamped.
+    """
     _, counts = _levels(images)
     darker, all_pixels = counts.cumsum(-1), images.shape[-2] * images.shape[-1]
     brighter = all_pixels - darker + counts
@@ -144,14 +160,19 @@ def stretched(images: Tensor, cut: Tensor) -> Tensor:
 
 
 def _levels(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Images [B, 3, H, W] in [0, 1] -> 256 levels [3B, HW], and how many pixels have each [3B, 256]."""
+    """Images [B, 3, H, W] in [0, 1] -> pixels' levels, int64 [3B, HW], and how many have each, [3B, 256]."""
     levels = (images * 255).add_(0.5).long().flatten(0, 1).flatten(1)
     counts = torch.zeros(len(levels), 256, dtype=torch.int64, device=images.device)
     return levels, counts.scatter_add_(1, levels, torch.ones_like(levels))
 
 
 def recoloured(images: Tensor, turn: Tensor, more: Tensor) -> Tensor:
-    """Images [B, 3, H, W] in [0, 1] with their hue turned, by a share of the circle, and saturation added, both [B, 1, 1]."""
+    """Images [B, 3, H, W] in [0, 1] with another hue and saturation.
+
+    Args:
+        turn: what the hue is turned by, as a share of the colour circle, [B, 1, 1].
+        more: what is added to the saturation, [B, 1, 1].
+    """
     red, green, blue = images.unbind(1)
     value = torch.maximum(red, green).maximum(blue)
     chroma = value - torch.minimum(red, green).minimum(blue)
@@ -167,19 +188,22 @@ def recoloured(images: Tensor, turn: Tensor, more: Tensor) -> Tensor:
 
 
 def brightened(images: Tensor, factor: Tensor, more: Tensor) -> Tensor:
-    """Images [B, 3, H, W] in [0, 1] with their luma multiplied and added to, and their chroma as it is."""
+    """Images [B, 3, H, W] in [0, 1] with a luma of `factor` times the old one plus `more`, both [B, 1, 1, 1].
+
+    Chroma stays as it is.
+    """
     red, green, blue = images.split(1, 1)
     luma = (red * 0.299).add_(green, alpha=0.587).add_(blue, alpha=0.114)
     return (images + luma.mul_(factor - 1).add_(more)).clamp_(0, 1)
 
 
 def solarised(images: Tensor, threshold: Tensor) -> Tensor:
-    """Images in [0, 1], inverted where they are at or above a threshold."""
+    """Images [B, 3, H, W] in [0, 1], inverted where they are at or above `threshold` [B, 1, 1, 1]."""
     return torch.where(images >= threshold, 1 - images, images)
 
 
 def posterised(images: Tensor, bits: Tensor) -> Tensor:
-    """Images in [0, 1] with only the highest bits, 1 to 8, of their 256 levels."""
+    """Images [B, 3, H, W] in [0, 1] with only the highest `bits` [B, 1, 1, 1] of their 256 levels, 1 to 8."""
     step = 2 ** (8 - bits)
     return (images * 255).round_().div_(step).floor_().mul_(step / 255)
 

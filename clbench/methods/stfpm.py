@@ -17,9 +17,9 @@ class STFPM(Detector):
 
     Args:
         backbone: the teacher; the student has its architecture and random weights.
-        layers: levels at which the student is to match it.
-        epochs, batch_size, learning_rate, momentum, weight_decay: of stochastic gradient descent.
-        held_out, patience: of early stopping, see `Detector`.
+        layers: levels at which the student is to match the teacher.
+        epochs, batch_size, learning_rate, momentum, weight_decay: settings of stochastic gradient descent.
+        held_out, patience: when training stops early, see `Detector`.
     """
 
     def __init__(
@@ -52,22 +52,26 @@ class STFPM(Detector):
         )
 
     def training_step(self, images: Tensor) -> Tensor:
-        """Images [B, 3, H, W] -> the sum over levels of the discrepancies' means."""
+        """Images [B, 3, H, W] -> the loss, a scalar: each level's mean discrepancy, summed over levels."""
         return torch.stack([discrepancy.mean() for discrepancy in self.discrepancies(images)]).sum()
 
     def forward(self, images: Tensor) -> Prediction:
-        """The product over levels of upsampled discrepancies: map [B, H, W], score [B] its maximum."""
+        """Images [B, 3, H, W] -> maps [B, H, W], and scores [B], their maxima (supplement, section 1.4.3).
+
+        A map is the product over levels of the upsampled discrepancies.
+        """
         size = images.shape[-2:]
-        maps = torch.stack(
-            [
-                F.interpolate(discrepancy[:, None], size, mode="bilinear")[:, 0]
-                for discrepancy in self.discrepancies(images)
-            ]
-        ).prod(0)
+        levels = self.discrepancies(images)
+        upsampled = [F.interpolate(level[:, None], size, mode="bilinear")[:, 0] for level in levels]
+        maps = torch.stack(upsampled).prod(0)
         return Prediction(maps, maps.amax((1, 2)))
 
     def discrepancies(self, images: Tensor) -> list[Tensor]:
-        """Half the squared distance of the unit-length features at each position, a map [B, h_l, w_l] a level."""
+        """Images [B, 3, H, W] -> a map [B, h_l, w_l] for each level (supplement, section 1.4.1).
+
+        At each position: half the squared distance between the features of teacher and student, each of unit
+        length (Wang et al., 2021).
+        """
         return [
             0.5 * (F.normalize(taught, dim=1) - F.normalize(learned.float(), dim=1)).square().sum(1)
             for taught, learned in zip(self.teacher(images), self.student(images), strict=True)

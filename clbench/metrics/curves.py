@@ -1,4 +1,4 @@
-"""Image and pixel metrics of one task, each family from one sort of its scores."""
+"""Image and pixel metrics of one test set, each family from one sort of its scores."""
 
 from collections.abc import Iterator
 
@@ -26,7 +26,7 @@ def image_metrics(scores: np.ndarray, labels: np.ndarray) -> dict[str, float | N
         image_auroc, image_ap, image_f1 in [0, 1]; None unless there are both good and defective images.
 
     Raises:
-        ValueError: shapes differ, or scores are not finite.
+        ValueError: shapes differ, or a score is not finite.
     """
     _check_scores("scores [N]", scores, labels)
     defective = labels != 0
@@ -41,7 +41,7 @@ def image_metrics(scores: np.ndarray, labels: np.ndarray) -> dict[str, float | N
 
 
 def pixel_metrics(maps: np.ndarray, masks: np.ndarray, limit: float = 0.3) -> dict[str, float | None]:
-    """AUROC, average precision, best F1 and AU-PRO over all pixels of a task.
+    """AUROC, average precision, best F1 and AU-PRO over all pixels of a test set.
 
     AU-PRO is the area under the per-region overlap over the false-positive rate (Bergmann et al., IJCV
     2021), exact: every distinct score is a threshold. Regions are 8-connected; the false-positive rate
@@ -60,7 +60,7 @@ def pixel_metrics(maps: np.ndarray, masks: np.ndarray, limit: float = 0.3) -> di
         anomalous pixels.
 
     Raises:
-        ValueError: shapes differ, maps are wider than float32 or not finite, or the limit is no rate.
+        ValueError: shapes differ, maps are wider than float32 or not finite, or the limit is not in (0, 1].
     """
     _check_scores("maps [N, H, W]", maps, masks)
     if not np.can_cast(maps.dtype, np.float32):
@@ -91,7 +91,7 @@ def _pixel_keys(maps: np.ndarray, masks: np.ndarray) -> tuple[np.ndarray, np.nda
     """Sort keys uint64 [N * H * W], and the area in pixels of each region, int64 [regions + 1].
 
     High half: the score's bits, mapped so that a higher score is a smaller number. Low half: the pixel's
-    region, 0 where normal, counted from 1 over the whole task.
+    region, 0 where normal, counted from 1 over the whole test set.
     """
     keys = np.empty(maps.shape, np.uint64)
     areas = [np.zeros(1, np.int64)]

@@ -1,6 +1,6 @@
 """Checkpoints: tensors in safetensors, plain data in JSON beside them. No pickles.
 
-Two kinds, in a run's `checkpoint/`: `stage-<stage>`, what is kept once a stage is learned, with its results so far; and
+Two kinds, in a run's `checkpoint/`: `stage-<stage>`, what is kept once a stage is learned; and
 `learning-<stage>-<number>`, a training that is under way. The newest two of each stay.
 """
 
@@ -53,7 +53,6 @@ class Checkpoints:
         self.beside = beside
         self._saved_at = time.perf_counter()
         self._saving_took = 0.0
-        self._digests: dict[str, str] = {}  # of tensor files, by name
 
     def save_stage(self, stage: int, tensors: dict[str, Tensor], data: dict[str, Any]) -> None:
         """Keep a learned stage; what led to it is over."""
@@ -61,10 +60,6 @@ class Checkpoints:
         for path in self._newest_first("stage")[_KEPT:] + self._newest_first("learning"):
             self._remove(path.stem)
         self._saved_at = time.perf_counter()
-
-    def update_stage(self, stage: int, data: dict[str, Any]) -> None:
-        """Write new data beside the tensors of a stage saved or loaded before."""
-        self._write_data(f"stage-{stage:04d}", data)
 
     def load_stage(self) -> tuple[int, dict[str, Tensor], dict[str, Any]] | None:
         """The newest learned stage that is undamaged, with its tensors and data; None where there is none."""
@@ -112,38 +107,39 @@ class Checkpoints:
 
     def _save(self, name: str, tensors: dict[str, Tensor], data: dict[str, Any]) -> None:
         contiguous = {key: tensor.detach().contiguous() for key, tensor in tensors.items()}
+        digest = ""
 
         def write(part: Path) -> None:
+            nonlocal digest
             try:
                 save_file(contiguous, part)
             except SafetensorError as error:
                 raise OSError(str(error)) from error
-            self._digests[name] = _digest(part)
+            digest = _digest(part)
 
         write_whole(self._path(name, "safetensors"), write)
-        self._write_data(name, data)
-
-    def _write_data(self, name: str, data: dict[str, Any]) -> None:
-        text = json.dumps({"tensors": self._digests[name], **self.beside(), **data})
-        digest = hashlib.sha256(text.encode()).hexdigest()
-        write_whole(self._path(name, "json"), lambda part: part.write_text(f"{digest}\n{text}\n"))
+        # Names, because safetensors keeps no order.
+        about = {"tensors": digest, "names": list(contiguous), **self.beside(), **data}
+        text = json.dumps(about)
+        check = hashlib.sha256(text.encode()).hexdigest()
+        write_whole(self._path(name, "json"), lambda part: part.write_text(f"{check}\n{text}\n"))
 
     def _load(self, name: str) -> Saved | None:
         """A pair's tensors and data, or None where it is damaged."""
         if (data := self._read_data(name)) is None:
             return None
         try:
-            if _digest(self._path(name, "safetensors")) != data["tensors"]:
+            if _digest(self._path(name, "safetensors")) != data.pop("tensors"):
                 return None
             with safe_open(self._path(name, "safetensors"), framework="pt", device=self.device) as file:
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+                names = data.pop("names", None) or file.keys()  # earlier versions kept no order
+                tensors = {key: file.get_tensor(key) for key in names}
         except (SafetensorError, OSError):
             return None  # damaged; the one before is as good a place to continue from
-        self._digests[name] = data.pop("tensors")
         return tensors, data
 
     def _read_data(self, name: str) -> dict[str, Any] | None:
-        """What `_write_data` wrote, or None where it is damaged."""
+        """A pair's data, or None where it is damaged."""
         try:
             digest, text, _ = self._path(name, "json").read_text().split("\n")
         except (OSError, ValueError):

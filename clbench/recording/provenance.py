@@ -1,4 +1,4 @@
-"""What a run is, and what made it."""
+"""What made a run: versions, code and device."""
 
 import platform
 import subprocess
@@ -8,23 +8,7 @@ from typing import Any
 
 import torch
 
-from clbench.config import takes
-
 _LIBRARIES = ("clbench", "torch", "torchvision", "timm", "numpy", "opencv-python", "hydra-core")
-
-
-def identity(config: dict[str, Any], tasks: list[str]) -> dict[str, Any]:
-    """The part of summary.json that is known before training."""
-    return {
-        "status": "running",
-        "method": config["method"]["name"],
-        "strategy": config["strategy"]["name"],
-        "replay_size": config["replay"]["size"],
-        "backbone": config["backbone"]["name"] if takes(config, "method", "backbone") else None,
-        "dataset": config["dataset"]["name"],
-        "tasks": tasks,
-        "seed": config["seed"],
-    }
 
 
 def made_by(device: torch.device) -> dict[str, Any]:

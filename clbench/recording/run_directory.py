@@ -1,14 +1,13 @@
 """A run's directory: what was configured, measured and kept. Nothing in it is ever half-written."""
 
 import csv
-import errno
 import fcntl
 import io
 import json
 import os
 import shutil
 import socket
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -18,14 +17,18 @@ import yaml
 
 from clbench.config import differences
 from clbench.errors import UserError, in_one_line
+from clbench.recording.files import cannot_write, write_whole
+from clbench.recording.journal import Journal
 
+Row = tuple[int, int, str, str, str, float | None]  # stage, task's number, task, category, metric, value
 State = Literal["finished", "failed", "unfinished", "missing"]
 
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast, where PyYAML has it
 
 
 class RunDirectory:
-    """outputs/<experiment>/<run>: config.yaml, metrics.csv, summary.json, thresholds.json, checkpoint/, maps/."""
+    """outputs/<experiment>/<run>: config.yaml, journal.jsonl, metrics.csv, summary.json, thresholds.json, checkpoint/,
+    maps/, wandb/."""
 
     def __init__(self, path: Path | str):
         self.path = Path(path)
@@ -94,6 +97,7 @@ class RunDirectory:
         if stored is None or config["overwrite"]:
             return False
         made_by = stored.pop("made_by", None) or {}
+        stored.pop("departures", None)
         if changed := differences(stored, config):
             raise UserError(
                 f"{self.path} holds a run of another config ({'; '.join(changed)}): "
@@ -142,7 +146,7 @@ class RunDirectory:
 
     def clear(self) -> None:
         """Remove the results of an earlier run."""
-        for name in ("summary.json", "config.yaml", "metrics.csv", "thresholds.json"):
+        for name in ("summary.json", "config.yaml", "metrics.csv", "journal.jsonl", "thresholds.json"):
             (self.path / name).unlink(missing_ok=True)
         for name in ("checkpoint", "maps", "wandb"):
             shutil.rmtree(self.path / name, ignore_errors=True)
@@ -209,53 +213,46 @@ class RunDirectory:
     def write_thresholds(self, thresholds: Mapping[str, Any]) -> None:
         self._write("thresholds.json", json.dumps(dict(thresholds)) + "\n")
 
-    def write_config(self, config: Mapping[str, Any], made_by: Mapping[str, Any]) -> None:
-        text = yaml.safe_dump({**config, "made_by": dict(made_by)}, sort_keys=False)
+    def write_config(
+        self, config: Mapping[str, Any], departures: Mapping[str, Any], made_by: Mapping[str, Any]
+    ) -> None:
+        """config.yaml: the settings, what the benchmark has in place of those that differ, and what made the run."""
+        beside = {"departures": dict(departures), "made_by": dict(made_by)}
+        text = yaml.safe_dump({**config, **beside}, sort_keys=False, allow_unicode=True)
         self._write("config.yaml", text)
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         self._write("summary.json", json.dumps(summary, indent=2) + "\n")
 
-    def write_metrics(self, rows: list[tuple[int, int, str, str, float | None]]) -> None:
-        """metrics.csv: rows of (stage, task_index, task, metric, value); None is written `undefined`."""
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(("stage", "task_index", "task", "metric", "value"))
-        for *what, value in rows:
-            writer.writerow((*what, "undefined" if value is None else f"{value:.6f}"))
-        self._write("metrics.csv", text.getvalue())
+    def journal(self) -> Journal:
+        """journal.jsonl: everything that the run finds, at full precision, for a process that continues it."""
+        return Journal(self.path / "journal.jsonl")
+
+    def write_metrics(self, rows: Sequence[Row]) -> None:
+        """metrics.csv, for people and programs, with these rows and none else; None is written `undefined`."""
+        header = "stage,task_index,task,category,metric,value\n"
+        self._write("metrics.csv", header + _csv(rows))
+
+    def append_metrics(self, rows: Sequence[Row]) -> None:
+        """Further rows of metrics.csv.
+
+        Raises:
+            UserError: the disk is full or may not be written.
+        """
+        path = self.path / "metrics.csv"
+        try:
+            with open(path, "ab", buffering=0) as file:
+                file.write(_csv(rows).encode())
+        except OSError as error:
+            raise cannot_write(path, error) from error
 
     def _write(self, name: str, text: str) -> None:
         write_whole(self.path / name, lambda part: part.write_text(text))
 
 
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """A file that appears under its name only when it is complete and on the disk: beside, flushed, renamed.
-
-    Raises:
-        UserError: the disk is full or may not be written.
-    """
-    part = path.with_name(f".{path.name}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(part)
-        with open(part, "rb") as file:
-            os.fsync(file.fileno())
-        part.replace(path)
-    except OSError as error:
-        raise cannot_write(path, error) from error
-    finally:
-        with suppress(OSError):
-            part.unlink(missing_ok=True)
-
-
-def cannot_write(path: Path, error: OSError) -> UserError:
-    """What to say where the system refuses to write a file."""
-    way = "write elsewhere (outputs=... of a run, --output of a command)"
-    if error.errno in (None, errno.ENOSPC, errno.EDQUOT, errno.EFBIG):  # libraries say none
-        way = f"free space there, or {way}"
-    if error.errno == errno.ENAMETOOLONG:
-        way = "give a shorter name (experiment=... of a run, --output of a command)"
-    return UserError(
-        f"{path} cannot be written ({error.strerror or error}): {way}; what was finished is kept"
-    )
+def _csv(rows: Sequence[Row]) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    for *what, value in rows:
+        writer.writerow((*what, "undefined" if value is None else f"{value:.6f}"))
+    return text.getvalue()

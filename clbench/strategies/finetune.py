@@ -10,6 +10,5 @@ class Finetune(Strategy):
 
     why_no_buffer = "fine-tuning keeps nothing of earlier tasks"
 
-    def learn(self, stage: int, images: Tensor) -> None:
+    def begin_stage(self, stage: int, images: Tensor) -> None:
         self.detector.forget()
-        self.fit(self.detector, stage, images)

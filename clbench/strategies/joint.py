@@ -1,7 +1,5 @@
 """Joint training: all tasks at once; the upper bound for one model."""
 
-from torch import Tensor
-
 from clbench.strategies.base import Strategy
 
 
@@ -11,6 +9,3 @@ class Joint(Strategy):
     joint = True
     continual = False
     why_no_buffer = "joint training has all images at once"
-
-    def learn(self, stage: int, images: Tensor) -> None:
-        self.fit(self.detector, stage, images)

@@ -1,7 +1,5 @@
 """Native: the method's own continual update of what it keeps (supplement, Algorithms 1 and 2)."""
 
-from torch import Tensor
-
 from clbench.strategies.base import Strategy
 
 
@@ -10,6 +8,3 @@ class Native(Strategy):
 
     needs_native_update = True
     why_no_buffer = "a method's own update keeps statistics and no images"
-
-    def learn(self, stage: int, images: Tensor) -> None:
-        self.fit(self.detector, stage, images)

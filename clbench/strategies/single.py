@@ -1,7 +1,6 @@
 """Single: a model for each task, and the task known at test time."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from torch import Tensor
 
@@ -16,18 +15,20 @@ class Single(Strategy):
     continual = False
     why_no_buffer = "each task has a model of its own"
 
-    def __init__(self, detector: Detector, **settings: Any):
-        super().__init__(detector, **settings)
+    def __init__(self, detector: Detector, *, seed: int = 0):
+        super().__init__(detector, seed=seed)
         self._untrained = fresh(detector)
         self._learned: list[Mapping[str, Tensor]] = []
         self._loaded: int | None = None
 
-    def learn(self, stage: int, images: Tensor) -> None:
-        detector = fresh(self._untrained)
-        detector.progress = self.detector.progress
-        self.fit(detector, stage, images)
-        self._learned.append({name: tensor.clone() for name, tensor in kept_state(detector).items()})
-        self.detector, self._loaded = detector, stage
+    def begin_stage(self, stage: int, images: Tensor) -> None:
+        progress = self.detector.progress
+        self.detector = fresh(self._untrained)
+        self.detector.progress = progress
+
+    def end_stage(self, stage: int, images: Tensor) -> None:
+        self._learned.append({name: tensor.clone() for name, tensor in kept_state(self.detector).items()})
+        self._loaded = stage
 
     def detector_for(self, task: int) -> Detector:
         model = min(task, len(self._learned) - 1)  # an unseen task has no model yet: the newest judges it
@@ -42,14 +43,14 @@ class Single(Strategy):
     def detectors(self) -> Sequence[Mapping[str, Tensor]]:
         return self._learned
 
-    def state(self) -> dict[str, Tensor]:
+    def detector_state(self) -> dict[str, Tensor]:
         return {
             f"detectors.{task}.{name}": tensor
             for task, state in enumerate(self._learned)
             for name, tensor in state.items()
         }
 
-    def restore(self, state: Mapping[str, Tensor]) -> None:
-        tasks = 1 + max(int(name.split(".")[1]) for name in state)
+    def restore_detector(self, state: Mapping[str, Tensor]) -> None:
+        tasks = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("detectors."))
         self._learned = [part(state, f"detectors.{task}.") for task in range(tasks)]
         self._loaded = None

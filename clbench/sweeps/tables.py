@@ -1,120 +1,20 @@
-"""The runs of a sweep: where each stands, which are to be launched, and their tables. Imports no torch."""
+"""Tables of a sweep: what it would do, and what it found. Imports no torch."""
 
-import hashlib
-import os
-import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
 from statistics import mean
-from typing import Any, Literal
+from typing import Any
 
-from omegaconf import DictConfig
 from rich.markup import escape
 from rich.table import Table
 
-from clbench.config import in_results, run_name
-from clbench.recording.run_directory import RunDirectory, State
+from clbench.recording.run_directory import RunDirectory
+from clbench.sweeps.runs import SweepRun, distinct
 from clbench.terminal import SHOWN, TITLES, number
 
-Only = Literal["failed", "missing"]
 
-
-@dataclass
-class Run:
-    """A run of a sweep.
-
-    Attributes:
-        overrides: that make it.
-        reason: of its failure, where it failed.
-    """
-
-    overrides: list[str]
-    directory: RunDirectory
-    state: State
-    reason: str | None = None
-
-
-def chosen(runs: Sequence[Run], only: Only | None) -> list[Run]:
-    """The runs to launch: all that are not finished, those that `failed`, or those that are `missing`."""
-    kinds: dict[str | None, tuple[State, ...]] = {
-        None: ("failed", "unfinished", "missing"),
-        "failed": ("failed",),
-        "missing": ("unfinished", "missing"),
-    }
-    return [run for run in runs if run.state in kinds[only]]
-
-
-def suited(runs: Sequence[list[str]], method: str, settings: Callable[[str], set[str]]) -> list[list[str]]:
-    """The overrides of each run without those settings that its method does not have and another run's has.
-
-    Args:
-        method: of a run whose overrides name none.
-        settings: gives the names of a method's.
-    """
-    own = [next((t.partition("=")[2] for t in texts if t.startswith("method=")), method) for texts in runs]
-    named = [[re.match(r"\+*method\.(\w+)", text) for text in texts] for texts in runs]
-    if len(set(own)) == 1 or not any(map(any, named)):
-        return list(runs)
-    has = {choice: settings(choice) for choice in set(own)}
-    anyone = set().union(*has.values())
-    return [
-        [
-            text
-            for text, match in zip(texts, matches, strict=True)
-            if match is None or match[1] in has[choice] or match[1] not in anyone
-        ]
-        for texts, matches, choice in zip(runs, named, own, strict=True)
-    ]
-
-
-def finished_unchanged(config: DictConfig, overrides: Sequence[str]) -> Run | None:
-    """The finished run of these overrides, known by what it was composed from: far faster than composing it.
-
-    Args:
-        config: of the sweep, with what its runs share.
-
-    Returns:
-        None where it is not finished, or where only composing it could tell.
-    """
-    if config.overwrite or not _folder_is_shared(config, overrides):
-        return None
-    directory = RunDirectory(Path(config.hydra.sweep.dir) / run_name(list(overrides)))
-    summary = directory.summary()
-    if summary is None or not directory.complete(summary):
-        return None
-    if summary.get("composed_from") != composed_from(config.hydra, overrides):
-        return None
-    return Run(list(overrides), directory, "finished")
-
-
-def composed_from(hydra: Any, overrides: Sequence[str]) -> str:
-    """A digest of all that a run's config is composed from: conf/, and the overrides that change results."""
-    (folder,) = (source.path for source in hydra.runtime.config_sources if source.provider == "main")
-    named = sorted(text for text in overrides if in_results(text))
-    return hashlib.sha256("\n".join([_folder_digest(folder), *named]).encode()).hexdigest()
-
-
-@lru_cache
-def _folder_digest(folder: str) -> str:
-    digest = hashlib.sha256()
-    for path, folders, files in os.walk(folder, followlinks=True):
-        folders.sort()
-        for name in sorted(files):
-            file = Path(path) / name
-            digest.update(str(file.relative_to(folder)).encode() + b"\0" + file.read_bytes() + b"\0")
-    return digest.hexdigest()
-
-
-def _folder_is_shared(config: DictConfig, overrides: Sequence[str]) -> bool:
-    """Whether a run lies where its sweep's own config says."""
-    given = dict(text.partition("=")[::2] for text in overrides)
-    places = {"experiment": config.experiment, "outputs": config.outputs}
-    return all(given.get(key, value) == value for key, value in places.items())
-
-
-def plan_table(runs: Sequence[Run], wanted: Sequence[Run]) -> Table:
+def plan_table(runs: Sequence[SweepRun], wanted: Sequence[SweepRun]) -> Table:
     """What a sweep would do: a row a run, with the memory and time of finished runs that are most like it."""
     table = Table(
         title=f"{_count(len(runs), 'run')}: {sum(run.state == 'finished' for run in runs)} finished, "
@@ -153,7 +53,7 @@ def _count(number: int, what: str) -> str:
     return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
-def _finished_beside(runs: Sequence[Run]) -> list[tuple[dict[str, str], Mapping[str, Any]]]:
+def _finished_beside(runs: Sequence[SweepRun]) -> list[tuple[dict[str, str], Mapping[str, Any]]]:
     """Finished runs of the same experiments: the parts of their names, and their summaries."""
     found: list[tuple[dict[str, str], Mapping[str, Any]]] = []
     for folder in {run.directory.path.parent for run in runs}:
@@ -165,7 +65,7 @@ def _finished_beside(runs: Sequence[Run]) -> list[tuple[dict[str, str], Mapping[
 
 
 def _expected(
-    run: Run, known: Sequence[tuple[dict[str, str], Mapping[str, Any]]]
+    run: SweepRun, known: Sequence[tuple[dict[str, str], Mapping[str, Any]]]
 ) -> tuple[float | None, float | None]:
     """Peak MB and minutes of a run: means over the finished runs that share the most of its settings."""
     own = _parts(run.directory.path.name)
@@ -185,17 +85,7 @@ def _parts(name: str) -> dict[str, str]:
     return dict(part.partition("=")[::2] for part in name.split(","))
 
 
-def distinct(runs: Sequence[Run]) -> list[str]:
-    """What each run's overrides do not share with the others', for tables."""
-    given = [[text.lstrip("+") for text in run.overrides] for run in runs]
-    shared = set(given[0]).intersection(*given[1:])
-    return [
-        ", ".join(text for text in texts if text not in shared) or run.directory.path.name
-        for texts, run in zip(given, runs, strict=True)
-    ]
-
-
-def sweep_table(runs: Sequence[Run], width: int) -> Table:
+def sweep_table(runs: Sequence[SweepRun], width: int) -> Table:
     """A row a run, from its directory's summary, named by what it does not share with the others.
 
     Args:

@@ -1,23 +1,77 @@
-"""Launchers behind hydra/launcher=slurm, slurm_cpu and local."""
+"""Launchers: hydra/launcher=sequential, local, slurm and slurm_cpu. Imports no torch."""
+
+from __future__ import annotations
 
 import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from hydra.core.singleton import Singleton
-from hydra.core.utils import JobReturn, JobStatus
+from hydra.core.utils import JobReturn, JobStatus, run_job
+from hydra.plugins.launcher import Launcher
+from hydra.types import HydraContext, TaskFunction
 from hydra_plugins.hydra_joblib_launcher.joblib_launcher import JoblibLauncher
 from hydra_plugins.hydra_submitit_launcher.submitit_launcher import SlurmLauncher
+from omegaconf import DictConfig, open_dict
 
-from clbench import cluster
-from clbench.config import register_resolvers, run_name
+from clbench.config import register, run_name
 from clbench.errors import UserError
 from clbench.recording.run_directory import RunDirectory
+from clbench.sweeps import cluster
+from clbench.sweeps.runs import SweepRun
 
 _POLL_S = 2.0  # seconds between two looks at the queue, at first; then up to
 _SLOWEST_S = 30.0
+
+
+@runtime_checkable
+class Starts(Protocol):
+    """A launcher that starts runs whose settings were composed already."""
+
+    def start(self, runs: Sequence[SweepRun], first: int) -> Sequence[JobReturn]:
+        """Run all, and tell how each ended.
+
+        Args:
+            first: number of the first of them in the sweep, from 0.
+
+        Raises:
+            UserError: none of them can be started.
+        """
+        ...
+
+
+class SequentialLauncher(Launcher):
+    """One run after the other, in this process."""
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        """What Hydra hands over before runs."""
+        self.hydra_context, self.task_function, self.config = hydra_context, task_function, config
+
+    def start(self, runs: Sequence[SweepRun], first: int) -> Sequence[JobReturn]:
+        """Run what was composed, see `Starts`."""
+        return [self._run(run.config, first + index) for index, run in enumerate(runs)]
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        """Compose and run, for another sweeper than ours."""
+        loader = self.hydra_context.config_loader
+        return [
+            self._run(loader.load_sweep_config(self.config, list(overrides)), initial_job_idx + index)
+            for index, overrides in enumerate(job_overrides)
+        ]
+
+    def _run(self, config: DictConfig | None, number: int) -> JobReturn:
+        assert config is not None
+        with open_dict(config):
+            config.hydra.job.id = config.hydra.job.num = number
+        return run_job(
+            hydra_context=self.hydra_context,
+            task_function=self.task_function,
+            config=config,
+            job_dir_key="hydra.sweep.dir",
+            job_subdir_key="hydra.sweep.subdir",
+        )
 
 
 class LocalLauncher(JoblibLauncher):
@@ -27,23 +81,23 @@ class LocalLauncher(JoblibLauncher):
     finished goes on alone, a run at a time: the one that is killed again has failed, and the rest is run.
     """
 
-    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        """Run all, and tell how each ended."""
+    def start(self, runs: Sequence[SweepRun], first: int) -> Sequence[JobReturn]:
+        """Run all, and tell how each ended, see `Starts`."""
         from joblib.externals.loky.process_executor import TerminatedWorkerError
 
-        directories = [run_directory(self, overrides) for overrides in job_overrides]
+        directories = [run.directory for run in runs]
         results: dict[int, JobReturn] = {}
         suspects: set[int] = set()
         several = self.joblib["n_jobs"]
         # joblib runs a single job at a time in this very process, which would then be the one that is killed.
         self.joblib["n_jobs"] = several if several == -1 else max(2, several)
         begun = time.time()
-        while len(results) < len(job_overrides):
-            rest = [index for index in range(len(job_overrides)) if index not in results]
+        while len(results) < len(runs):
+            rest = [index for index in range(len(runs)) if index not in results]
             alone = [index for index in rest if index in suspects][:1] or (rest[:1] if several == 1 else [])
             turn = alone or rest
             try:
-                returned = super().launch([job_overrides[index] for index in turn], initial_job_idx)
+                returned = self.launch([runs[index].overrides for index in turn], first)
             except TerminatedWorkerError:
                 for index in turn:
                     if (result := _written_since(begun, directories[index])) is not None:
@@ -59,7 +113,7 @@ class LocalLauncher(JoblibLauncher):
                     suspects |= entered or set(left)
             else:
                 results |= dict(zip(turn, returned, strict=True))
-        return [results[index] for index in range(len(job_overrides))]
+        return [results[index] for index in range(len(runs))]
 
 
 def _written_since(begun: float, directory: RunDirectory) -> JobReturn | None:
@@ -70,12 +124,6 @@ def _written_since(begun: float, directory: RunDirectory) -> JobReturn | None:
     if directory.complete(summary):
         return JobReturn(status=JobStatus.COMPLETED)
     return failure(directory, summary["reason"]) if summary["status"] == "failed" else None
-
-
-def run_directory(launcher: Any, overrides: Sequence[str]) -> RunDirectory:
-    """Where a launcher's run goes."""
-    config = launcher.hydra_context.config_loader.load_sweep_config(launcher.config, list(overrides))
-    return RunDirectory(Path(config.hydra.sweep.dir) / config.hydra.sweep.subdir)
 
 
 def failure(directory: RunDirectory, reason: str) -> JobReturn:
@@ -101,15 +149,15 @@ class ClusterLauncher(SlurmLauncher):
         singleton_state: dict[type, Singleton],
     ) -> JobReturn:
         """In the job: run, and let the job fail where the run does, so that sacct says so."""
-        register_resolvers()
+        register()
         os.environ.setdefault("OMP_NUM_THREADS", os.environ.get("SLURM_CPUS_PER_TASK", "1"))
         cluster.rename_job(run_name(sweep_overrides))
         result = super().__call__(sweep_overrides, job_dir_key, job_num, job_id, singleton_state)
         _ = result.return_value  # raises what the run raised
         return JobReturn(status=result.status)
 
-    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        """Submit what has no job yet, wait for all, and tell how each ended.
+    def start(self, runs: Sequence[SweepRun], first: int) -> Sequence[JobReturn]:
+        """Submit what has no job yet, wait for all, and tell how each ended, see `Starts`.
 
         Raises:
             UserError: there is no SLURM here, or it does not take the jobs.
@@ -117,46 +165,43 @@ class ClusterLauncher(SlurmLauncher):
         from clbench.terminal import Display
 
         cluster.check_there()
-        directories = [run_directory(self, overrides) for overrides in job_overrides]
         there = cluster.queue()
-        jobs = {d.path: d.job() for d in directories}
-        new = [index for index, d in enumerate(directories) if (jobs[d.path] or {}).get("id") not in there]
         display = Display("sweep")
-        for directory in directories:
-            if directory.path not in {directories[index].path for index in new}:
-                display.line(f"has a job already: {directory.path}: {jobs[directory.path]['id']}")
+        new = []
+        for run in runs:
+            job = run.directory.job() or {}
+            if job.get("id") in there:
+                display.line(f"has a job already: {run.directory.path}: {job['id']}")
+            else:
+                new.append(run)
         if new:
-            self._submit(
-                [job_overrides[index] for index in new], [directories[index] for index in new], display
-            )
+            self._submit(new, first, display)
+        directories = [run.directory for run in runs]
         with display:
             self._wait(directories, display)
         return [self._ended(directory) for directory in directories]
 
-    def _submit(
-        self, job_overrides: Sequence[Sequence[str]], directories: Sequence[RunDirectory], display: Any
-    ) -> None:
+    def _submit(self, runs: Sequence[SweepRun], first: int, display: Any) -> None:
+        """Submit a job for each run, and write it into the run's directory."""
         import submitit
         from submitit.core.utils import FailedJobError
 
         parameters = dict(self.params)
         folder = Path(parameters.pop("submitit_folder")).absolute()
-        executor = submitit.SlurmExecutor(folder, max_num_timeout=parameters.pop("max_num_timeout"))
-        converted = executor._convert_parameters(
-            {key: value for key, value in parameters.items() if value is not None}
-        )
-        executor.update_parameters(**converted)
+        timeouts = parameters.pop("max_num_timeout")
+        executor = submitit.AutoExecutor(folder, cluster="slurm", slurm_max_num_timeout=timeouts)
+        executor.update_parameters(**{f"slurm_{name}": value for name, value in parameters.items()})
         tasks = [
-            (list(overrides), "hydra.sweep.dir", index, f"job_id_for_{index}", Singleton.get_state())
-            for index, overrides in enumerate(job_overrides)
+            (list(run.overrides), "hydra.sweep.dir", index, f"job_id_for_{index}", Singleton.get_state())
+            for index, run in enumerate(runs, first)
         ]
         try:
             submitted = executor.map_array(self, *zip(*tasks, strict=True))
         except FailedJobError as error:
             raise cluster.rejected(error) from error
-        for job, directory in zip(submitted, directories, strict=True):
-            directory.create()
-            directory.write_job({"id": job.job_id, "log": str(job.paths.stdout)})
+        for job, run in zip(submitted, runs, strict=True):
+            run.directory.create()
+            run.directory.write_job({"id": job.job_id, "log": str(job.paths.stdout)})
         display.line(
             f"submitted {len(submitted)} jobs, {submitted[0].job_id} to {submitted[-1].job_id}; they go on without "
             "this process, and the same command finds them again"

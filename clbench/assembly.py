@@ -1,0 +1,180 @@
+"""From a checked config to everything that a run is made of: the one place."""
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from clbench import footprint
+from clbench.backbones import Backbone
+from clbench.config import Config, class_of, takes, wandb_mode
+from clbench.config.schema import Gpu
+from clbench.data import stream
+from clbench.data.samples import Dataset, Geometry
+from clbench.data.stream import Task
+from clbench.errors import UserError
+from clbench.methods.base import Detector, Progress
+from clbench.recording.recorder import Recorder
+from clbench.strategies.base import Strategy
+
+Kind = TypeVar("Kind")
+
+
+@dataclass(frozen=True)
+class Assembly:
+    """What a run is made of.
+
+    Attributes:
+        identity: what summary.json says of the run before it has results.
+    """
+
+    config: Config
+    device: torch.device
+    strategy: Strategy
+    tasks: list[Task]
+    identity: dict[str, Any]
+
+
+def assemble(config: Config, progress: Progress) -> Assembly:
+    """Build all of a run, in the order in which mistakes cost least: folders, networks, images.
+
+    Args:
+        progress: told while images are read.
+
+    Raises:
+        UserError: something that the config names is not there, or does not fit.
+    """
+    device = select_device(config.gpu)
+    footprint.reset_peak(device)
+    read = reader(config)
+    detector = build_detector(config).to(device)
+    tasks = read(progress)
+    strategy = build_strategy(config, detector)
+    strategy.check(tasks)
+    return Assembly(config, device, strategy, tasks, identity(config, tasks))
+
+
+def select_device(gpu: Gpu) -> torch.device:
+    """The device to run on, with determinism and threads set as asked.
+
+    Raises:
+        UserError: there is no such device here.
+    """
+    name = gpu.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        chosen = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"device '{name}' is none: give auto, cpu, cuda or cuda:1") from error
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise UserError(
+            f"gpu.device={name}: torch {torch.__version__} sees {torch.cuda.device_count()} GPUs here; "
+            "take gpu=cpu, or a machine or a torch build with CUDA"
+        )
+    if chosen.type == "cpu" and gpu.precision == "fp16":
+        raise UserError("gpu.precision=fp16 is for GPUs, and there is none: take gpu.precision=bf16 or fp32")
+    if gpu.threads:
+        torch.set_num_threads(gpu.threads)
+    if gpu.deterministic:  # older releases of torch refuse without it
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(gpu.deterministic, warn_only=False)
+    torch.backends.cudnn.deterministic = gpu.deterministic
+    return chosen
+
+
+def reader(config: Config) -> Callable[[Progress], list[Task]]:
+    """A function that reads the stream's tasks; folders and categories are found before any image is read.
+
+    Raises:
+        UserError: a folder or category is not there, or the buffer is larger than the stream.
+    """
+    dataset = _class(config.dataset, "dataset", Dataset)(**config.dataset.settings)
+    order = config.task_order
+    categories = stream.order(dataset, order.kind, order.tasks, config.seed)
+    geometry = Geometry(config.dataset.resize, config.dataset.crop)
+    size = config.replay.size
+    images = sum(len(dataset.samples(name, "train")) for group in categories for name in group)
+    if size is not None and size > images:
+        own = " (the method's own, where none is given)" if size == config.method.protocol.replay_size else ""
+        raise UserError(
+            f"replay.size={size}{own} is larger than all {images} training images of the stream: "
+            f"give at most {images}, or strategy=joint"
+        )
+    cache = Path(config.cache).expanduser()
+    return lambda progress: stream.load(dataset, categories, geometry, cache, progress)
+
+
+def build_detector(config: Config) -> Detector:
+    """The method's detector on its backbone, fresh.
+
+    Raises:
+        UserError: weights that cannot be had or do not fit, or levels that the backbone does not have.
+    """
+    gpu = config.gpu
+    kind = _class(config.method, "method", Detector)
+    given: dict[str, Any] = {
+        name: getattr(config, name) for name in ("seed", "cache") if takes(config, "method", name)
+    }
+    if takes(config, "method", "backbone"):
+        given["backbone"] = Backbone(**config.backbone.settings, precision=gpu.precision, compile=gpu.compile)
+    detector = kind(**config.method.settings, **given)
+    detector.lay_out()
+    detector.precision = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[gpu.precision]
+    return detector
+
+
+def build_strategy(config: Config, detector: Detector) -> Strategy:
+    """The strategy that takes a detector through the stream."""
+    kind = _class(config.strategy, "strategy", Strategy)
+    buffer = {f"replay_{name}": value for name, value in config.replay} if kind.has_buffer else {}
+    return kind(detector, seed=config.seed, **config.strategy.settings, **buffer)
+
+
+def _class(node: Any, name: str, kind: type[Kind]) -> type[Kind]:
+    """The class that a node of the config names, which must be of that kind: a config that is loaded cannot run code.
+
+    Raises:
+        UserError: it is of another kind.
+    """
+    found = class_of(node.target)
+    if not issubclass(found, kind):
+        raise UserError(f"{name}._target_={node.target} is not a {kind.__module__}.{kind.__name__}")
+    return found
+
+
+def identity(config: Config, tasks: list[Task] | None = None) -> dict[str, Any]:
+    """The part of summary.json that is known before training; without tasks while they are not read."""
+    kind = _class(config.strategy, "strategy", Strategy)
+    return {
+        "status": "running",
+        "method": config.method.name,
+        "strategy": config.strategy.name,
+        "strategy_flags": kind.flags(),
+        "replay_size": config.replay.size,
+        "backbone": config.backbone.settings["name"] if takes(config, "method", "backbone") else None,
+        "dataset": config.dataset.name,
+        "tasks": [task.name for task in tasks or []],
+        "categories": [[category.name for category in task.categories] for task in tasks or []],
+        "seed": config.seed,
+    }
+
+
+def build_recorder(assembly: Assembly, directory: Path) -> tuple[Recorder, str | None]:
+    """Who is told of a run beside its directory, and a word on why where that had to be chosen.
+
+    Args:
+        directory: the run's, which has its config.yaml.
+    """
+    config = assembly.config
+    mode, reason = wandb_mode(config.wandb)
+    if mode == "disabled":
+        return Recorder(), reason
+    from clbench.recording.wandb import WandbRun
+
+    plain: Mapping[str, Any] = config.plain()
+    names = [category.name for task in assembly.tasks for category in task.categories]
+    return WandbRun(directory, {**plain["wandb"], "mode": mode}, plain, names), reason

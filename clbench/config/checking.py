@@ -1,0 +1,180 @@
+"""From a composed config to a Config: resolved, typed, and known to make sense."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import InterpolationKeyError, MissingMandatoryValue, OmegaConfBaseException
+from pydantic import ValidationError
+
+from clbench.config import classes
+from clbench.config.messages import UnknownSetting, first_line, invalid
+from clbench.config.schema import Config, SweepSettings
+from clbench.config.wandb_access import wandb_mode
+from clbench.data.samples import Dataset, Geometry
+from clbench.errors import UserError
+
+
+def check(composed: DictConfig) -> Config:
+    """The typed config, once what was composed is known to make sense.
+
+    Raises:
+        UserError: an unknown key, a value of the wrong type or out of range, a class that cannot be imported, or a
+            combination that makes no sense.
+    """
+    values = resolved(composed)
+    try:
+        config = Config.of(values)
+    except ValidationError as error:
+        raise invalid(error, values, Config) from error
+    _check_settings(config)
+    config = with_protocol_buffer(config)
+    _check_combinations(config)
+    return config
+
+
+def resolved(composed: DictConfig, allow_missing: bool = False) -> dict[str, Any]:
+    """A composed config's plain values without Hydra's own, every interpolation replaced by what it stands for.
+
+    Args:
+        allow_missing: leave ??? where a value must still be given.
+
+    Raises:
+        UserError: a value is missing, or an interpolation names a key that is not there.
+    """
+    own = OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
+    try:
+        plain = OmegaConf.to_container(own, resolve=True, throw_on_missing=not allow_missing)
+    except MissingMandatoryValue as error:
+        raise UserError(f"{error.full_key} has no value: give {error.full_key}=...") from error
+    except InterpolationKeyError as error:
+        raise UserError(
+            f"{first_line(error)}: a setting that others refer to cannot be taken away"
+        ) from error
+    except OmegaConfBaseException as error:
+        raise UserError(first_line(error)) from error
+    assert isinstance(plain, dict)
+    return {str(key): value for key, value in plain.items()}
+
+
+def with_protocol_buffer(config: Config) -> Config:
+    """The config with the buffer size of the method's protocol, where the strategy has a buffer and none is given.
+
+    Raises:
+        UserError: the strategy's class cannot be imported.
+    """
+    size = config.method.protocol.replay_size
+    if config.replay.size is None and size is not None and _strategy(config).has_buffer:
+        return config.changed("replay", size=size)
+    return config
+
+
+# Hydra's own settings of where runs go, which are this project's to say: key -> what conf/ has, and the way out.
+_PLACES = {
+    "sweep.dir": ("${outputs}/${experiment}", "give outputs=FOLDER and experiment=NAME"),
+    "sweep.subdir": ("${run_name:${hydra.overrides.task}}", "a run's settings name it; give experiment=NAME"),
+    "run.dir": ("${hydra.sweep.dir}", "give outputs=FOLDER and experiment=NAME"),
+    "job.chdir": (False, "runs stay in the folder that they are started in; give outputs=FOLDER"),
+}
+
+
+def check_sweep(composed: DictConfig, overrides: Sequence[str]) -> None:
+    """Whether the settings of a sweep itself make sense, which its finished runs are not composed to see.
+
+    Args:
+        composed: with its `hydra` node.
+
+    Raises:
+        UserError: one does not.
+    """
+    for name, (usual, way_out) in _PLACES.items():
+        group, _, key = name.partition(".")
+        found = OmegaConf.to_container(composed.hydra[group], resolve=False)
+        if isinstance(found, dict) and found[key] != usual:
+            raise UserError(
+                f"hydra.{name}={found[key]} would have results where nothing finds them: {way_out}"
+            )
+    size = composed.hydra.sweeper.get("max_batch_size")
+    if size is not None and (not isinstance(size, int) or size < 1):
+        raise UserError(
+            f"hydra.sweeper.max_batch_size={size}: give a number of runs, 1 or more, or null for all"
+        )
+    values = {name: composed[name] for name in SweepSettings.model_fields}
+    try:
+        SweepSettings.model_validate(values)
+    except ValidationError as error:
+        raise invalid(error, values, SweepSettings) from error
+    for text in overrides:
+        key, _, value = text.partition("=")
+        if key in ("outputs", "only", "dry_run", "overwrite") and "," in value:
+            raise UserError(f"{text}: it is the whole sweep's, and has one value")
+
+
+def _strategy(config: Config) -> Any:
+    """The strategy's class."""
+    from clbench.strategies.base import Strategy  # here, as it imports torch, which --help must not wait for
+
+    return classes.class_of_kind("strategy", config.strategy.target, Strategy)
+
+
+def _detector(config: Config) -> Any:
+    """The method's class."""
+    from clbench.methods.base import Detector
+
+    return classes.class_of_kind("method", config.method.target, Detector)
+
+
+def _check_settings(config: Config) -> None:
+    """Check what the classes are given against their constructors."""
+    classes.check_settings("method", _detector(config), config.method.settings, ("protocol",))
+    dataset = classes.class_of_kind("dataset", config.dataset.target, Dataset)
+    classes.check_settings("dataset", dataset, config.dataset.settings, ("resize", "crop"))
+    classes.check_settings("backbone", classes.class_of(classes.BACKBONE), config.backbone.settings)
+    classes.check_settings("strategy", _strategy(config), config.strategy.settings)
+    Geometry(config.dataset.resize, config.dataset.crop)
+
+
+def _check_buffer(config: Config) -> None:
+    """Whether the strategy has a buffer where one is given, and one is given where it has one."""
+    strategy, name, size = _strategy(config), config.strategy.name, config.replay.size
+    if strategy.has_buffer and size is None:
+        raise UserError(f"strategy={name} needs a buffer: give replay.size, e.g. replay.size=300")
+    if not strategy.has_buffer and size is not None:
+        raise UserError(
+            f"strategy={name} with replay.size={size} makes no sense: {strategy.why_no_buffer}; "
+            "take strategy=replay, or leave replay.size out"
+        )
+    known = {
+        key.removeprefix(classes.BUFFER): argument
+        for key, argument in classes.constructor(strategy).items()
+        if key.startswith(classes.BUFFER)
+    }
+    for key, value in config.replay.settings.items():
+        if key not in known:
+            raise UnknownSetting(f"replay.{key}", [f"replay.{name}" for name in {"size", *known}])
+        classes.check_value(f"replay.{key}", value, known[key])
+
+
+def _check_combinations(config: Config) -> None:
+    """Check what single values do not show: which settings go together."""
+    strategy, detector = _strategy(config), _detector(config)
+    combination = f"strategy={config.strategy.name} with method={config.method.name} makes no sense"
+    _check_buffer(config)
+    if strategy.needs_native_update and not detector.native:
+        raise UserError(
+            f"{combination}: it keeps nothing that it could update task by "
+            "task; take strategy=replay, finetune, joint or single"
+        )
+    if strategy.needs_gradients and not detector.has_gradients():
+        raise UserError(
+            f"{combination}: the strategy works on the steps of an optimizer, and the method has none; "
+            "take a method that is trained by gradients, or another strategy"
+        )
+    wandb_mode(config.wandb.model_dump())
+    if config.gpu.device == "cpu" and config.gpu.precision == "fp16":
+        raise UserError("gpu.precision=fp16 is for GPUs: on gpu.device=cpu take bf16 or fp32")
+    order = config.task_order
+    if order.tasks == [] or (order.kind == "listed" and not order.tasks):
+        raise UserError("task_order.tasks is empty: list at least one category")

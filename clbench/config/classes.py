@@ -1,0 +1,155 @@
+"""The classes that a config names: found, and their constructors held against the settings. Imports no torch."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, get_type_hints
+
+from hydra.utils import get_class
+from pydantic import TypeAdapter, ValidationError
+
+from clbench.config.messages import UnknownSetting, reason
+from clbench.errors import UserError
+
+if TYPE_CHECKING:
+    from clbench.config.schema import Config
+
+BACKBONE = "clbench.backbones.Backbone"
+
+# Arguments of constructors that the run gives, and no config.
+FROM_THE_RUN: dict[str, tuple[str, ...]] = {
+    "method": ("backbone", "seed", "cache"),
+    "strategy": ("detector", "seed"),
+    "dataset": (),
+    "backbone": ("precision", "compile"),
+}
+BUFFER = "replay_"  # before the keys of the replay group, in the constructor of a strategy that has a buffer
+
+
+@dataclass(frozen=True)
+class Argument:
+    """An argument of a constructor: its annotation, and whether it must be given."""
+
+    annotation: Any
+    required: bool
+
+
+def class_of(target: str) -> type:
+    """The class of a dotted path.
+
+    Raises:
+        UserError: it cannot be imported, or is no class.
+    """
+    try:
+        return get_class(target)
+    except Exception as error:  # what a user's own file raises while it is imported, too
+        cause = error.__cause__ or error
+        said = " ".join(str(cause).split()) or type(cause).__name__
+        raise UserError(
+            f"_target_={target} cannot be imported ({said}): put the folder that holds "
+            f"{target.partition('.')[0]} on PYTHONPATH, or pip install its package"
+        ) from error
+
+
+def class_of_kind(node: str, target: str, kind: type) -> type:
+    """The class that a node names, which must be of a kind.
+
+    Raises:
+        UserError: it cannot be imported, or is of another kind.
+    """
+    found = class_of(target)
+    if not issubclass(found, kind):
+        raise UserError(
+            f"{node}._target_={target} is not a {kind.__module__}.{kind.__name__}: give a class that inherits from it"
+        )
+    return found
+
+
+def constructor(target: type) -> dict[str, Argument]:
+    """The arguments of a class's constructor: name -> argument; where it hands `**settings` on, its parents' too.
+
+    Raises:
+        UserError: an annotation names something that is not there.
+    """
+    found: dict[str, Argument] = {}
+    for parent in target.__mro__[:-1]:
+        if "__init__" not in vars(parent):
+            continue
+        function = vars(parent)["__init__"]
+        try:
+            hints = get_type_hints(function, include_extras=True)
+        except NameError as error:
+            raise UserError(
+                f"{parent.__module__}.{parent.__qualname__}: an annotation of __init__ cannot be read ({error}): "
+                "import what it names, outside of TYPE_CHECKING"
+            ) from error
+        parameters = list(inspect.signature(function).parameters.values())[1:]
+        for parameter in parameters:
+            if parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
+                argument = Argument(
+                    hints.get(parameter.name, Any), parameter.default is inspect.Parameter.empty
+                )
+                found.setdefault(parameter.name, argument)
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+            break
+    return found
+
+
+def takes(config: Config, node: Literal["method", "strategy", "dataset"], name: str) -> bool:
+    """Whether the constructor of a node's class has an argument of this name.
+
+    Raises:
+        UserError: the class cannot be imported.
+    """
+    return name in constructor(class_of(getattr(config, node).target))
+
+
+def own_arguments(node: str, target: type) -> dict[str, Argument]:
+    """The arguments of a node's class that the config gives: name -> argument.
+
+    Raises:
+        UserError: an annotation of the constructor names something that is not there.
+    """
+    return {
+        name: argument
+        for name, argument in constructor(target).items()
+        if name not in FROM_THE_RUN[node] and not (node == "strategy" and name.startswith(BUFFER))
+    }
+
+
+def check_settings(
+    node: str, target: type, settings: Mapping[str, Any], known_beside: Collection[str] = ()
+) -> None:
+    """Check a node's settings against the constructor of the class that they are for.
+
+    Args:
+        known_beside: keys of the node that are not for the constructor, to suggest where a name is unknown.
+
+    Raises:
+        UserError: an unknown name, a value of the wrong type or out of range, or one that is missing.
+    """
+    own = own_arguments(node, target)
+    for name, value in settings.items():
+        if name not in own:
+            raise UnknownSetting(f"{node}.{name}", [f"{node}.{key}" for key in (*own, *known_beside)])
+        check_value(f"{node}.{name}", value, own[name])
+    for name, argument in own.items():
+        if argument.required and name not in settings:
+            raise UserError(f"{node}.{name} has no value: give {node}.{name}=...")
+
+
+def check_value(key: str, value: Any, argument: Argument) -> None:
+    """Check a value against the annotation of the argument that it is for.
+
+    Raises:
+        UserError: it is of the wrong type, out of range, or no finite number.
+    """
+    try:
+        TypeAdapter(argument.annotation).validate_python(value, strict=True)
+    except ValidationError as error:
+        raise UserError(f"{key}={value}: {reason(error.errors()[0])}") from error
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{key}={value}: give a finite number")

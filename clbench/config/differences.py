@@ -1,0 +1,53 @@
+"""Which settings change a run's results, and in which two configs differ."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from clbench.config.schema import BESIDE_SETTINGS
+
+# Settings that change where results go or how a run is watched, but not what they are; and what config.yaml holds
+# beside the settings.
+NOT_IN_RESULTS = (
+    "experiment",
+    "outputs",
+    "cache",
+    "maps",
+    "overwrite",
+    "only",
+    "dry_run",
+    "checkpoint_s",
+    "sweep",
+    "wandb",
+    "hydra",
+    *BESIDE_SETTINGS,
+)
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """What differs between two checked configs and changes results, as `key: old -> new`."""
+    before, after = (
+        {key: value for key, value in flat(config) if key.split(".")[0] not in NOT_IN_RESULTS}
+        for config in (old, new)
+    )
+    return [
+        f"{key}: {before.get(key, 'absent')} -> {after.get(key, 'absent')}"
+        for key in sorted({*before, *after})
+        if before.get(key, "absent") != after.get(key, "absent")
+    ]
+
+
+def flat(node: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """The values of a config, each under its whole key: `gpu.threads`."""
+    pairs: list[tuple[str, Any]] = []
+    for key, value in node.items():
+        if isinstance(value, dict) and value:
+            pairs += flat(value, f"{prefix}{key}.")
+        else:
+            pairs.append((f"{prefix}{key}", value))
+    return pairs
+
+
+def in_results(override: str) -> bool:
+    """Whether an override can change what a run's results are."""
+    return re.split(r"[.=/@]", override.lstrip("+~"), maxsplit=1)[0] not in NOT_IN_RESULTS

@@ -1,0 +1,117 @@
+"""What Hydra found wrong with a command line, in one line with the nearest that exists."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import hydra
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException, SearchPathException
+from omegaconf import OmegaConf
+
+from clbench.config.messages import UnknownSetting, first_line
+from clbench.config.sources import composing, search_path
+from clbench.errors import UserError
+
+# Nodes that Hydra lets any setting into: what their choice does not have is found when a run is checked.
+OPEN = ("method.", "strategy.", "dataset.", "backbone.")
+
+
+def explain(error: Exception, overrides: Sequence[str], config_dir: str | None = None) -> UserError:
+    """One line for what Hydra refused.
+
+    Args:
+        overrides: of the command line.
+        config_dir: a user's own folder of configs, as --config-dir names it.
+    """
+    if isinstance(error, SearchPathException):
+        return UserError(f"--config-dir={config_dir} is no folder: give the one that holds your configs")
+    try:
+        with composing():
+            groups = _choices(search_path(config_dir))
+            for word in overrides:
+                if wrong := _wrong_choice(word, groups):
+                    return wrong
+            chosen = [f"{key}={value}" for key, value in _first_choices(overrides, groups)]
+            composed = hydra.compose("config", [*search_path(config_dir), *chosen])
+    except HydraException:  # a config itself is wrong, and Hydra has said how
+        return UserError(first_line(error))
+    keys = [*_keys(OmegaConf.to_container(composed, resolve=False)), *groups]
+    for word in overrides:
+        if wrong := _wrong_setting(word, keys):
+            return wrong
+    return UserError(first_line(error))
+
+
+def setting_of_other_choices(
+    error: UnknownSetting, choices: Iterable[str], settings_of: Callable[[str, str], set[str]]
+) -> UserError:
+    """What to say of a setting that is not there: that other choices of its group have it, where some do.
+
+    Args:
+        choices: of the group.
+        settings_of: gives the settings of a group's choice.
+    """
+    node, _, name = error.key.partition(".")
+    having = [choice for choice in choices if name in settings_of(node, choice)]
+    if not having:
+        return error
+    return UserError(f"{error.key} is a setting of {', '.join(having)}: give {node}={having[0]} too")
+
+
+def _choices(search: list[str]) -> dict[str, list[str]]:
+    """The choices of every group of configs; Hydra must be initialized."""
+    loader = GlobalHydra.instance().config_loader()
+    names = [name for name in loader.list_groups("") if name != "hydra"] + ["hydra/launcher"]
+    return {name: loader.get_group_options(name, config_name="config", overrides=search) for name in names}
+
+
+def _first_choices(overrides: Sequence[str], groups: dict[str, list[str]]) -> list[tuple[str, str]]:
+    """The groups that are chosen, each with its first choice."""
+    pairs = [word.partition("=")[::2] for word in overrides]
+    return [(key, values.split(",")[0]) for key, values in pairs if key in groups and values]
+
+
+def _wrong_choice(word: str, groups: dict[str, list[str]]) -> UserError | None:
+    """What to say of an override that asks for a choice that is not there."""
+    key, _, values = word.partition("=")
+    for value in values.split(",") if key in groups and values else []:
+        if value not in groups[key]:
+            nearest = difflib.get_close_matches(value, groups[key], n=1, cutoff=0.5)
+            hint = f"nearest: {nearest[0]}; " if nearest else ""
+            return UserError(f"{key}={value} does not exist; {hint}there are: {', '.join(groups[key])}")
+    return None
+
+
+def _wrong_setting(word: str, keys: Sequence[str]) -> UserError | None:
+    """What to say of an override whose setting is not there, or that is not written as overrides are."""
+    key = re.split("[=@]", word, maxsplit=1)[0].lstrip("+~")
+    if not key.startswith("hydra") and key not in keys and not key.startswith(OPEN):
+        return UnknownSetting(key, keys)
+    if word.startswith("~"):
+        return UserError(f"{word} cannot be taken away: give {key}=... another value, null for none")
+    if word.startswith("+") and not word.startswith("++"):
+        return UserError(f"{word}: {key} is there already; write {word.lstrip('+')}")
+    if "=" not in word:
+        return UserError(f"{word} has no value: write {word}=...")
+    try:
+        OverridesParser.create().parse_override(word)
+    except HydraException:
+        return UserError(
+            f"{word.lstrip('+')} cannot be read: a list is {key}=a,b or {key}=[a,b], and what holds other signs is quoted "
+            f"for the shell too: '{key}=\"...\"'"
+        )
+    return None
+
+
+def _keys(node: Any, prefix: str = "") -> list[str]:
+    """The names in full of a config's settings, and of its nodes."""
+    if not isinstance(node, dict):
+        return []
+    return [
+        name for key, value in node.items() for name in (f"{prefix}{key}", *_keys(value, f"{prefix}{key}."))
+    ]

@@ -1,0 +1,41 @@
+"""What conf/ refers to beside its own files: functions in ${...}, nodes open for any setting, ready-made sweeps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+
+from clbench.config import sources
+from clbench.config.run_names import run_name
+
+
+def if_given(value: Any, then: Any, otherwise: Any) -> Any:
+    """One or the other, by whether a setting has a value."""
+    return otherwise if value is None else then
+
+
+def strategy_class(name: str) -> str:
+    """The class of a strategy of this package: clbench/strategies/<name>.py holds <Name>."""
+    return f"clbench.strategies.{name}.{name.title().replace('_', '')}"
+
+
+def gpus_of(device: str) -> int | None:
+    """GPUs that a job asks for."""
+    return None if device == "cpu" else 1
+
+
+def register() -> None:
+    """Make known to Hydra what conf/ refers to; again is no harm.
+
+    `open`, merged into a node before its choice, lets the command line give any setting there: a sweep's first config
+    is composed with the group's default choice, which need not have a setting that the swept choices have. Whether
+    a choice has the setting is found when the run itself is checked.
+    """
+    for resolver in (run_name, if_given, strategy_class, gpus_of):
+        OmegaConf.register_new_resolver(resolver.__name__, resolver, replace=True)
+    store = ConfigStore.instance()
+    store.store(name="open", node=DictConfig({}, flags={"struct": False}))
+    for file in sources.sweeps_beside_conf():
+        store.store(group="sweep", name=file.stem, node=OmegaConf.load(file), package="_global_")

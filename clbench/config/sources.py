@@ -1,0 +1,105 @@
+"""Where configs are: conf/ and sweeps/, in a wheel or a checkout, and --config-dir. Imports no torch."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import hydra
+from hydra.core.global_hydra import GlobalHydra
+
+from clbench.config.differences import in_results
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+_PACKAGE = Path(__file__).parents[1]
+
+
+def conf() -> Path:
+    """The folder of configs: clbench/conf of an installed wheel, conf/ of a checkout and an editable install."""
+    installed = _PACKAGE / "conf"
+    return installed if installed.is_dir() else _PACKAGE.parent / "conf"
+
+
+def sweeps_beside_conf() -> list[Path]:
+    """The ready-made sweeps of a checkout, in sweeps/; a wheel has them within its conf/, where Hydra finds them."""
+    return sorted((_PACKAGE.parent / "sweeps").glob("*.yaml")) if conf().parent != _PACKAGE else []
+
+
+@contextmanager
+def composing() -> Iterator[None]:
+    """Inside, hydra.compose composes from conf/; an app that runs is put aside meanwhile."""
+    from clbench.config.resolvers import register  # here, as it imports this module
+
+    register()
+    with app_put_aside(), hydra.initialize_config_dir(str(conf()), version_base="1.3"):
+        yield
+
+
+@contextmanager
+def app_put_aside() -> Iterator[None]:
+    """Inside, Hydra can be initialized anew; afterwards it is as it was."""
+    running = GlobalHydra.instance().hydra
+    GlobalHydra.instance().clear()
+    try:
+        yield
+    finally:
+        GlobalHydra.instance().hydra = running
+
+
+def search_path(config_dir: str | Path | None) -> list[str]:
+    """The override that makes Hydra look into a user's own folder of configs too; none without one."""
+    return [] if config_dir is None else [f"hydra.searchpath=[file://{Path(config_dir).absolute()}]"]
+
+
+def composed(*overrides: str, config_dir: str | Path | None = None) -> DictConfig:
+    """What a command line composes to, unchecked.
+
+    Args:
+        config_dir: a user's own folder of configs, as --config-dir names it.
+
+    Raises:
+        HydraException: it cannot be composed.
+    """
+    with composing():
+        return hydra.compose("config", [*search_path(config_dir), *overrides])
+
+
+def composed_from(hydra_config: Any, overrides: Sequence[str]) -> str:
+    """A digest of all that a run's config is composed from: every file of configs, and the overrides that matter.
+
+    Args:
+        hydra_config: the `hydra` node of a composed config.
+        overrides: of the run, of which those that change results count.
+    """
+    folders = [source.path for source in hydra_config.runtime.config_sources if source.schema == "file"]
+    files = [*map(_folder_digest, folders), _digest((path.name, path) for path in sweeps_beside_conf())]
+    named = sorted(text for text in overrides if in_results(text))
+    return hashlib.sha256("\n".join([*files, *named]).encode()).hexdigest()
+
+
+def read_again() -> None:
+    """Forget the files' digests: a process that composes for a second time may find other files."""
+    _folder_digest.cache_clear()
+
+
+@lru_cache
+def _folder_digest(folder: str) -> str:
+    found = []
+    for path, folders, files in os.walk(folder, followlinks=True):
+        folders.sort()
+        found += [Path(path) / name for name in sorted(files) if name.endswith((".yaml", ".yml"))]
+    return _digest((str(file.relative_to(folder)), file) for file in found)
+
+
+def _digest(files: Iterable[tuple[str, Path]]) -> str:
+    digest = hashlib.sha256()
+    for name, file in files:
+        digest.update(name.encode() + b"\0" + file.read_bytes() + b"\0")
+    return digest.hexdigest()

@@ -1,0 +1,61 @@
+"""Whether a run is sent to Weights & Biases, and whether there is a key for it. Imports neither wandb nor torch."""
+
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from netrc import NetrcParseError, netrc
+from typing import Any
+from urllib.parse import urlparse
+
+from clbench.errors import UserError
+
+
+def wandb_mode(settings: Mapping[str, Any]) -> tuple[str, str | None]:
+    """`online`, `offline` or `disabled`, and a word on why where `auto` had to choose.
+
+    Raises:
+        UserError: online, and no key; or a server's address that is none, or holds a password.
+    """
+    chosen = settings["mode"]
+    if chosen in ("auto", "online"):
+        _check_address(os.environ.get("WANDB_BASE_URL"))
+    if chosen == "auto":
+        asked = os.environ.get("WANDB_MODE")
+        if asked in ("online", "offline", "disabled"):
+            chosen = asked
+        elif wandb_key():
+            return "online", "wandb=auto is online: a key is configured"
+        else:
+            return "offline", "wandb=auto is offline: no key is configured (WANDB_API_KEY, or wandb login)"
+    if chosen == "online" and not wandb_key():
+        raise UserError(
+            "wandb=online needs a key: set WANDB_API_KEY or run wandb login; or take wandb=offline"
+        )
+    return chosen, None
+
+
+def _check_address(address: str | None) -> None:
+    if address is None:
+        return
+    try:
+        parts = urlparse(address)
+        usable = parts.scheme in ("http", "https") and bool(parts.hostname)
+    except ValueError:
+        usable = False
+    if not usable:
+        raise UserError(f"WANDB_BASE_URL={address} is no address of a server: give https://HOST, or unset it")
+    if parts.password:
+        raise UserError(
+            "WANDB_BASE_URL holds a password, which would end in logs: give the address without it, and the key "
+            "in WANDB_API_KEY"
+        )
+
+
+def wandb_key() -> bool:
+    """Whether a key for Weights & Biases is configured."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
+    with suppress(OSError, NetrcParseError):
+        return netrc(os.environ.get("NETRC")).authenticators(host or "") is not None
+    return False

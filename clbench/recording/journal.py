@@ -1,0 +1,104 @@
+"""A file that is only ever appended to: one JSON object a line, each with a check of its own."""
+
+import json
+import os
+import zlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from clbench.errors import UserError
+from clbench.recording.files import cannot_write, write_whole
+
+_CHECK = ', "check": "'
+
+
+class Journal:
+    """What a run found, in the order in which it was found.
+
+    A line that was cut off by a kill is the last one, and is taken away when the file is opened again. Lines reach the
+    system at once, and the disk with `flush`.
+
+    Args:
+        path: of the file, which need not exist.
+
+    Attributes:
+        entries: what the file held when it was opened.
+
+    Raises:
+        UserError: the file cannot be read, or a line that is not the last is damaged.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.entries, whole = _read(path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = open(path, "ab", buffering=0)  # noqa: SIM115
+            self._file.truncate(whole)
+        except OSError as error:
+            raise cannot_write(path, error) from error
+
+    def append(self, entry: dict[str, Any]) -> None:
+        """Add an entry.
+
+        Raises:
+            UserError: the disk is full or may not be written.
+        """
+        try:
+            self._file.write(_line(entry))
+        except OSError as error:
+            raise cannot_write(self.path, error) from error
+
+    def flush(self) -> None:
+        """Return once all entries are on the disk."""
+        os.fsync(self._file.fileno())
+
+    def rewrite(self, entries: Iterable[dict[str, Any]]) -> None:
+        """Hold these entries alone from now on."""
+        self.entries = list(entries)
+        self._file.close()
+        write_whole(self.path, lambda part: part.write_bytes(b"".join(map(_line, self.entries))))
+        self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _line(entry: dict[str, Any]) -> bytes:
+    body = json.dumps(entry, ensure_ascii=False)[:-1]
+    return f'{body}{_CHECK}{zlib.crc32(body.encode()):08x}"}}\n'.encode()
+
+
+def _read(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The entries of a journal, and how many bytes of it they take."""
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return [], 0
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be read ({error.strerror}): get the right to, or take another experiment=NAME"
+        ) from error
+    entries: list[dict[str, Any]] = []
+    whole = 0
+    for number, line in enumerate(content.splitlines(keepends=True), 1):
+        entry = _entry(line)
+        if entry is None:
+            if whole + len(line) == len(content):
+                break  # cut off
+            raise UserError(
+                f"{path} is damaged in line {number}: remove {path.parent} to run this anew, or take another experiment=NAME"
+            )
+        entries.append(entry)
+        whole += len(line)
+    return entries, whole
+
+
+def _entry(line: bytes) -> dict[str, Any] | None:
+    """What a line holds, or None where it is cut off or damaged."""
+    text = line.decode(errors="replace")
+    body, separator, check = text.rpartition(_CHECK)
+    if not separator or check != f'{zlib.crc32(body.encode()):08x}"}}\n':
+        return None
+    return json.loads(body + "}")

@@ -1,0 +1,108 @@
+"""R by stage, category and metric: everything that a run's evaluations gave, and what it comes to."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from clbench.metrics import continual
+from clbench.metrics.continual import Matrix
+from clbench.metrics.curves import METRICS
+
+Values = dict[str, float | None]  # metric -> value; None where it is undefined
+
+
+class Results:
+    """The evaluations of a run, each a category's metrics after a stage.
+
+    A task's value is the mean of its categories', and a stream's the mean over all categories: so tasks that bring
+    several categories at once compare with tasks that bring one.
+
+    Args:
+        tasks: the categories of each task, in the order of the stream.
+        stages: the tasks that each stage learns.
+
+    Attributes:
+        categories: the names of all tasks' categories, in order: the columns of R.
+        task_of: the task of each category.
+        learned: the stage that learns each category.
+    """
+
+    def __init__(self, tasks: Sequence[Sequence[str]], stages: Sequence[Sequence[int]]):
+        self.categories = [name for task in tasks for name in task]
+        self.task_of = [index for index, task in enumerate(tasks) for _ in task]
+        stage_of = {task: stage for stage, learning in enumerate(stages) for task in learning}
+        self.learned = [stage_of[task] for task in self.task_of]
+        self._evaluated = np.zeros((len(stages), len(self.categories)), dtype=bool)
+        self._R = {m: np.full(self._evaluated.shape, np.nan) for m in METRICS}  # not a number: undefined
+        self._best, self._best_until = self._none_yet(), 0  # over the stages before that one
+
+    def add(self, stage: int, category: int, values: Values) -> None:
+        """Take what an evaluation of a category after a stage gave."""
+        self._evaluated[stage, category] = True
+        for metric, R in self._R.items():
+            value = values[metric]
+            R[stage, category] = np.nan if value is None else value
+
+    def get(self, stage: int, category: int) -> Values | None:
+        """What the evaluation of a category after a stage gave; None where there was none."""
+        if not self._evaluated[stage, category]:
+            return None
+        return {metric: _value(R[stage, category]) for metric, R in self._R.items()}
+
+    def matrix(self, metric: str) -> Matrix:
+        """R of one metric, [stage][category]; None where it is undefined or was not evaluated."""
+        return [list(map(_value, row)) for row in self._R[metric]]
+
+    def seen(self, stage: int) -> list[int]:
+        """The categories learned up to a stage."""
+        return [category for category, learned in enumerate(self.learned) if learned <= stage]
+
+    def after(self, stage: int) -> dict[str, Values]:
+        """A stage's results: name (a category, `mean` over those seen, or `forgetting`) -> metric -> value.
+
+        Asked for in the order of stages, each costs as much as it has categories.
+        """
+        found: dict[str, Values] = {}
+        for category in np.flatnonzero(self._evaluated[stage]):
+            found[self.categories[category]] = self.get(stage, category) or {}
+        seen = self.seen(stage)
+        found["mean"] = {m: continual.mean(map(_value, R[stage, seen])) for m, R in self._R.items()}
+        best = self._best_before(stage)
+        found["forgetting"] = {
+            metric: continual.mean(map(_value, best[metric] - R[stage])) for metric, R in self._R.items()
+        }
+        return found
+
+    def _best_before(self, stage: int) -> dict[str, np.ndarray]:
+        """For each metric, the best value of each category from the stage that learned it to the one before this."""
+        if stage < self._best_until:
+            self._best, self._best_until = self._none_yet(), 0
+        for earlier in range(self._best_until, stage):
+            seen = self.seen(earlier)
+            for metric, R in self._R.items():
+                self._best[metric][seen] = np.fmax(self._best[metric][seen], R[earlier, seen])
+        self._best_until = stage
+        return self._best
+
+    def _none_yet(self) -> dict[str, np.ndarray]:
+        return {metric: np.full(len(self.categories), np.nan) for metric in METRICS}
+
+    def just_learned(self, metric: str) -> list[float | None]:
+        """Each category's value after the stage that learned it."""
+        return [_value(self._R[metric][stage, category]) for category, stage in enumerate(self.learned)]
+
+    def summary(self) -> dict[str, Any]:
+        """What summary.json says of R: final means, forgetting and transfer, over categories."""
+        R = {metric: self.matrix(metric) for metric in METRICS}
+        return {
+            "final": {metric: continual.final_mean(R[metric]) for metric in METRICS},
+            "average_forgetting_pct": continual.average_forgetting_pct(R["pixel_f1"], self.learned),
+            "forgetting": {metric: continual.forgetting(R[metric], self.learned) for metric in METRICS},
+            "backward_transfer": {m: continual.backward_transfer(R[m], self.learned) for m in METRICS},
+            "forward_transfer": {m: continual.forward_transfer(R[m], self.learned) for m in METRICS},
+        }
+
+
+def _value(number: float) -> float | None:
+    return None if np.isnan(number) else float(number)

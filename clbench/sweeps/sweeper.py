@@ -1,0 +1,195 @@
+"""The sweeper behind `python train.py` and `clbench run`. Imports no torch until a run is checked."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import sys
+import traceback
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.core.plugins import Plugins
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.plugins.sweeper import Sweeper
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig
+
+from clbench.config import check, check_sweep
+from clbench.config.classes import class_of, own_arguments
+from clbench.config.explanations import setting_of_other_choices
+from clbench.config.messages import UnknownSetting
+from clbench.errors import UserError, in_one_line
+from clbench.recording.run_directory import RunDirectory
+from clbench.sweeps.launchers import SequentialLauncher, Starts
+from clbench.sweeps.runs import SweepRun, chosen, distinct, finished_unchanged, suited
+from clbench.sweeps.tables import plan_table, sweep_table
+from clbench.terminal import Display
+
+
+class RunSweeper(Sweeper):
+    """Every run is checked before the first starts; finished ones are left out; one table ends the sweep.
+
+    Args:
+        max_batch_size: runs that the launcher is given at a time, at most; None for all at once.
+        params: Hydra's: setting -> values, of the sweep.
+        grids: of a ready-made sweep (sweeps/): each a setting -> values mapping, all of whose combinations
+            are run. Settings of the command line take the place of a grid's.
+    """
+
+    def __init__(
+        self,
+        max_batch_size: int | None = None,
+        params: Mapping[str, str] | None = None,
+        grids: Sequence[Mapping[str, Any]] = (),
+    ) -> None:
+        super().__init__()
+        self.max_batch_size = max_batch_size
+        self.params = dict(params or {})
+        self.grids = [dict(grid) for grid in grids] or [{}]
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        """What Hydra hands over before `sweep`."""
+        self._config = config
+        self._loader = hydra_context.config_loader
+        self._launcher = Plugins.instance().instantiate_launcher(
+            hydra_context=hydra_context, task_function=task_function, config=config
+        )
+
+    def sweep(self, arguments: list[str]) -> None:
+        """Expand the command line to runs and launch those that are not finished.
+
+        Raises:
+            SystemExit: something is wrong with a run's settings (status 2), or a run failed (status 1).
+        """
+        try:
+            check_sweep(self._config, arguments)
+            runs = self.runs(arguments)
+            wanted = chosen(runs, self._config.only)
+            if self._config.dry_run:
+                Display("sweep").table(plan_table(runs, wanted))
+                return
+            RunDirectory(runs[0].directory.path.parent).create()
+            if self._config.overwrite:  # here, once: a job that is started again is to continue
+                for run in wanted:
+                    with run.directory.lock():
+                        run.directory.clear()
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)
+        display = Display("sweep")
+        for run in runs:
+            if run.state == "finished":
+                display.line(f"finished already, skipped: {run.directory.path}")
+            elif run.state == "failed" and run in wanted:
+                display.line(f"failed before, tried again: {run.directory.path}: {run.reason}")
+        failed = self._launch(wanted, runs[0].directory.path.parent, display)
+        if len(runs) > 1:
+            display.table(sweep_table(runs, display.console.width))
+        if not failed or len(runs) > 1:
+            single = len(runs) == 1
+            display.line(f"results: {runs[0].directory.path if single else runs[0].directory.path.parent}")
+        if failed:
+            sys.exit(1)
+
+    def runs(self, arguments: list[str]) -> list[SweepRun]:
+        """The runs of a command line, each once, with where they stand.
+
+        Raises:
+            UserError: something is wrong with one's settings.
+        """
+        parser = OverridesParser.create(config_loader=self._loader)
+        given: list[list[str]] = []
+        for grid in self.grids:
+            texts = [*(f"{key}={value}" for key, value in {**self.params, **grid}.items()), *arguments]
+            given += combinations(parser.parse_overrides(texts))
+        settings_of = functools.cache(self._settings_of)
+        found: dict[Path, SweepRun] = {}
+        for overrides in suited(given, self._config.hydra.runtime.choices, settings_of):
+            try:
+                run = finished_unchanged(self._config, overrides) or self._composed(overrides)
+            except UnknownSetting as error:
+                choices = self._loader.get_group_options(error.key.partition(".")[0])
+                raise setting_of_other_choices(error, choices, settings_of) from error
+            found.setdefault(run.directory.path, run)
+        if not found:
+            raise UserError(f"{' '.join(arguments)} asks for no run: a list in it is empty")
+        return list(found.values())
+
+    def _composed(self, overrides: list[str]) -> SweepRun:
+        """The run of these overrides, composed and checked."""
+        composed = self._loader.load_sweep_config(self._config, overrides)
+        config = check(composed)
+        directory = RunDirectory(Path(composed.hydra.sweep.dir) / composed.hydra.sweep.subdir)
+        state, reason = directory.state(config.plain())
+        return SweepRun(overrides, directory, state, reason, composed)
+
+    def _settings_of(self, group: str, choice: str) -> set[str]:
+        """The settings that a group's choice has: in its file, and its class's constructor."""
+        node = self._loader.load_sweep_config(self._config, [f"{group}={choice}"])[group]
+        own = own_arguments(group, class_of(node._target_)) if "_target_" in node else {}
+        return {*map(str, node), *own}
+
+    def _launch(self, pending: list[SweepRun], folder: Path, display: Display) -> bool:
+        """Run what is pending; print why a run failed, and keep it for the table; whether one did."""
+        self._config.hydra.sweep.dir = str(folder)
+        try:
+            jobs = self._jobs(pending, display)
+        except UserError as error:  # of the launcher: no cluster, a job that it rejects
+            print(f"error: {error}", file=sys.stderr)
+            return True
+        failures = [
+            (run, job) for run, job in zip(pending, jobs, strict=True) if job.status != JobStatus.COMPLETED
+        ]
+        for run, job in failures:
+            message = in_one_line(job._return_value)
+            if message is None:
+                traceback.print_exception(job._return_value)
+                message = str(job._return_value)
+            run.reason = message
+            name = (
+                f"{run.directory.path.name}: "
+                if len(pending) > 1 and str(run.directory.path) not in message
+                else ""
+            )
+            print(f"error: {name}{message}", file=sys.stderr)
+        return bool(failures)
+
+    def _jobs(self, pending: list[SweepRun], display: Display) -> list[JobReturn]:
+        """Launch what is pending in batches, or one after the other, each announced; how each ended."""
+        alone = isinstance(self._launcher, SequentialLauncher)
+        size = 1 if alone else self.max_batch_size or len(pending)
+        jobs: list[JobReturn] = []
+        names = distinct(pending) if pending else []
+        for first in range(0, len(pending), size):
+            if alone and len(pending) > 1:
+                display.line(f"run {first + 1} of {len(pending)}: {names[first]}")
+            batch = pending[first : first + size]
+            if isinstance(self._launcher, Starts):
+                jobs += self._launcher.start(batch, first)
+            else:
+                jobs += self._launcher.launch([run.overrides for run in batch], initial_job_idx=first)
+        return jobs
+
+
+def combinations(overrides: Sequence[Override]) -> list[list[str]]:
+    """Every combination of the values that a command line gives, as the overrides of one run each.
+
+    Raises:
+        UserError: an override asks for values that cannot be listed.
+    """
+    values: dict[str, list[str]] = {}
+    for override in overrides:
+        key = override.get_key_element()
+        if not override.is_sweep_override():
+            values[key] = [f"{key}={override.get_value_element_as_str()}"]
+        elif override.is_discrete_sweep():
+            values[key] = [f"{key}={value}" for value in override.sweep_string_iterator()]
+        else:
+            raise UserError(
+                f"{override.input_line}: a sweep takes lists, as {key}=a,b, range(...) and glob(...)"
+            )
+    return [list(combination) for combination in itertools.product(*values.values())]

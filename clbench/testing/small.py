@@ -1,0 +1,106 @@
+"""What contract tests work with: small images, a small detector, and a process that ends in the middle."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from clbench.backbones import unit
+from clbench.methods.base import Detector, Prediction
+
+
+def images(count: int, seed: int, size: int = 48) -> Tensor:
+    """A pattern of a product's own with noise on it, uint8 [N, 3, size, size]."""
+    random = torch.Generator().manual_seed(seed)
+    coarse = 40 + 160 * torch.rand(1, 3, 6, 6, generator=random)
+    noise = 12 * torch.randn(count, 3, size, size, generator=random)
+    return (F.interpolate(coarse, (size, size), mode="bilinear") + noise).clamp(0, 255).byte()
+
+
+class SmallDetector(Detector):
+    """A trained detector of a thousand weights: an autoencoder, and the mean error of what it learned from.
+
+    Attributes:
+        error: mean squared error over the images learned from, float32 []; what is above it is anomalous.
+    """
+
+    error: Tensor
+
+    def __init__(self, *, epochs: int = 2, batch_size: int = 3, learning_rate: float = 0.01, seed: int = 0):
+        super().__init__()
+        self.epochs, self.batch_size, self.learning_rate = epochs, batch_size, learning_rate
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.encoder = nn.Conv2d(3, 8, 3, stride=2, padding=1)
+            self.decoder = nn.ConvTranspose2d(8, 3, 4, stride=2, padding=1)
+        self.register_buffer("error", torch.ones(()))
+
+    def optimizer(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self.parameters(), self.learning_rate)
+
+    def training_step(self, images: Tensor) -> Tensor:
+        """Images uint8 [B, 3, H, W] -> mean squared error of their reconstructions from noisy ones."""
+        clean = unit(images)
+        noisy = clean + 0.05 * torch.randn_like(clean)
+        return F.mse_loss(self._reconstructed(noisy).float(), clean)
+
+    def outputs(self, images: Tensor) -> list[Tensor]:
+        return [self._reconstructed(unit(images))]
+
+    def finish_task(self, images: Tensor) -> None:
+        self.error = F.mse_loss(self._reconstructed(unit(images)).float(), unit(images))
+
+    def forward(self, images: Tensor) -> Prediction:
+        maps = (self._reconstructed(unit(images)).float() - unit(images)).square().mean(1) / self.error
+        return Prediction(maps, maps.amax((1, 2)))
+
+    def _reconstructed(self, images: Tensor) -> Tensor:
+        """Images float [B, 3, H, W] -> the same shape."""
+        return self.decoder(F.relu(self.encoder(images)))
+
+
+class Left(BaseException):
+    """A process that ended in the middle of a training."""
+
+
+class Leaving:
+    """A bookmark in memory that ends the process at one of the places where a training can be left.
+
+    Attributes:
+        places: how many places there were so far.
+        leave_at: the number of the place to leave at, from 1; None to go on to the end.
+    """
+
+    def __init__(self) -> None:
+        self.places = 0
+        self.leave_at: int | None = None
+        self._saved: dict[int, tuple[dict[str, Tensor], dict[str, Any]]] = {}
+
+    def find(self, stage: int) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        tensors, data = self._saved.get(stage, (None, None))
+        return None if tensors is None or data is None else (copied(tensors), data)
+
+    def due(self, epoch_ended: bool) -> bool:
+        self.places += 1
+        return self.places == self.leave_at
+
+    def place(self, stage: int, tensors: dict[str, Tensor], data: dict[str, Any]) -> None:
+        self._saved[stage] = copied(tensors), data
+        raise Left
+
+
+def copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same values in other memory, as after a checkpoint was written and read."""
+    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
+
+
+def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor], what: str) -> None:
+    """The same names and the same bits.
+
+    Raises:
+        AssertionError: they differ; the message names the tensor.
+    """
+    assert found.keys() == expected.keys(), f"{what}: {sorted(found)} in place of {sorted(expected)}"
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), f"{what}: {name} differs"

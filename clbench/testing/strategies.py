@@ -1,0 +1,156 @@
+"""What every strategy must pass."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from clbench import footprint
+from clbench.methods.base import Detector, kept_state
+from clbench.strategies.base import Strategy
+from clbench.testing.small import Leaving, Left, SmallDetector, assert_equal, copied, images
+
+Build = Callable[[Detector], Strategy]
+
+STAGES = 3
+
+
+class StrategyContract:
+    """Subclass it, and give a fixture `build` that gives a function: a fresh detector -> the strategy with it.
+
+    A strategy that only suits some detectors overrides `detector` too.
+    """
+
+    size = 48  # pixels of the images
+
+    @pytest.fixture
+    def build(self) -> Build:
+        raise NotImplementedError("give a fixture `build`")
+
+    def detector(self) -> Detector:
+        """A fresh detector for the strategy to work with."""
+        return SmallDetector()
+
+    def given(self, stage: int) -> Tensor:
+        """A stage's images, uint8 [6, 3, H, W]; all stages' where training is joint."""
+        return images(6, stage, self.size)
+
+    def stages(self, strategy: Strategy) -> int:
+        return len(strategy.stages(STAGES))
+
+    def learned(self, build: Build, stages: int | None = None) -> Strategy:
+        """The strategy after so many stages; all where none are given."""
+        strategy = build(self.detector())
+        for stage in range(self.stages(strategy) if stages is None else stages):
+            strategy.learn(stage, self.given(stage))
+        return strategy
+
+    def continued(self, build: Build, state: dict[str, Tensor]) -> Strategy:
+        """The strategy of another process, from what an earlier one saved."""
+        strategy = build(self.detector())
+        strategy.detector.prepare(self.given(0))
+        strategy.restore(copied(state))
+        return strategy
+
+    @torch.no_grad()
+    def judged(self, strategy: Strategy, task: int) -> Tensor:
+        """Maps of images of a task."""
+        strategy.detector_for(task).eval()
+        return strategy.predict(images(3, task, self.size), task).maps
+
+    def test_its_flags_say_what_it_does(self, build: Build) -> None:
+        strategy = self.learned(build)
+        assert all(isinstance(value, bool) for value in strategy.flags().values())
+        stages = strategy.stages(STAGES)
+        assert sorted(task for stage in stages for task in stage) == list(range(STAGES))
+        assert strategy.joint == (len(stages) == 1)
+        assert strategy.has_buffer == (strategy.stored_images() is not None)
+        assert strategy.task_known or len(strategy.detectors()) == 1
+        assert not (strategy.continual and (strategy.joint or strategy.task_known))
+
+    def test_a_state_brings_it_back(self, build: Build) -> None:
+        strategy = self.learned(build)
+        again = self.continued(build, strategy.state())
+        assert_equal(again.state(), strategy.state(), "restored")
+        for task in range(STAGES):
+            assert torch.equal(self.judged(again, task), self.judged(strategy, task))
+
+    def test_a_process_that_ends_between_stages_loses_nothing(self, build: Build) -> None:
+        whole = self.learned(build)
+        stages = self.stages(whole)
+        strategy = build(self.detector())
+        for stage in range(stages):
+            if stage > 0:
+                strategy = self.continued(build, strategy.state())
+            strategy.learn(stage, self.given(stage))
+        assert_equal(strategy.state(), whole.state(), "continued after every stage")
+
+    def test_a_process_that_ends_at_any_step_loses_nothing(self, build: Build) -> None:
+        stages = self.stages(build(self.detector()))
+        last = stages - 1
+        whole = self.learned(build, last)
+        before = copied(whole.state()) if last else None
+        bookmark = Leaving()
+        whole.bookmark = bookmark
+        whole.learn(last, self.given(last))
+        for place in range(1, bookmark.places + 1):
+            left = Leaving()
+            left.leave_at = place
+            for _ in range(2):  # two processes
+                strategy = self.continued(build, before) if before else build(self.detector())
+                strategy.bookmark = left
+                try:
+                    strategy.learn(last, self.given(last))
+                except Left:
+                    left.leave_at = None
+            assert_equal(strategy.state(), whole.state(), f"left at place {place}")
+
+    def test_judging_between_stages_changes_nothing(self, build: Build) -> None:
+        expected = self.learned(build).state()
+        strategy = build(self.detector())
+        for stage in range(self.stages(strategy)):
+            strategy.learn(stage, self.given(stage))
+            for task in range(STAGES):  # also such as are not learned yet
+                self.judged(strategy, task)
+        assert_equal(strategy.state(), expected, "judged after every stage")
+
+    def test_the_footprint_counts_every_byte_that_it_keeps(self, build: Build) -> None:
+        strategy = self.learned(build)
+        counted = footprint.measure(strategy)
+        kept = sum(tensor.numel() * tensor.element_size() for tensor in strategy.kept().values())
+        named = {name for name, _ in strategy.detector.named_parameters()}
+        buffers = sum(
+            tensor.numel() * tensor.element_size()
+            for state in strategy.detectors()
+            for name, tensor in state.items()
+            if name not in named and "running_" not in name and "num_batches" not in name
+        )
+        assert counted["additional_mb"] == pytest.approx((kept + buffers) / footprint.MB)
+
+    def test_stored_images_are_images_that_were_learned_or_held_out(self, build: Build) -> None:
+        strategy = self.learned(build)
+        stored = strategy.stored_images()
+        if stored is None:
+            assert not strategy.has_buffer
+            return
+        shown = torch.cat([self.given(stage) for stage in range(STAGES)])
+        assert all((shown == image).flatten(1).all(1).any() for image in stored)
+
+    def test_what_it_calls_unchanged_is_unchanged(self, build: Build) -> None:
+        strategy = build(self.detector())
+        before: dict[int, Tensor] = {}
+        for stage in range(self.stages(strategy)):
+            strategy.learn(stage, self.given(stage))
+            for task in range(stage + 1):
+                maps = self.judged(strategy, task)
+                if task in before and strategy.unchanged(stage, task):
+                    assert torch.equal(maps, before[task])
+                before[task] = maps
+
+    def test_it_predicts_without_being_told_the_task_unless_it_says_so(self, build: Build) -> None:
+        strategy = self.learned(build)
+        if strategy.task_known:
+            return
+        assert all(strategy.detector_for(task) is strategy.detector for task in range(STAGES))
+        assert kept_state(strategy.detector_for(0)).keys() == kept_state(strategy.detector).keys()
