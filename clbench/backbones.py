@@ -49,7 +49,7 @@ class Backbone:
     Args:
         name: a timm model.
         pretrained: whether timm downloads its weights, where no checkpoint is given; else they are random.
-        checkpoint: a file of weights, .safetensors or .pth (tensors only), or `package:NAME` for one of the package's.
+        checkpoint: a file of weights, .safetensors or .pth (tensors only), or `package:NAME`, which the package has.
         arguments: further arguments of `timm.create_model`.
         seed: of random weights.
         batch_size: images the network sees at a time.
@@ -131,7 +131,7 @@ class Backbone:
         return Student(network, self._whole_parameters(), self._normalisation(network))
 
     def _create(self, layers: list[int], pretrained: bool) -> nn.Module:
-        """A network, images [B, 3, H, W] -> levels [B, C_l, H_l, W_l]; weights by torch's global seed where random."""
+        """A network, images [B, 3, H, W] -> levels [B, C_l, H_l, W_l]; random weights are by torch's global seed."""
         create: dict[str, Any] = {
             "features_only": True,
             "out_indices": tuple(layers),
@@ -382,12 +382,12 @@ class FeaturePyramid(nn.Module):
             height, width = images.shape[-2:]
             raise UserError(
                 f"{self.name} takes no images of {width}x{height} ({first_line(error)}): set dataset.resize and "
-                f"dataset.crop, or for a transformer ++backbone.arguments.img_size={height}"
+                f"dataset.crop, or for a transformer backbone.arguments.img_size={height}"
             ) from error
 
     @torch.no_grad()
     def compute(self, images: Tensor) -> list[Tensor]:
-        """The levels, float32 [B, C_l, H_l, W_l], of images that will not be seen again: nothing is looked up or kept."""
+        """The levels, float32 [B, C_l, H_l, W_l], of images that are not seen again: none is looked up or kept."""
         parts = [self._whole_batch(part) for part in images.split(self.batch_size)]
         return [torch.cat(levels) if len(parts) > 1 else levels[0] for levels in zip(*parts, strict=True)]
 

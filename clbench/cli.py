@@ -28,7 +28,7 @@ COMMANDS = {
         "clbench export outputs/default/RUN --output bracket",
     ),
     "data": (
-        "which datasets there are, how to come by them, and whether a folder of one is sound",
+        "which datasets there are, how to get them, whether a folder of one is sound, and the synthetic one",
         "clbench data get visa --root data\n  clbench data check data/visa",
     ),
     "distil": (

@@ -9,7 +9,7 @@ class UserError(Exception):
 
 
 def in_one_line(error: BaseException) -> str | None:
-    """The message of the `UserError` that an error is or was raised from; None where there is none: a fault of ours."""
+    """The message of the `UserError` that an error is or was raised from; None where the fault is the program's."""
     cause: BaseException | None = error
     while cause is not None:  # hydra.utils.instantiate wraps what a constructor raises
         if isinstance(cause, UserError):

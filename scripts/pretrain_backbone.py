@@ -83,9 +83,8 @@ def blemish(images: Tensor, random: torch.Generator) -> tuple[Tensor, Tensor]:
 
     grain = (8, 14, 24)[int(torch.randint(3, (), generator=random))]
     spots = field(grain)
-    strokes = -field(grain // 2).abs() - 4.0 * (
-        field(6) < 0.3
-    )  # along lines where a field is zero, in pieces
+    # Along lines where a field is zero, in pieces.
+    strokes = -field(grain // 2).abs() - 4.0 * (field(6) < 0.3)
     score = torch.where(draw(1, 1, 1) < 0.5, spots, strokes).flatten(1)
     share = 0.002 + 0.05 * draw(1) ** 2
     rank = (len(score[0]) * (1 - share)).long().clamp(max=len(score[0]) - 1)

@@ -5,11 +5,9 @@ import re
 
 import pytest
 import torch
-from conftest import ROOT
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
 
 from clbench.backbones import Backbone
+from clbench.config import check, composed
 from clbench.errors import UserError, first_line
 
 
@@ -18,10 +16,12 @@ def test_the_hint_for_images_of_another_size_leads_out_when_it_is_followed(group
     small = ["backbone.name=deit_tiny_patch16_224", "backbone.pretrained=false"]
 
     def levels(*overrides: str) -> list[torch.Tensor]:
-        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-            config = compose("config", [f"backbone={group}", *small, *overrides])
-        settings = OmegaConf.to_container(config.backbone, resolve=True)
-        return Backbone(**settings).pyramid([2]).check(torch.zeros(1, 3, 48, 48, dtype=torch.uint8))
+        config = check(composed(f"backbone={group}", *small, *overrides))
+        return (
+            Backbone(**config.backbone.settings)
+            .pyramid([2])
+            .check(torch.zeros(1, 3, 48, 48, dtype=torch.uint8))
+        )
 
     with pytest.raises(UserError, match="deit_tiny_patch16_224 takes no images of 48x48") as refused:
         levels()

@@ -27,7 +27,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "check",
         help="read all of a dataset, and list all that is wrong",
         description="Reads every image and mask; the exit status is 1 where something is wrong. That there are "
-        "more or fewer images than published is told, and is not wrong.",
+        "more or fewer images than published is said, and is not wrong.",
         epilog="for example: clbench data check data/mvtec_ad",
     )
     check.add_argument("root", type=Path, metavar="ROOT", help="its folder, what would be dataset.root")
@@ -211,7 +211,7 @@ def _get(options: argparse.Namespace) -> int:
 
 
 def _archive_name(dataset: Published, url: str | None) -> str:
-    """The publisher's name for it, or the address's, unless that is the name of the folder that it is unpacked to."""
+    """The publisher's name for the archive, or the address's, or another where that is the unpacked folder's name."""
     from clbench.data.acquire.download import address
 
     name = dataset.archive or (PurePosixPath(urlsplit(address(url)).path).name if url else "")
@@ -219,10 +219,14 @@ def _archive_name(dataset: Published, url: str | None) -> str:
 
 
 def _unpack(archive: Path, folder: Path, expected: str | None, by_hand: bool) -> str:
-    """Check and unpack it, and give its checksum; what is bad is removed, unless it was put there by hand.
+    """Check and unpack an archive, and give its checksum; a bad one is removed, unless it was put there by hand.
+
+    Args:
+        expected: its SHA-256 checksum; None where none is known.
+        by_hand: whether it was there before the command was started.
 
     Raises:
-        UserError: it is another file, is damaged or does not fit.
+        UserError: it is another file, is damaged or does not fit on the disk.
     """
     from clbench.data.acquire.checksums import BadArchive, checksum, pinned, verify
     from clbench.data.acquire.unpack import unpack
@@ -243,10 +247,10 @@ def _unpack(archive: Path, folder: Path, expected: str | None, by_hand: bool) ->
 
 
 def _ask(dataset: Published, accepted: bool) -> None:
-    """Show the licence, and go on if it is accepted.
+    """Show the licence, and ask on a terminal whether it is accepted.
 
     Raises:
-        UserError: it is not.
+        UserError: it is not accepted.
     """
     print(f"{dataset.title} is under {dataset.licence}: {dataset.page}")
     if accepted:
@@ -259,6 +263,11 @@ def _ask(dataset: Published, accepted: bool) -> None:
 
 
 def _say_how(folder: Path) -> int:
+    """Print the commands that check and use a dataset.
+
+    Raises:
+        UserError: the folder holds none that is known.
+    """
     from clbench.data.acquire.published import recognise
 
     found = recognise(folder)
@@ -284,7 +293,7 @@ def _synthetic(options: argparse.Namespace) -> int:
 
 @contextmanager
 def _bar(what: str) -> Iterator[tuple[Callable[[int, int | None], None], Callable[[str], None]]]:
-    """A progress bar where it is a terminal, and a way to print lines beside it."""
+    """A progress bar where output is a terminal: functions that move it, and that print a line above it."""
     from rich.progress import Progress
 
     from clbench.terminal import console

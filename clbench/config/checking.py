@@ -10,11 +10,11 @@ from omegaconf.errors import InterpolationKeyError, MissingMandatoryValue, Omega
 from pydantic import ValidationError
 
 from clbench.config import classes
-from clbench.config.messages import UnknownSetting, first_line, invalid
+from clbench.config.messages import UnknownSetting, invalid
 from clbench.config.schema import Config, SweepSettings
 from clbench.config.wandb_access import wandb_mode
 from clbench.data.samples import Dataset, Geometry
-from clbench.errors import UserError
+from clbench.errors import UserError, first_line
 
 
 def check(composed: DictConfig) -> Config:

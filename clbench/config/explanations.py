@@ -13,9 +13,9 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, SearchPathException
 from omegaconf import OmegaConf
 
-from clbench.config.messages import UnknownSetting, first_line
+from clbench.config.messages import UnknownSetting
 from clbench.config.sources import composing, search_path
-from clbench.errors import UserError
+from clbench.errors import UserError, first_line
 
 # Nodes that Hydra lets any setting into: what their choice does not have is found when a run is checked.
 OPEN = ("method.", "strategy.", "dataset.", "backbone.")

@@ -68,8 +68,3 @@ def reason(error: Mapping[str, Any]) -> str:
     """
     message = str(error["msg"]).removeprefix("Value error, ")
     return message[0].lower() + message[1:]
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error's text."""
-    return str(error).strip().splitlines()[0]

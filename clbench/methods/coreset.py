@@ -31,6 +31,10 @@ def farthest_first(
     Memory beside the points: 4 bytes a point, and blocks of 4,096 x (centers chosen from one pool).
 
     Args:
+        points: float32 [N, D], on any device.
+        count: how many to choose.
+        start: index of the first one.
+        pool: how many points are searched alone at a time, the farthest; the choice does not depend on it.
         progress: called with the number chosen so far.
     """
     total = len(points)

@@ -48,8 +48,8 @@ def distil(
         progress: told now and then of the steps done, and of the loss.
 
     Returns:
-        The network, which takes images [B, 3, H, W] from `Normalisation` and gives [B, C, h, w] at stride 4; and the
-        share of the levels' variance that it explains at the end: 1 is all of it, 0 no more than their mean does.
+        The network, which takes images [B, 3, H, W] from `Normalisation` and gives [B, C, h, w] at stride 4; and
+        the share of the levels' variance that it explains at the end: 1 is all, 0 no more than their mean does.
     """
     channels = 3 * width // 2
     device = pictures.device

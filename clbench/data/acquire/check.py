@@ -1,4 +1,4 @@
-"""What a dataset's folder holds, and all that is wrong with it."""
+"""Reading all of a dataset's folder, to list what it holds and everything that is wrong with it."""
 
 import hashlib
 from collections import Counter
@@ -17,14 +17,13 @@ Size = tuple[int, int]  # height, width
 
 @dataclass
 class Category:
-    """What is in a category."""
+    """How many images a category has, and of which sizes."""
 
     name: str
-    train: int = 0
-    good: int = 0
-    defective: int = 0
-    masks: int = 0  # mask files
-    outlined: int = 0  # defective images with a mask
+    train: int = 0  # normal images to train on
+    good: int = 0  # normal test images
+    defective: int = 0  # test images with a defect
+    outlined: int = 0  # of those, the ones with a mask
     sizes: Counter[Size] = field(default_factory=Counter)
 
     @property
@@ -34,7 +33,7 @@ class Category:
 
 @dataclass
 class Report:
-    """What was found: problems make a dataset unusable or its results doubtful, notes are worth knowing."""
+    """What was found, a line each: problems make a dataset unusable or its results doubtful, notes do not."""
 
     categories: list[Category] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
@@ -45,7 +44,9 @@ def check(dataset: Published, root: Path, progress: Callable[[int, int], None]) 
     """Read every image and mask of a dataset.
 
     Args:
-        progress: told of images read, of how many.
+        dataset: whose layout the folder has, and whose published counts it is compared with.
+        root: the folder.
+        progress: called with the number of images read, and of how many.
 
     Raises:
         UserError: the root holds nothing that could be checked.
@@ -71,7 +72,6 @@ def check(dataset: Published, root: Path, progress: Callable[[int, int], None]) 
             category.train += train
             category.good += not train and sample.kind == GOOD
             category.defective += sample.kind != GOOD
-            category.masks += len(sample.masks)
             category.outlined += bool(sample.masks)
             report.problems += problems
             if size:
@@ -94,7 +94,7 @@ def check(dataset: Published, root: Path, progress: Callable[[int, int], None]) 
 
 
 def _read(sample: FileSample) -> tuple[Size | None, str | None, list[str]]:
-    """An image's size and the hash of its file, None where it cannot be read, and what is wrong with it."""
+    """An image's size and its file's SHA-256, both None where it cannot be read, and what is wrong with it."""
     problems: list[str] = []
     size, content = None, None
     try:
@@ -112,6 +112,7 @@ def _read(sample: FileSample) -> tuple[Size | None, str | None, list[str]]:
 
 
 def _without_masks(categories: list[Category]) -> list[str]:
+    """A note for each category that has defective images without a mask."""
     return [
         f"{category.name}: {category.defective - category.outlined} of {category.defective} defective images "
         "have no mask, as published: they count for image-level metrics, and pixel metrics are "
@@ -122,7 +123,7 @@ def _without_masks(categories: list[Category]) -> list[str]:
 
 
 def _against_published(dataset: Published, categories: list[Category]) -> list[str]:
-    """How the counts differ from the published ones; nothing where it is another dataset in the same layout."""
+    """Notes on how the counts differ from the published ones, where the categories are the published ones."""
     names = {category.name for category in categories}
     notes = [
         f"{category.name}: {_in_words(category.counts)}; published: {_in_words(published)}"

@@ -43,8 +43,8 @@ def verify(path: Path, found: str, sha256: str | None) -> str:
     whose = "expected" if sha256 else f"in {_pin(path)}"
     if found != expected.lower():
         raise BadArchive(
-            f"{path} has the SHA-256 checksum {found}, but {expected} is {whose}: it was damaged, or is another file, "
-            f"to be trusted with --sha256={found}"
+            f"{path} has the SHA-256 checksum {found}, but {expected} is {whose}: it was damaged, or is another "
+            f"file, to be trusted with --sha256={found}"
         )
     return f"its SHA-256 checksum is as {whose}"
 

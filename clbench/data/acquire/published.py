@@ -1,4 +1,4 @@
-"""What is published of the datasets that are known here: licence, where from, checksum, how many images."""
+"""The datasets that `clbench data` knows: licence, where to get them, checksum, how many images."""
 
 import difflib
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ Counts = tuple[int, int, int]  # training images, good and defective test images
 
 @dataclass(frozen=True)
 class Published:
-    """An entry of published.yaml, which says what each field is."""
+    """An entry of published.yaml, whose head says what each field is."""
 
     name: str
     title: str
@@ -34,20 +34,20 @@ class Published:
 
     @property
     def layout(self) -> type[OnDisk]:
-        """The class that reads it."""
+        """The class that reads its folder."""
         module, _, name = self.reader.rpartition(".")
         return getattr(import_module(module), name)
 
     @property
     def total(self) -> Counts:
-        """Of all categories together."""
+        """Images of all categories together."""
         train, good, defective = self.totals or map(sum, zip(*self.counts.values(), strict=True))
         return train, good, defective
 
 
 @cache
 def datasets() -> dict[str, Published]:
-    """All entries by name, the most particular layout first."""
+    """All entries by name, the most particular layout first: a folder is of the first one that recognises it."""
     entries = OmegaConf.to_container(OmegaConf.load(Path(__file__).with_name("published.yaml")))
     assert isinstance(entries, dict)
     return {str(name): Published(name=str(name), **entry) for name, entry in entries.items()}
@@ -57,7 +57,7 @@ def named(name: str) -> Published:
     """The entry of a dataset.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none; the message names the nearest.
     """
     known = datasets()
     if name not in known:
@@ -68,7 +68,7 @@ def named(name: str) -> Published:
 
 
 def recognise(root: Path) -> tuple[Published, Path] | None:
-    """The first dataset that a folder holds, and its root."""
+    """The first dataset that a folder holds, and its root; None where it holds none that is known."""
     return next(recognise_all(root), None)
 
 
@@ -88,5 +88,5 @@ def recognise_all(root: Path) -> Iterator[tuple[Published, Path]]:
 
 
 def layout_of(folder: Path) -> Published | None:
-    """The dataset whose root a folder looks like."""
+    """The dataset whose root a folder looks like; None where it looks like none."""
     return next((entry for entry in datasets().values() if entry.layout.recognises(folder)), None)
