@@ -1,4 +1,4 @@
-"""The command line: clbench run, report, predict, export, data. Imports only what the chosen command needs."""
+"""The command line: `clbench COMMAND`. Imports only what the chosen command needs."""
 
 from __future__ import annotations
 
@@ -28,8 +28,16 @@ COMMANDS = {
         "clbench export outputs/default/RUN --output bracket",
     ),
     "data": (
-        "which datasets there are, how to come by them, and whether a folder of one is sound",
+        "which datasets there are, how to come by them, whether a folder of one is sound; and synthetic ones",
         "clbench data get visa --root data\n  clbench data check data/visa",
+    ),
+    "distil": (
+        "distil EfficientAD's teacher from a pretrained backbone",
+        "clbench distil --backbone wide_resnet101_2 --images IMAGENET/train --output teacher.safetensors",
+    ),
+    "wandb": (
+        "send runs to Weights & Biases, or make a dashboard there",
+        "clbench wandb sync outputs/demo\n  clbench wandb dashboard demo --entity TEAM",
     ),
 }
 
@@ -53,15 +61,15 @@ def main(words: Sequence[str] | None = None) -> int:
             formatter_class=argparse.RawDescriptionHelpFormatter,
             add_help=name != "run",
         )
-        if given[:1] == [name]:
+        if given[:1] == [name] and name != "run":
             import_module(f"clbench.commands.{name}").arguments(command)
-    if given[:1] == ["run"]:  # its words are Hydra's, flags and all
-        return import_module("clbench.commands.run").main(given[1:])
     if not given:
         parser.print_help()
         return 2
-    options = parser.parse_args(given)
     try:
+        if given[:1] == ["run"]:  # its words are Hydra's, flags and all
+            return import_module("clbench.commands.run").main(given[1:])
+        options = parser.parse_args(given)
         return import_module(f"clbench.commands.{options.command}").main(options)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

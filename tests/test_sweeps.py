@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -13,6 +14,11 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT, Train, command, run_directories
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.utils import JobReturn, JobStatus
+from omegaconf import DictConfig
 from rich.console import Console
 
 from clbench import cli
@@ -20,6 +26,7 @@ from clbench.commands.run import main
 from clbench.errors import UserError
 from clbench.footprint import memory_named
 from clbench.recording.run_directory import RunDirectory
+from clbench.sweeps.launchers import LocalLauncher
 from clbench.sweeps.runs import SweepRun, suited
 from clbench.sweeps.tables import sweep_table
 from clbench.terminal import SHOWN, Display
@@ -121,7 +128,7 @@ def test_settings_of_the_command_line_take_the_place_of_a_sweep_s(here: Train, t
 
 def test_a_killed_process_ends_no_other_run_of_a_local_sweep(folder: Path, tmp_path: Path) -> None:
     long = ("method=stfpm", "strategy=finetune", "method.epochs=20", "method.batch_size=2")
-    words = command(folder, tmp_path, "-m", *long, "seed=0,1,2", "hydra/launcher=local", "checkpoint_s=0")
+    words = command(folder, tmp_path, "-m", *long, "seed=0,1", "hydra/launcher=local", "checkpoint_s=0")
     process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while not (saved := list((tmp_path / "outputs").glob("default/*/checkpoint/learning-0000-*.json"))):
         assert process.poll() is None
@@ -131,7 +138,7 @@ def test_a_killed_process_ends_no_other_run_of_a_local_sweep(folder: Path, tmp_p
     output, errors = process.communicate(timeout=300)
     assert process.returncode == 0, output + errors
     assert "continuing in stage" in output
-    assert [status(path) for path in run_directories(tmp_path)] == ["complete"] * 3
+    assert [status(path) for path in run_directories(tmp_path)] == ["complete"] * 2
 
 
 def test_an_unfinished_run_of_another_version_is_refused_and_a_finished_one_is_not(
@@ -225,7 +232,7 @@ def test_what_happens_now_is_seen_beside_a_long_heading() -> None:
 def test_overwriting_starts_anew_once_and_a_run_of_it_continues(
     folder: Path, train: Train, tmp_path: Path
 ) -> None:
-    long = ("method=stfpm", "strategy=finetune", "method.epochs=300", "method.batch_size=2")
+    long = ("method=stfpm", "strategy=finetune", "method.epochs=60", "method.batch_size=2")
     stale = tmp_path / "outputs" / "default" / "stale"
     words = command(folder, tmp_path, *long, "overwrite=true", "checkpoint_s=0")
 
@@ -254,7 +261,7 @@ def test_a_local_run_whose_process_is_killed_every_time_fails_and_the_others_fin
     folder: Path, tmp_path: Path
 ) -> None:
     long = ("method=stfpm", "strategy=finetune", "method.epochs=40", "method.batch_size=2")
-    words = command(folder, tmp_path, "-m", *long, "seed=0,1,2", "hydra/launcher=local")
+    words = command(folder, tmp_path, "-m", *long, "seed=0,1", "hydra/launcher=local")
     process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     kills = 0
     while process.poll() is None:
@@ -271,7 +278,7 @@ def test_a_local_run_whose_process_is_killed_every_time_fails_and_the_others_fin
     assert kills == 2 and process.returncode == 1
     assert "its process was killed, for its memory perhaps" in errors
     found = {path.name.rpartition("seed=")[2][:1]: path for path in run_directories(tmp_path)}
-    assert status(found["0"]) == status(found["2"]) == "complete"
+    assert status(found["0"]) == "complete"
     assert "just learned" in output
 
 
@@ -345,3 +352,56 @@ def test_a_run_that_its_images_refuse_failed_and_says_why(
     assert report.count("failed refused/") == 2 and "003.png" in report
     image.write_bytes(sound)
     assert here(*given, "only=failed").returncode == 0
+
+
+def test_where_runs_go_is_ours_to_say(here: Train, tmp_path: Path) -> None:
+    for override, way_out in (
+        ("hydra.sweep.subdir=x", "experiment=NAME"),
+        ("hydra.sweep.dir=x", "outputs=FOLDER"),
+        ("hydra.run.dir=x", "outputs=FOLDER"),
+        ("hydra.job.chdir=true", "outputs=FOLDER"),
+        ("hydra.mode=RUN", "leave it out"),
+    ):
+        refused = here("-m", "seed=1,2", override)
+        assert refused.returncode == 2 and refused.stderr.count("\n") == 1
+        assert override.partition("=")[0] in refused.stderr and way_out in refused.stderr
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_a_launcher_is_given_as_many_runs_at_a_time_as_it_may_be(
+    here: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches = []
+
+    def start(self: LocalLauncher, runs: list[SweepRun], first: int) -> list[JobReturn]:
+        batches.append((first, [run.directory.path.name.rpartition("seed=")[2][:1] for run in runs]))
+        return [JobReturn(status=JobStatus.COMPLETED) for _ in runs]
+
+    monkeypatch.setattr(LocalLauncher, "start", start)
+    sweep = ("-m", "seed=0,1,2,3,4", "hydra/launcher=local")
+    assert here(*sweep, "hydra.sweeper.max_batch_size=2").returncode == 0
+    assert batches == [(0, ["0", "1"]), (2, ["2", "3"]), (4, ["4"])]
+    refused = here(*sweep, "hydra.sweeper.max_batch_size=0")
+    assert refused.returncode == 2 and "hydra.sweeper.max_batch_size=0: give a number" in refused.stderr
+
+
+def test_each_run_is_composed_once(here: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    composed = []
+    compose = ConfigLoaderImpl.load_sweep_config
+
+    def counted(self: ConfigLoaderImpl, shared: DictConfig, overrides: list[str]) -> DictConfig:
+        composed.append(tuple(overrides))
+        return compose(self, shared, overrides)
+
+    monkeypatch.setattr(ConfigLoaderImpl, "load_sweep_config", counted)
+    assert here("-m", "method=padim", "seed=0,1", "task_order.tasks=[brick]").returncode == 0
+    assert len(composed) == len(set(composed)) == 2
+
+
+def test_a_command_in_this_process_leaves_it_as_it_was(here: Train) -> None:
+    before = (list(sys.argv), signal.getsignal(signal.SIGINT), dict(os.environ), os.getcwd())
+    for overrides in (["method=padim", "task_order.tasks=[brick]"], ["metod=padim"], ["seed=-1"]):
+        here(*overrides)
+        assert not GlobalHydra.instance().is_initialized() and HydraConfig.instance().cfg is None
+        now = (list(sys.argv), signal.getsignal(signal.SIGINT), dict(os.environ), str(ROOT))
+        assert now[:3] == before[:3]
