@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import torch
 
-from clbench import evaluation, footprint, heat_maps, thresholds
+from clbench import evaluation, footprint, thresholds
 from clbench.data.stream import Task
 from clbench.errors import UserError
 from clbench.footprint import memory_named
@@ -14,6 +14,7 @@ from clbench.interruption import Interruption
 from clbench.methods.base import check_frozen, frozen_digest
 from clbench.metrics import continual
 from clbench.metrics.curves import METRICS
+from clbench.recording import heat_maps
 from clbench.recording.checkpoint import Checkpoints
 from clbench.recording.recorder import Recorder
 from clbench.recording.run_directory import RunDirectory
@@ -121,12 +122,12 @@ def run(
                     with _titled(f"{title}, {task.name}"):
                         prediction = evaluation.predict(strategy, task.test, index, device, progress)
                     result = evaluation.measure(prediction, task.test)
-                    recorder.pictures(stage, task.name, heat_maps.few(prediction, task.test))
+                    recorder.pictures(stage, task.name, heat_maps.few(prediction.maps, task.test))
                     pictures = directory.path / "maps" / task.name
                     if maps:
-                        heat_maps.write_few(prediction, task.test, pictures / "few", stage)
+                        heat_maps.write_few(prediction.maps, task.test, pictures / "few", stage)
                     if maps is True and stage in (learned[index], len(stages) - 1):
-                        heat_maps.write(prediction, task.test, pictures, stage)
+                        heat_maps.write(prediction.maps, task.test, pictures, stage)
             rows += [(stage, index, task.name, metric, result[metric]) for metric in METRICS]
             checkpoints.update_stage(stage, {"rows": rows})
         directory.write_metrics(rows)
