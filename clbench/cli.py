@@ -1,4 +1,4 @@
-"""The command line: clbench run, report, predict, export, data. Imports only what the chosen command needs."""
+"""The command line: clbench run, report, predict, export, data, wandb. Imports only what the chosen command needs."""
 
 from __future__ import annotations
 
@@ -30,6 +30,10 @@ COMMANDS = {
     "data": (
         "which datasets there are, how to come by them, and whether a folder of one is sound",
         "clbench data get visa --root data\n  clbench data check data/visa",
+    ),
+    "wandb": (
+        "send runs to Weights & Biases, and make a view there that compares them",
+        "clbench wandb sync outputs/demo\n  clbench wandb dashboard demo --entity TEAM",
     ),
 }
 
