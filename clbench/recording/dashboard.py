@@ -23,7 +23,7 @@ def view(entity: str, project: str, experiment: str, categories: Sequence[str]) 
         A `wandb_workspaces.workspaces.Workspace`: `save()` sends it, `url` is its address then.
 
     Raises:
-        UserError: wandb-workspaces is not installed.
+        UserError: wandb-workspaces is not installed, or does not fit the installed wandb.
     """
     try:
         import wandb_workspaces.reports.v2 as panels
@@ -31,7 +31,7 @@ def view(entity: str, project: str, experiment: str, categories: Sequence[str]) 
         from wandb_workspaces.expr import And, Config, Metric
     except ImportError as error:
         raise UserError(
-            "the dashboard is built with wandb-workspaces: pip install 'clbench[dashboard]'"
+            f"the dashboard is built with wandb-workspaces ({error}): pip install 'clbench[dashboard]'"
         ) from error
 
     def curve(key: str, over: str = "stage") -> Any:

@@ -61,24 +61,19 @@ class WandbRun(Recorder):
         self._file = _Lines(self.folder / "logged.jsonl")
         self._logged = {(line["key"], line["at"]) for line in self._file.lines}
         self._run: Any = None
-        if not self._finished:
+        finished = ("finished", None) in self._logged  # by a process that was killed before the run's own end
+        if not finished or not fragments(self.folder):
             for left in fragments(self.folder):
                 shutil.rmtree(left, ignore_errors=True)
             self._run = _begin(directory, self.id, settings, config, names)
             for step, line in enumerate(self._file.lines):
                 self._tell(step, line)
             for waiting in sorted(self._pictures.glob("[0-9]*/*")):  # a killed process had yet to log them
-                self._log(
-                    f"maps/{waiting.name}", int(waiting.parent.name), {"stage": int(waiting.parent.name)}
-                )
+                self._log_pictures(int(waiting.parent.name), waiting.name)
         self._address = wandb.setup().settings.base_url
         self._fragment = fragments(self.folder)[-1]
-        self._sender = send_live(self._fragment) if settings["mode"] == "online" else None
-
-    @property
-    def _finished(self) -> bool:
-        """Whether a process before this one wrote all of the run, and was killed before the run's own end."""
-        return ("finished", None) in self._logged and bool(fragments(self.folder))
+        online = settings["mode"] == "online" and not sent(self._fragment)
+        self._sender = send_live(self._fragment) if online else None
 
     def epoch(self, stage: int, epoch: int, loss: float) -> None:
         self._log("epoch", epoch, {"epoch": epoch, "training/loss": loss, "training/stage": stage})
@@ -93,6 +88,9 @@ class WandbRun(Recorder):
         waiting = self._pictures / str(stage) / category
         waiting.parent.mkdir(parents=True, exist_ok=True)
         part.rename(waiting)
+        self._log_pictures(stage, category)
+
+    def _log_pictures(self, stage: int, category: str) -> None:
         self._log(f"maps/{category}", stage, {"stage": stage})
 
     def stage(self, stage: int, results: Mapping[str, Mapping[str, float | None]]) -> None:
@@ -109,14 +107,14 @@ class WandbRun(Recorder):
             self._end(summary, matrices)
             self._append("finished", None, {})
         shutil.rmtree(self._pictures, ignore_errors=True)
-        command = f"clbench wandb sync {self.folder.parent}"
-        if self._sender is None:
-            return f"W&B run {self.id} is written, and not sent: {command} sends it"
-        if self._sender.poll() is None and answers(self._address):
+        if self._sender is not None and self._sender.poll() is None and answers(self._address):
             with suppress(subprocess.TimeoutExpired):
                 self._sender.wait(max(_LEAST_GRACE, _GRACE * (time.perf_counter() - self._begun)))
         if sent(self._fragment):
             return None
+        command = f"clbench wandb sync {self.folder.parent}"
+        if self._sender is None:
+            return f"W&B run {self.id} is written, and not sent: {command} sends it"
         self._sender.terminate()
         return f"W&B run {self.id} is not all sent: {command} sends the rest"
 
@@ -138,6 +136,8 @@ class WandbRun(Recorder):
         import wandb
 
         key, values = line["key"], dict(line["values"])
+        if key == "finished":
+            return
         if key.startswith("maps/"):
             paths = sorted((self._pictures / str(line["at"]) / key.removeprefix("maps/")).glob("*.png"))
             values[key] = [wandb.Image(str(path)) for path in paths]
