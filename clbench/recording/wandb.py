@@ -60,7 +60,7 @@ class WandbRun(Recorder):
         self._pictures = self.folder / "pictures"
         self._file = _Lines(self.folder / "logged.jsonl")
         self._logged = {(line["key"], line["at"]) for line in self._file.lines}
-        self._run: Any = None
+        self._run: Any = None  # the wandb.Run that is told; None where there is nothing more to tell
         finished = ("finished", None) in self._logged  # by a process that was killed before the run's own end
         if not finished or not fragments(self.folder):
             for left in fragments(self.folder):
@@ -71,7 +71,7 @@ class WandbRun(Recorder):
             for waiting in sorted(self._pictures.glob("[0-9]*/*")):  # a killed process had yet to log them
                 self._log_pictures(int(waiting.parent.name), waiting.name)
         self._address = wandb.setup().settings.base_url
-        self._fragment = fragments(self.folder)[-1]
+        self._fragment = Path(self._run.dir).parent if self._run else fragments(self.folder)[-1]
         online = settings["mode"] == "online" and not sent(self._fragment)
         self._sender = send_live(self._fragment) if online else None
 
@@ -120,7 +120,7 @@ class WandbRun(Recorder):
 
     def _log(self, key: str, at: int, values: dict[str, Any]) -> None:
         """Log values under a key, at a stage or an epoch: once, however often a run comes by here."""
-        if (key, at) not in self._logged:
+        if self._run is not None and (key, at) not in self._logged:
             self._tell(*self._append(key, at, values))
 
     def _append(self, key: str, at: int | None, values: dict[str, Any]) -> tuple[int, dict[str, Any]]:
@@ -129,7 +129,7 @@ class WandbRun(Recorder):
         self._logged.add((key, at))
         return self._file.append(line), line
 
-    # What follows are all the calls of wandb, which is imported where it is used: it takes a second.
+    # All that wandb is told goes through _begin, _tell and _end. It is imported where it is used: that takes a second.
 
     def _tell(self, step: int, line: Mapping[str, Any]) -> None:
         """Tell wandb a line of the file; the one of pictures with the pictures that wait for it."""
