@@ -120,10 +120,14 @@ def test_everything_is_logged_once_under_an_id_that_stays(finished: tuple[Path, 
     assert not (directory / "wandb" / "pictures").exists()
 
 
-def test_a_killed_run_is_told_whole_when_it_is_continued(folder: Path, tmp_path: Path) -> None:
+def test_a_killed_run_is_told_whole_when_it_is_continued_and_sent_when_it_is_online(
+    folder: Path, tmp_path: Path
+) -> None:
     """SLURM kills a job with all of its processes, wandb's too, which writes some seconds late."""
-    words = command(folder, tmp_path, *SMALL, "wandb=offline", "checkpoint_s=0", "method.epochs=6")
-    process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL, start_new_session=True)
+    words = command(folder, tmp_path, *SMALL, "checkpoint_s=0", "method.epochs=6")
+    process = subprocess.Popen(
+        [*words, "wandb=offline"], cwd=ROOT, stdout=subprocess.DEVNULL, start_new_session=True
+    )
     # Until the second training is under way.
     while not any(path.read_bytes().count(b"\n") > 10 for path in tmp_path.rglob("wandb/logged.jsonl")):
         assert process.poll() is None
@@ -131,32 +135,30 @@ def test_a_killed_run_is_told_whole_when_it_is_continued(folder: Path, tmp_path:
     os.killpg(process.pid, signal.SIGKILL)
     process.wait(60)
     (directory,) = run_directories(tmp_path)
-    assert not (directory / "summary.json").read_text().count("complete")
-    assert subprocess.run(words, cwd=ROOT, stdout=subprocess.DEVNULL, check=False).returncode == 0
-    assert len(fragments(directory)) == 1
-    check_everything_once(directory, epochs=0)
-    losses = {entry["epoch"] for entry in logged(directory) if "training/loss" in entry}
-    assert {0, 6, 12} <= losses
-
-
-def test_a_run_that_is_online_is_sent_when_it_ends(folder: Path, tmp_path: Path) -> None:
+    assert "complete" not in (directory / "summary.json").read_text()
     with serving() as server:
-        environment = {**os.environ, "WANDB_API_KEY": KEY, "WANDB_BASE_URL": server.address}
-        words = command(folder, tmp_path, *SMALL, "wandb=auto")
-        result = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, env=environment, check=False)
+        result = subprocess.run(
+            [*words, "wandb=auto"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            env={**os.environ, "WANDB_API_KEY": KEY, "WANDB_BASE_URL": server.address},
+            check=False,
+        )
         assert result.returncode == 0, result.stderr
         assert "wandb=auto is online: a key is configured" in result.stdout
         assert "sent" not in result.stdout
-        (directory,) = run_directories(tmp_path)
         ((identity, lines),) = server.history.items()
         assert identity == json.loads((directory / "wandb" / "id.json").read_text())["id"]
-        assert plain(lines) == plain(logged(directory))
         assert server.config[identity]["seed"]["value"] == 0
-        assert len([name for name in server.files if name.startswith("media/images/maps/")]) == 2 * (
-            1 + 2 + 3
-        )
+        pictures = [name for name in server.files if name.startswith("media/images/maps/")]
+        assert len(pictures) == 2 * (1 + 2 + 3)
         # wandb would tell its server of itself as the process ends, and wait for one that hangs.
         assert not [path for path in server.asked if "otel" in path]
+    assert len(fragments(directory)) == 1
+    assert plain(lines) == plain(logged(directory))
+    check_everything_once(directory, epochs=0)
+    assert {0, 6, 12} <= {line["epoch"] for line in lines if "training/loss" in line}
 
 
 def shown(node: Any) -> Iterator[str]:
