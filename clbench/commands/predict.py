@@ -263,7 +263,7 @@ def _write_pictures(one: Found, heat: Any, mask: Any, output: Path, name: str, l
     import numpy as np
 
     from clbench.data.files import read_image
-    from clbench.heat_maps import overlay
+    from clbench.recording.heat_maps import overlay
     from clbench.recording.run_directory import write_whole
 
     assert one.threshold is not None
