@@ -1,4 +1,4 @@
-"""The command line: clbench run, report, predict, export, data, distil. Imports only what the chosen command needs."""
+"""The command line: `clbench COMMAND`. Imports only what the chosen command needs."""
 
 from __future__ import annotations
 
@@ -35,6 +35,10 @@ COMMANDS = {
         "a teacher for EfficientAD, distilled from a pretrained backbone on any images",
         "clbench distil --backbone wide_resnet101_2 --images IMAGENET/train --output teacher.safetensors",
     ),
+    "wandb": (
+        "send runs to Weights & Biases, or make a dashboard there",
+        "clbench wandb sync outputs/demo\n  clbench wandb dashboard demo --entity TEAM",
+    ),
 }
 
 
@@ -57,15 +61,15 @@ def main(words: Sequence[str] | None = None) -> int:
             formatter_class=argparse.RawDescriptionHelpFormatter,
             add_help=name != "run",
         )
-        if given[:1] == [name]:
+        if given[:1] == [name] and name != "run":
             import_module(f"clbench.commands.{name}").arguments(command)
-    if given[:1] == ["run"]:  # its words are Hydra's, flags and all
-        return import_module("clbench.commands.run").main(given[1:])
     if not given:
         parser.print_help()
         return 2
-    options = parser.parse_args(given)
     try:
+        if given[:1] == ["run"]:  # its words are Hydra's, flags and all
+            return import_module("clbench.commands.run").main(given[1:])
+        options = parser.parse_args(given)
         return import_module(f"clbench.commands.{options.command}").main(options)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

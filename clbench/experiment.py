@@ -6,13 +6,14 @@ from typing import Any
 
 import torch
 
-from clbench import evaluation, footprint, heat_maps, thresholds
+from clbench import evaluation, footprint, thresholds
 from clbench.assembly import Assembly
 from clbench.errors import UserError
 from clbench.footprint import memory_named
 from clbench.interruption import Interruption
 from clbench.methods.base import check_frozen, frozen_digest
 from clbench.metrics.curves import METRICS
+from clbench.recording import heat_maps
 from clbench.recording.checkpoint import Checkpoints
 from clbench.recording.recorder import Recorder
 from clbench.recording.run_directory import Row, RunDirectory
@@ -151,12 +152,12 @@ class Course:
             task = self.results.task_of[category]
             prediction = evaluation.predict(self.strategy, test, task, self.assembly.device, self.progress)
         if self.recorder.wants_pictures:
-            self.recorder.pictures(stage, name, heat_maps.few(prediction, test))
+            self.recorder.pictures(stage, name, heat_maps.few(prediction.maps, test))
         pictures = self.directory.path / "maps" / name
         if maps:
-            heat_maps.write_few(prediction, test, pictures / "few", stage)
+            heat_maps.write_few(prediction.maps, test, pictures / "few", stage)
         if maps is True and stage in (self.results.learned[category], len(self.stages) - 1):
-            heat_maps.write(prediction, test, pictures, stage)
+            heat_maps.write(prediction.maps, test, pictures, stage)
         return evaluation.measure(prediction, test)
 
     def record(self, stage: int) -> None:

@@ -13,7 +13,7 @@ import torch
 import clbench
 from clbench.data.samples import Geometry
 from clbench.data.synthetic import Drawn, Synthetic
-from clbench.heat_maps import panel
+from clbench.recording.heat_maps import panel
 
 SHOWN = {
     "bottle_top": "crack",

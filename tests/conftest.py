@@ -89,6 +89,24 @@ def process(folder: Path, tmp_path: Path) -> Train:
     return run
 
 
+@pytest.fixture
+def here(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Train:
+    """What `train` does, within this process: for what needs none of its own, which takes seconds to start."""
+    from clbench.commands.run import main
+
+    def run(*overrides: str) -> subprocess.CompletedProcess:
+        words = command(folder, tmp_path, *overrides)[2:]
+        monkeypatch.chdir(ROOT)
+        capsys.readouterr()
+        status = main(words)
+        said = capsys.readouterr()
+        return subprocess.CompletedProcess(words, status, said.out, said.err)
+
+    return run
+
+
 def command(folder: Path, outputs: Path, *overrides: str) -> list[str]:
     """The command line of a small run; later overrides win."""
     given = tuple(text.partition("=")[0] for text in overrides if "=" in text)

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import os
 import re
 import shutil
 import signal
@@ -11,16 +10,16 @@ import time
 from pathlib import Path
 from random import Random
 
-import hydra
 import pytest
 import torch
 import yaml
 from conftest import ROOT, Train, command, run_directories
+from processes import kill_again_and_again
 
 import clbench
-from clbench.config import check, register_resolvers
+from clbench.assembly import build_detector
+from clbench.config import check, sources
 from clbench.errors import UserError
-from clbench.instantiation import detector
 from clbench.methods.efficientad import patch_description_network
 from clbench.recording.run_directory import RunDirectory
 
@@ -54,7 +53,7 @@ def test_a_sweep_of_methods_and_replay_sizes(train: Train, tmp_path: Path) -> No
         assert about["memory"]["additional_mb"] > stored
         assert set(about["time"]) == {"train_s", "eval_s", "inference_ms_per_image"}
         table = rows(directory)
-        assert list(table[0]) == ["stage", "task_index", "task", "metric", "value"]
+        assert list(table[0]) == ["stage", "task_index", "task", "category", "metric", "value"]
         assert len(table) == (1 + 2 + 3) * len(METRICS)
         made_by = yaml.safe_load((directory / "config.yaml").read_text())["made_by"]
         assert {"torch", "git_revision", "device"} <= set(made_by)
@@ -68,8 +67,8 @@ def test_a_sweep_of_methods_and_replay_sizes(train: Train, tmp_path: Path) -> No
     assert "task 1/3" not in again.stdout
 
 
-def test_every_strategy_with_both_methods_in_local_processes(train: Train, tmp_path: Path) -> None:
-    result = train(
+def test_every_strategy_with_both_methods_in_local_processes(process: Train, tmp_path: Path) -> None:
+    result = process(
         "-m", "method=patchcore,padim", "strategy=native,finetune,joint,single", "hydra/launcher=local"
     )
     assert result.returncode == 0, result.stderr
@@ -136,11 +135,9 @@ def test_the_paper_s_replay_is_what_auto_means_for_trained_methods(train: Train,
 def test_the_paper_s_backbone_and_image_size_are_the_method_s(
     method: str, backbone: str, resize: int, crop: int | None
 ) -> None:
-    register_resolvers()
-    with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        paper = hydra.compose("config", [f"method={method}", "benchmark=paper"])
-        given = hydra.compose("config", [f"method={method}", "benchmark=paper", "backbone=mobilenetv2_100"])
-        demo = hydra.compose("config", [f"method={method}"])
+    paper = sources.composed(f"method={method}", "benchmark=paper")
+    given = sources.composed(f"method={method}", "benchmark=paper", "backbone=mobilenetv2_100")
+    demo = sources.composed(f"method={method}")
     assert paper.backbone.name == backbone
     assert (paper.dataset.resize, paper.dataset.crop) == (resize, crop)
     assert given.backbone.name == "mobilenetv2_100"
@@ -151,10 +148,8 @@ def test_the_paper_s_backbone_and_image_size_are_the_method_s(
 def test_networks_whose_gradients_overrun_their_memory_channels_last_are_left_as_they_are(
     width: int, channels_last: bool
 ) -> None:
-    register_resolvers()
     narrow = ["backbone.checkpoint=null", f"backbone.arguments.channels=[{width},16,32,64]"]
-    with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        built = detector(check(hydra.compose("config", ["method=stfpm", *narrow])).plain())
+    built = build_detector(check(sources.composed("method=stfpm", *narrow)))
     kernels = [
         parameter for parameter in built.parameters() if parameter.dim() == 4 and parameter[0, 0].numel() > 1
     ]
@@ -167,7 +162,13 @@ def test_a_list_of_lists_makes_tasks_of_several_categories(train: Train, tmp_pat
     (directory,) = run_directories(tmp_path)
     about = summary(directory)
     assert about["tasks"] == ["plate", "brick+cloth"]
-    assert len(rows(directory)) == 2 * 2 * len(METRICS)
+    assert about["categories"] == [["plate"], ["brick", "cloth"]]
+    assert len(rows(directory)) == 2 * 3 * len(METRICS)
+    assert {row["category"]: row["task"] for row in rows(directory)} == {
+        "plate": "plate",
+        "brick": "brick+cloth",
+        "cloth": "brick+cloth",
+    }
     assert about["forward_transfer"]["pixel_auroc"] is not None
     pictures = sorted(path.name for path in (directory / "maps" / "plate").glob("*.png"))
     assert len(pictures) == 2 * 4 and pictures[0] == "blot-000-stage-00.png"
@@ -204,28 +205,10 @@ def test_random_order_is_a_function_of_the_seed(train: Train, tmp_path: Path) ->
 def test_killed_at_random_moments_and_continued_ends_in_the_same_metrics(
     setting: tuple[str, ...], folder: Path, train: Train, tmp_path: Path
 ) -> None:
-    begin = time.monotonic()
     whole = train("experiment=whole", *setting)
-    took = time.monotonic() - begin
     assert whole.returncode == 0, whole.stderr
-    random = Random(" ".join(setting))
-    kills = 0
-    for _ in range(50):
-        process = subprocess.Popen(
-            command(folder, tmp_path, "experiment=killed", "checkpoint_s=0", *setting),
-            cwd=ROOT,
-            stdout=subprocess.DEVNULL,
-        )
-        # Most of a small run is the start, which a kill in it would only repeat.
-        try:
-            process.wait(random.uniform(0.5, 1.1) * took if kills < 4 else 300)
-        except subprocess.TimeoutExpired:
-            os.kill(process.pid, signal.SIGKILL)
-            process.wait()
-            kills += 1
-        else:
-            break
-    assert process.returncode == 0
+    words = command(folder, tmp_path, "experiment=killed", "checkpoint_s=0", *setting)[2:]
+    assert kill_again_and_again(words, tmp_path / "outputs" / "killed", Random(" ".join(setting))) >= 2
     (one,), (other,) = run_directories(tmp_path, "whole"), run_directories(tmp_path, "killed")
     assert (one / "metrics.csv").read_bytes() == (other / "metrics.csv").read_bytes()
     left_out = ("time", "memory")
@@ -406,8 +389,8 @@ def test_another_config_in_the_same_directory_is_refused_until_told_to_overwrite
     assert train().stdout.count("finished already") == 1
 
 
-def test_help_lists_every_choice_and_imports_neither_torch_nor_wandb(train: Train) -> None:
-    result = train("--help", environment={"PYTHONPROFILEIMPORTTIME": "1"})
+def test_help_lists_every_choice_and_imports_neither_torch_nor_wandb(process: Train) -> None:
+    result = process("--help", environment={"PYTHONPROFILEIMPORTTIME": "1"})
     assert result.returncode == 0
     for choice in ("patchcore", "wide_resnet50_2", "finetune", "mvtec", "alphabetical", "paper", "cuda"):
         assert choice in result.stdout
@@ -432,9 +415,10 @@ def test_a_loaded_detector_predicts_what_the_run_measured(folder: Path, train: T
     for task in tasks:
         for directory in (native, single):
             detector = clbench.load(directory, task=task.name if directory == single else None)
-            prediction = detector(task.test.images)
+            test = task.categories[0].test
+            prediction = detector(test.images)
             assert prediction.maps.shape == (4, 48, 48) and prediction.scores.shape == (4,)
-            measured = pixel_metrics(prediction.maps.numpy(), task.test.masks.numpy())
+            measured = pixel_metrics(prediction.maps.numpy(), test.masks.numpy())
             last = {row["metric"]: row["value"] for row in rows(directory) if row["task"] == task.name}
             assert f"{measured['pixel_ap']:.6f}" == last["pixel_ap"]
     with pytest.raises(UserError, match="a model for each of brick, cloth, plate"):

@@ -1,27 +1,38 @@
-"""What Weights & Biases is told, read back from what it was written; and what a broken network costs: nothing."""
+"""What Weights & Biases is told, as a server of it gets it; and what a broken network costs: nothing."""
 
 import http.server
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
+import sys
+import tempfile
 import threading
 import time
+import traceback
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from random import Random
 from typing import Any
 
+import numpy as np
 import pytest
-from conftest import ROOT, Train, command, run_directories
+import wandb  # noqa: F401  (once, and not in every process of `apart`)
+from conftest import ROOT, clbench, command, run_directories
+from wandb_server import Server, serving
 
 from clbench.config import wandb_mode
+from clbench.errors import UserError
 from clbench.metrics.curves import METRICS
 from clbench.recording import dashboard
-from clbench.recording.wandb import _answers, _records, history
+from clbench.recording import wandb as recording
+from clbench.recording.run_directory import RunDirectory
+from clbench.recording.sending import answers, sync
+from clbench.recording.wandb import WandbRun
 
 SMALL = ("method=stfpm", "strategy=finetune", "method.epochs=3", "method.batch_size=2")
 KEY = "0123456789abcdef0123456789abcdef01234567"
@@ -32,16 +43,29 @@ def fragments(directory: Path) -> list[Path]:
     return sorted(directory.glob("wandb/offline-run-*/*.wandb"))
 
 
+def receive(directory: Path) -> Server:
+    """A server that is sent all of a run directory, or of a folder of them; they stay as they were."""
+    with serving() as server, tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        copy = shutil.copytree(directory, Path(folder) / directory.name, symlinks=True)
+        for marker in copy.rglob("*.synced"):
+            marker.unlink()
+        patch.setenv("WANDB_BASE_URL", server.address)
+        patch.setenv("WANDB_API_KEY", KEY)
+        sync([copy])
+        return server
+
+
 def logged(directory: Path) -> list[dict[str, Any]]:
-    return [values for path in fragments(directory) for values in history(path)]
+    """The history that a server gets of a run, in the order of its lines."""
+    (lines,) = receive(directory).history.values()
+    return lines
 
 
 def check_everything_once(directory: Path, epochs: int = 9) -> None:
     """One id, and every key of metrics.csv and of training, once per stage and task or epoch, at rising steps."""
-    assert len({path.name for path in fragments(directory)}) == 1
     values = logged(directory)
     steps = [entry["_step"] for entry in values]
-    assert steps == sorted(set(steps))
+    assert steps == list(range(len(values)))
     counts = Counter(
         (key, entry.get("stage", entry.get("epoch")))
         for entry in values
@@ -65,64 +89,76 @@ def check_everything_once(directory: Path, epochs: int = 9) -> None:
         for key, value in entry.items()
         if "stage" in entry and "/" in key
     }
-    for stage, _, task, metric, value in rows:
+    for stage, _, task, *_, metric, value in rows:
         assert f"{found[int(stage), f'{task}/{metric}']:.6f}" == value
 
 
-def test_everything_is_logged_once_under_an_id_that_stays(train: Train, tmp_path: Path) -> None:
-    result = train(*SMALL, "wandb=offline")
+# Whole runs of train.py.
+
+
+@pytest.fixture(scope="module")
+def finished(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The directory of a finished run that is not sent, and what the run said."""
+    outputs = tmp_path_factory.mktemp("finished")
+    words = command(folder, outputs, *SMALL, "wandb=offline")
+    result = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
-    (directory,) = run_directories(tmp_path)
+    (directory,) = run_directories(outputs)
+    return directory, result.stdout
+
+
+def test_everything_is_logged_once_under_an_id_that_stays(finished: tuple[Path, str]) -> None:
+    directory, said = finished
     (fragment,) = fragments(directory)
     identity = json.loads((directory / "wandb" / "id.json").read_text())["id"]
     assert fragment.name == f"run-{identity}.wandb"
-    assert f"W&B run {identity} is written, and not sent" in result.stdout
-    assert "clbench.recording.wandb sync" in result.stdout
+    assert f"W&B run {identity} is written, and not sent" in said
+    assert "clbench wandb sync" in said
     check_everything_once(directory)
     pictures = list(fragment.parent.glob("files/media/images/maps/*.png"))
     assert len(pictures) == 2 * (1 + 2 + 3)
     assert not (directory / "wandb" / "pictures").exists()
-    assert train(*SMALL, "wandb=offline").stdout.count("finished already") == 1
-    assert fragments(directory) == [fragment]
-    # Written over, it is another run.
-    assert train(*SMALL, "wandb=offline", "overwrite=true").returncode == 0
-    (anew,) = fragments(directory)
-    assert anew.name != fragment.name
-    check_everything_once(directory)
 
 
-def test_what_a_killed_job_had_told_and_wandb_not_yet_written_is_told_again(
+def test_a_killed_run_is_told_whole_when_it_is_continued_and_sent_when_it_is_online(
     folder: Path, tmp_path: Path
 ) -> None:
     """SLURM kills a job with all of its processes, wandb's too, which writes some seconds late."""
-    words = command(folder, tmp_path, *SMALL, "wandb=offline", "checkpoint_s=0", "method.epochs=20")
-    process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL, start_new_session=True)
-    while not any(
-        [*path.glob("checkpoint/learning-0001*.json")] for path in run_directories_or_none(tmp_path)
-    ):
+    words = command(folder, tmp_path, *SMALL, "checkpoint_s=0", "method.epochs=6")
+    process = subprocess.Popen(
+        [*words, "wandb=offline"], cwd=ROOT, stdout=subprocess.DEVNULL, start_new_session=True
+    )
+    # Until the second training is under way.
+    while not any(path.read_bytes().count(b"\n") > 10 for path in tmp_path.rglob("wandb/logged.jsonl")):
         assert process.poll() is None
-        time.sleep(0.05)
+        time.sleep(0.02)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait(60)
     (directory,) = run_directories(tmp_path)
-    assert not logged(directory)
-    assert subprocess.run(words, cwd=ROOT, stdout=subprocess.DEVNULL, check=False).returncode == 0
+    assert "complete" not in (directory / "summary.json").read_text()
+    with serving() as server:
+        result = subprocess.run(
+            [*words, "wandb=auto"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            env={**os.environ, "WANDB_API_KEY": KEY, "WANDB_BASE_URL": server.address},
+            check=False,
+        )
+        assert result.returncode == 0, result.stderr
+        assert "wandb=auto is online: a key is configured" in result.stdout
+        assert "sent" not in result.stdout
+        ((identity, lines),) = server.history.items()
+        assert identity == json.loads((directory / "wandb" / "id.json").read_text())["id"]
+        assert server.config[identity]["seed"]["value"] == 0
+        pictures = [name for name in server.files if name.startswith("media/images/maps/")]
+        assert len(pictures) == 2 * (1 + 2 + 3)
+        # wandb would tell its server of itself as the process ends, and wait for one that hangs.
+        assert not [path for path in server.asked if "otel" in path]
+    assert len(fragments(directory)) == 1
+    assert plain(lines) == plain(logged(directory))
     check_everything_once(directory, epochs=0)
-    losses = {entry["epoch"] for entry in logged(directory) if "training/loss" in entry}
-    assert {0, 20, 40} <= losses
-
-
-def summary_keys(directory: Path) -> set[str]:
-    """Keys of the summary that was written last."""
-    from wandb.proto import wandb_internal_pb2
-
-    keys = set()
-    for path in fragments(directory):
-        for content in _records(path.read_bytes()):
-            record = wandb_internal_pb2.Record()
-            record.ParseFromString(content)
-            keys |= {item.key or item.nested_key[0] for item in record.summary.update}
-    return keys
+    assert {0, 6, 12} <= {line["epoch"] for line in lines if "training/loss" in line}
 
 
 def shown(node: Any) -> Iterator[str]:
@@ -140,10 +176,10 @@ def shown(node: Any) -> Iterator[str]:
             yield from shown(value)
 
 
-def test_every_panel_of_the_dashboard_shows_what_a_run_logs(train: Train, tmp_path: Path) -> None:
-    assert train(*SMALL, "wandb=offline").returncode == 0
-    (directory,) = run_directories(tmp_path)
-    keys = {key for values in logged(directory) for key in values} | summary_keys(directory)
+def test_every_panel_of_the_dashboard_shows_what_a_run_logs(finished: tuple[Path, str]) -> None:
+    server = receive(finished[0])
+    ((_, lines),) = server.history.items()
+    keys = {key for values in [*lines, *server.summary.values()] for key in values}
     specification = dashboard.specification(dashboard.view("team", "clbench", "mine", list(TASKS)))
     panels = specification["spec"]["section"]["panelBankConfig"]["sections"]
     wanted = {key.removeprefix("summary:") for section in panels for key in shown(section["panels"])}
@@ -152,43 +188,256 @@ def test_every_panel_of_the_dashboard_shows_what_a_run_logs(train: Train, tmp_pa
     assert "R/pixel_f1" in json.dumps(panels) and "R/pixel_f1" in keys
 
 
-def test_a_run_that_is_killed_logs_everything_once(folder: Path, tmp_path: Path) -> None:
-    random = Random(0)
-    for kills in range(40):
-        words = command(folder, tmp_path, *SMALL, "wandb=offline", "checkpoint_s=0")
-        process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL)
-        wanted = kills // 2 + 1  # let it come further every other time
+# A recorder that is told of a small stream, in processes of its own that can be killed.
+
+CATEGORIES = ("left", "right")
+CONFIG = {"experiment": "mine", "seed": 0}
+PICTURE = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
+
+
+def settings(mode: str) -> dict[str, Any]:
+    return {"mode": mode, "project": "clbench", "entity": None, "tags": ["tried"], "notes": None}
+
+
+def tell(directory: Path, mode: str) -> str | None:
+    """Tell all of a run of 2 stages and 2 categories, as a run does it that is continued after its last stage."""
+    recorder = WandbRun(directory, settings(mode), CONFIG, CATEGORIES)
+    assert recorder.wants_pictures
+    for stage in range(2):
+        for epoch in range(2):
+            recorder.epoch(stage, 2 * stage + epoch, 1 / (3 + 2 * stage + epoch))
+        for number, name in enumerate(CATEGORIES[: stage + 1]):
+            recorder.pictures(stage, name, [PICTURE + 10 * stage + number])
+        recorder.stage(stage, {"left": {"f1": 0.1 + stage}, "mean": {"f1": 1 / 7, "ap": None}})
+    summary = {
+        "tasks": ["left+right"],
+        "categories": [["left", "right"]],
+        "average_forgetting_pct": 1.5,
+        **{group: {"f1": 0.5} for group in ("final", "forgetting", "memory", "time")},
+    }
+    return recorder.finish(summary, {"f1": [[0.1, None], [1.1, 0.2]]})
+
+
+EXPECTED = [
+    {"epoch": 0, "training/loss": 1 / 3, "training/stage": 0},
+    {"epoch": 1, "training/loss": 1 / 4, "training/stage": 0},
+    {"stage": 0, "maps/left": 1},
+    {"stage": 0, "left/f1": 0.1, "mean/f1": 1 / 7},
+    {"epoch": 2, "training/loss": 1 / 5, "training/stage": 1},
+    {"epoch": 3, "training/loss": 1 / 6, "training/stage": 1},
+    {"stage": 1, "maps/left": 1},
+    {"stage": 1, "maps/right": 1},
+    {"stage": 1, "left/f1": 1.1, "mean/f1": 1 / 7},
+    {"R/f1": ["stage", "left", "right"]},
+]
+
+
+def plain(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Lines of history without times, the number of pictures in place of each list of them, and no more of tables."""
+
+    def value(found: Any) -> Any:
+        kind = found.get("_type") if isinstance(found, dict) else None
+        if kind == "images/separated":
+            return found["count"]
+        return ["stage", *CATEGORIES][: found["ncols"]] if kind == "table-file" else found
+
+    return [{key: value(found) for key, found in line.items() if not key.startswith("_")} for line in lines]
+
+
+def apart(directory: Path, mode: str = "offline", before: Callable[[], object] | None = None) -> str | None:
+    """Call `tell` in a process of its own, after `before`; returns what it said, or `killed`."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.setsid()
         try:
-            while process.poll() is None and kills < 6:
-                process.wait(random.uniform(0.05, 0.3))
-                break
-        except subprocess.TimeoutExpired:
-            pass
-        while process.poll() is None and kills < 6:
-            done = sum(len(logged(path)) for path in run_directories_or_none(tmp_path))
-            if done >= 3 * wanted:
-                os.kill(process.pid, signal.SIGKILL)
-                break
-        process.wait(120)
-        if process.returncode == 0:
-            break
-    (directory,) = run_directories(tmp_path)
-    assert kills >= 4
-    check_everything_once(directory)
+            if before is not None:
+                before()
+            os.write(writing, (tell(directory, mode) or "nothing").encode())
+            os._exit(0)
+        finally:  # where an exception came before
+            traceback.print_exc()
+            os._exit(1)
+    os.close(writing)
+    _, status = os.waitpid(child, 0)
+    with open(reading) as said:
+        text = said.read()
+    if os.WIFSIGNALED(status):
+        return "killed"
+    assert os.WEXITSTATUS(status) == 0
+    return None if text == "nothing" else text
 
 
-def run_directories_or_none(outputs: Path) -> list[Path]:
-    return run_directories(outputs) if (outputs / "outputs" / "default").is_dir() else []
+def die() -> None:
+    """As a job does that SLURM kills: with wandb's process, which has most still to write."""
+    os.killpg(0, signal.SIGKILL)
+
+
+def in_any_order(lines: list[dict[str, Any]]) -> list[str]:
+    return sorted(json.dumps(line, sort_keys=True) for line in lines)
+
+
+def check_told(directory: Path) -> None:
+    """A server gets all that was told, once, from the one fragment there is; and nothing waits."""
+    assert len(fragments(directory)) == 1
+    server = receive(directory)
+    ((identity, lines),) = server.history.items()
+    assert identity == json.loads((directory / "wandb" / "id.json").read_text())["id"]
+    assert [line["_step"] for line in lines] == list(range(len(EXPECTED)))
+    assert in_any_order(plain(lines)) == in_any_order(EXPECTED)
+    summary = server.summary[identity]
+    assert (summary["final/f1"], summary["average_forgetting_pct"]) == (0.5, 1.5)
+    assert len([name for name in server.files if name.startswith("media/images/maps/")]) == 3
+    assert not (directory / "wandb" / "pictures").exists()
+
+
+def test_a_recorder_that_is_told_of_a_run(tmp_path: Path) -> None:
+    said = apart(tmp_path)
+    assert said and "is written, and not sent: clbench wandb sync" in said
+    check_told(tmp_path)
+    assert plain(logged(tmp_path)) == EXPECTED
+
+
+def before_step(number: int, dies: Callable[[WandbRun], object]) -> None:
+    """Have the process die when it has written a line of the file, and wandb is not yet told of it."""
+    tell_wandb = WandbRun._tell
+    WandbRun._tell = lambda self, step, line: (dies if step == number else tell_wandb)(self, step, line)  # type: ignore
+
+
+def _after_a_line_before_wandb() -> None:
+    before_step(4, lambda *_: die())
+
+
+def _pictures_wait_without_a_line() -> None:
+    log = WandbRun._log
+    WandbRun._log = lambda self, *what: die() if what[:2] == ("maps/right", 1) else log(self, *what)  # type: ignore
+
+
+def _while_pictures_are_written() -> None:
+    recording.write_picture = lambda *_: die()  # type: ignore[assignment]
+
+
+def _after_wandb_finished() -> None:
+    end = WandbRun._end
+    WandbRun._end = lambda self, *what: (end(self, *what), die())  # type: ignore
+
+
+def _before_the_pictures_are_removed() -> None:
+    rmtree = shutil.rmtree
+    shutil.rmtree = lambda path, **how: die() if Path(path).name == "pictures" else rmtree(path, **how)  # type: ignore
+
+
+@pytest.mark.parametrize(
+    "killing",
+    [
+        _after_a_line_before_wandb,
+        _pictures_wait_without_a_line,
+        _while_pictures_are_written,
+        _after_wandb_finished,
+        _before_the_pictures_are_removed,
+    ],
+)
+def test_killed_between_the_file_and_wandb(killing: Callable[[], None], tmp_path: Path) -> None:
+    assert apart(tmp_path, before=killing) == "killed"
+    assert apart(tmp_path) != "killed"
+    check_told(tmp_path)
+
+
+@pytest.mark.parametrize("torn", [b'{"key": "epo', b'{"key": "epoch", "at": 9}', b"\0\0\0\0\n", b"\0\0"])
+def test_a_torn_line_is_cut_off(torn: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "logged.jsonl"
+    whole = [{"key": "epoch", "at": 0, "values": {"a": 1 / 3}}, {"key": "stage", "at": 0, "values": {}}]
+    path.write_bytes(json.dumps(whole[0]).encode() + b"\n" + torn)
+    assert recording._Lines(path).append(whole[1]) == 1
+    assert [json.loads(line) for line in path.read_text().splitlines()] == whole
+    assert recording._Lines(path).lines == whole
+
+
+def test_a_run_of_before_there_was_our_own_file_is_told_whole(tmp_path: Path) -> None:
+    """Its fragment and pictures are there; what was logged is told again by the run."""
+    assert apart(tmp_path, before=_after_wandb_finished) == "killed"
+    (tmp_path / "wandb" / "logged.jsonl").unlink()
+    assert apart(tmp_path) != "killed"
+    check_told(tmp_path)
+
+
+def test_a_run_that_is_written_over_is_another_run(tmp_path: Path) -> None:
+    identity = recording.run_id(tmp_path)
+    assert recording.run_id(tmp_path) == identity
+    RunDirectory(tmp_path).clear()
+    assert recording.run_id(tmp_path) != identity
+
+
+def kill_at(event: int) -> Callable[[], None]:
+    """Dies before the given line of recording/wandb.py is executed, counted from now."""
+    left = event
+
+    def trace(frame: Any, what: str, _: object) -> Any:
+        nonlocal left
+        if not frame.f_code.co_filename.endswith("recording/wandb.py"):
+            return None
+        left -= what == "line"
+        if left <= 0:
+            die()
+        return trace
+
+    return lambda: sys.settrace(trace)
+
+
+def test_a_run_that_is_killed_at_any_line_logs_everything_once(tmp_path: Path) -> None:
+    seed = int(os.environ.get("CLBENCH_TEST_SEED", time.time()))
+    print(f"moments drawn from CLBENCH_TEST_SEED={seed}")
+    random = Random(seed)
+    killed = 0
+    for reach in (60, 120, 180, 240, 300, 360):  # 357 lines are executed where nothing is killed
+        killed += apart(tmp_path, before=kill_at(random.randrange(reach - 60, reach))) == "killed"
+    assert killed >= 4
+    assert apart(tmp_path) != "killed"
+    check_told(tmp_path)
+
+
+def test_a_server_gets_the_same_again_of_a_run_that_was_killed_and_sent_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed offline and sent, killed online when it was sent, continued online to its end."""
+
+    def written_then_killed(recorder: WandbRun, *_: object) -> None:
+        recorder._run.finish()  # wandb writes some 15 s late otherwise
+        if recorder._sender is not None:
+            recorder._sender.wait(60)
+        die()
+
+    with serving() as server:
+        monkeypatch.setenv("WANDB_API_KEY", KEY)
+        monkeypatch.setenv("WANDB_BASE_URL", server.address)
+        assert apart(tmp_path, "offline", lambda: before_step(4, written_then_killed)) == "killed"
+        sync([tmp_path])
+        (lines,) = server.history.values()
+        assert plain(lines) == EXPECTED[:4]
+        assert apart(tmp_path, "online", lambda: before_step(7, written_then_killed)) == "killed"
+        assert plain(lines) == EXPECTED[:4] + EXPECTED[:7]
+        assert apart(tmp_path, "online") is None
+        assert plain(lines) == EXPECTED[:4] + EXPECTED[:7] + EXPECTED
+        assert [line["_step"] for line in lines] == [*range(4), *range(7), *range(10)]
+        # What is sent is not sent again; what was written since it was sent, is.
+        asked = len(server.asked)
+        sync([tmp_path])
+        assert len(server.asked) == asked
+        os.utime(fragments(tmp_path)[0])
+        sync([tmp_path])
+        assert len(server.asked) > asked
+    check_told(tmp_path)
+
+
+# Networks that fail.
 
 
 @contextmanager
-def answering(status: int, asked: list[str] | None = None) -> Iterator[str]:
-    """The address of a server that has one answer to everything, and notes the paths it is asked for."""
+def answering(status: int) -> Iterator[str]:
+    """The address of a server that has one answer to everything."""
 
     class Answering(http.server.BaseHTTPRequestHandler):
         def do_POST(self) -> None:
-            if asked is not None:
-                asked.append(self.path)
             self.send_error(status)
 
         do_GET = do_PUT = do_POST
@@ -203,7 +452,7 @@ def answering(status: int, asked: list[str] | None = None) -> Iterator[str]:
 
 
 @pytest.fixture(params=["refuses", "hangs", "answers errors"])
-def server(request: pytest.FixtureRequest) -> Iterator[str]:
+def broken(request: pytest.FixtureRequest) -> Iterator[str]:
     """The address of a server that is no help."""
     if request.param == "answers errors":
         with answering(500) as address:
@@ -221,35 +470,54 @@ def server(request: pytest.FixtureRequest) -> Iterator[str]:
     yield address
 
 
-def test_a_network_that_fails_loses_nothing(server: str, train: Train, tmp_path: Path) -> None:
-    environment = {"WANDB_API_KEY": KEY, "WANDB_BASE_URL": server}
-    result = train(*SMALL, "wandb=auto", environment=environment)
-    assert result.returncode == 0, result.stderr
-    assert "wandb=auto is online: a key is configured" in result.stdout
-    assert "is not all sent: python -m clbench.recording.wandb sync" in result.stdout
-    (directory,) = run_directories(tmp_path)
-    check_everything_once(directory)
-    for path in directory.rglob("*"):
-        assert not path.is_file() or KEY.encode() not in path.read_bytes(), path
-    assert not _answers(server)
-
-
-def test_wandb_does_not_tell_its_server_of_itself_which_a_run_would_wait_for(
-    train: Train, tmp_path: Path
+def test_a_network_that_fails_loses_nothing(
+    broken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[str] = []
-    with answering(500, asked) as address:
-        result = train(*SMALL, "wandb=online", environment={"WANDB_API_KEY": KEY, "WANDB_BASE_URL": address})
-    assert result.returncode == 0, result.stderr
-    assert asked  # whether it answers, at least
-    assert not [path for path in asked if "otel" in path]
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    monkeypatch.setenv("WANDB_BASE_URL", broken)
+    begin = time.monotonic()
+    said = apart(tmp_path, "online")
+    assert time.monotonic() - begin < 8
+    assert said and "is not all sent: clbench wandb sync" in said
+    assert not answers(broken)
+    for path in tmp_path.rglob("*"):
+        assert not path.is_file() or KEY.encode() not in path.read_bytes(), path
+    check_told(tmp_path)
 
 
 def test_a_server_that_answers_is_told_from_one_that_does_not() -> None:
     with answering(404) as address:
-        assert _answers(address)
-    assert not _answers(address)
-    assert not _answers("no address")
+        assert answers(address)
+    assert not answers(address)
+    assert not answers("no address")
+
+
+# The commands and the mode.
+
+
+def test_what_cannot_be_sent_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    with pytest.raises(UserError, match="no runs of W&B there; give outputs/EXPERIMENT"):
+        sync([tmp_path])
+    place = tmp_path / "run" / "wandb" / "offline-run-20260101_000000-x" / "run-x.wandb"
+    place.parent.mkdir(parents=True)
+    place.write_bytes(b"no such format")
+    with serving() as server:
+        monkeypatch.setenv("WANDB_BASE_URL", server.address)
+        with pytest.raises(UserError, match=f"1 of 1 runs are not all sent, {tmp_path / 'run'} for one"):
+            sync([tmp_path])
+
+
+def test_the_commands(tmp_path: Path) -> None:
+    keyless = {"WANDB_API_KEY": "", "NETRC": str(tmp_path / "none")}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in keyless.items():
+            patch.setenv(name, value)
+        refused = clbench("wandb", "sync", str(tmp_path))
+        assert refused.returncode == 1 and "sending needs a key: set WANDB_API_KEY" in refused.stderr
+    printed = clbench("wandb", "dashboard", "mine", "--entity=team", "--categories", "left", "--print")
+    assert printed.returncode == 0, printed.stderr
+    assert "maps/left" in printed.stdout and json.loads(printed.stdout)
 
 
 @pytest.mark.parametrize("mode", ["online", "offline", "disabled"])
@@ -261,11 +529,12 @@ def test_auto_is_what_the_environment_asks_for(monkeypatch: pytest.MonkeyPatch, 
 
 
 def test_online_needs_a_key_and_auto_says_what_it_does_without(
-    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    alone = {"NETRC": str(tmp_path / "none")}
-    refused = train(*SMALL, "wandb=online", environment=alone)
-    assert refused.returncode == 2 and "wandb=online needs a key: set WANDB_API_KEY" in refused.stderr
-    result = train(*SMALL, "wandb=auto", environment=alone)
-    assert result.returncode == 0 and "wandb=auto is offline: no key" in result.stdout
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    with pytest.raises(UserError, match="wandb=online needs a key: set WANDB_API_KEY"):
+        wandb_mode({"mode": "online"})
+    mode, why = wandb_mode({"mode": "auto"})
+    assert mode == "offline" and why and "wandb=auto is offline: no key" in why

@@ -256,14 +256,14 @@ def _write_pictures(one: Found, heat: Any, mask: Any, output: Path, name: str, l
     Args:
         heat: the anomaly map, float32 [H, W].
         mask: where it is above the threshold, bool [H, W].
-        name: of both files.
+        name: name of both files.
         low: value at which the overlay's colours begin; their middle is the threshold.
     """
     import cv2
     import numpy as np
 
     from clbench.data.files import read_image
-    from clbench.heat_maps import overlay
+    from clbench.recording.heat_maps import overlay
     from clbench.recording.run_directory import write_whole
 
     assert one.threshold is not None

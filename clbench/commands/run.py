@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -27,10 +26,6 @@ from clbench.config.explanations import explain
 from clbench.errors import UserError
 
 
-def arguments(parser: argparse.ArgumentParser) -> None:
-    """None of its own: all are Hydra's."""
-
-
 def main(words: Sequence[str]) -> int:
     """Do what a command line says, and give its exit status: 0, 1 where a run failed, 2 where it makes no sense.
 
@@ -53,6 +48,12 @@ def main(words: Sequence[str]) -> int:
     except SystemExit as ended:
         return ended.code if isinstance(ended.code, int) else 1
     except (HydraException, OmegaConfBaseException) as error:
+        return _refused(explain(error, given.overrides, given.config_dir))
+    except ValueError as error:
+        if not str(error).startswith(
+            "Config group override"
+        ):  # Hydra's word on replay=100: a number is no choice
+            raise
         return _refused(explain(error, given.overrides, given.config_dir))
     except yaml.YAMLError as error:  # in conf/, most likely in a conf/local.yaml of the user's own
         return _refused(UserError(f"a config cannot be read: {' '.join(str(error).split())}"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import hydra
@@ -48,19 +49,25 @@ def explain(error: Exception, overrides: Sequence[str], config_dir: str | None =
 
 
 def setting_of_other_choices(
-    error: UnknownSetting, choices: Iterable[str], settings_of: Callable[[str, str], set[str]]
+    error: UnknownSetting,
+    choices_of: Callable[[str], Iterable[str]],
+    settings_of: Callable[[str, str], set[str]],
 ) -> UserError:
     """What to say of a setting that is not there: that other choices of its group have it, where some do.
 
     Args:
-        choices: of the group.
+        choices_of: gives a group's choices.
         settings_of: gives the settings of a group's choice.
     """
-    node, _, name = error.key.partition(".")
-    having = [choice for choice in choices if name in settings_of(node, choice)]
+    group, _, name = error.key.partition(".")
+    having = []
+    for choice in choices_of(group) if error.key.startswith(OPEN) else ():
+        with suppress(UserError, HydraException):  # a choice that is broken is not what was asked for
+            if name in settings_of(group, choice):
+                having.append(choice)
     if not having:
         return error
-    return UserError(f"{error.key} is a setting of {', '.join(having)}: give {node}={having[0]} too")
+    return UserError(f"{error.key} is a setting of {', '.join(having)}: give {group}={having[0]} too")
 
 
 def _choices(search: list[str]) -> dict[str, list[str]]:

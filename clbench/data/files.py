@@ -194,7 +194,7 @@ def file_identity(path: Path) -> str:
     """A text that changes when the file does: path, size in bytes, time of last change in nanoseconds.
 
     Raises:
-        UserError: the file is missing.
+        UserError: the file cannot be found.
     """
     try:
         status = path.stat()

@@ -75,7 +75,7 @@ class OnDisk(Dataset):
         """The categories in the root folder, sorted. The folder exists.
 
         Args:
-            whole: whether all categories are wanted; then a folder that looks like half of one is a gap.
+            whole: whether all categories are wanted; then a folder like an incomplete category is a gap.
 
         Raises:
             UserError: there is none.
@@ -134,7 +134,7 @@ class OnDisk(Dataset):
         return listed
 
     def _sample(self, entry: Entry) -> FileSample | None:
-        """An entry as a sample; None where one of its files cannot be found, which `gap` is told of."""
+        """An entry as a sample; None, after a call of `gap`, where a file cannot be found."""
         try:
             identity = " mask ".join(map(file_identity, (entry.image, *entry.masks)))
         except UserError as error:  # a link that leads nowhere

@@ -1,6 +1,6 @@
 """Procedural pictures: noise, and the ten products of the synthetic stream.
 
-Lengths are fractions of the picture's side S; arrays are float32 unless it says otherwise.
+Lengths are fractions of the picture's side S.
 """
 
 from collections.abc import Callable
@@ -12,7 +12,7 @@ Array = np.ndarray
 
 
 def noise(random: np.random.Generator, size: int, scale: float, stretch: float = 1.0) -> Array:
-    """Smooth noise [S, S] with mean 0 and deviation 1.
+    """Smooth noise, float32 [S, S], with mean 0 and deviation 1.
 
     Args:
         random: what the noise is drawn from.

@@ -74,7 +74,7 @@ class VisA(OnDisk):
                 yield Entry(image, GOOD if normal else "anomaly", (mask,) if mask else ())
 
     def _file(self, listed: str, where: str) -> Path | None:
-        """The file that a row lists; None where it is missing, which `gap` is told of."""
+        """The file that a row lists; None, after a call of `gap`, where it is missing."""
         path = self.root / listed
         if listed and path.is_file():
             return path

@@ -172,9 +172,8 @@ def block(*channels: int) -> nn.Sequential:
 
 def up(before: int, after: int) -> nn.Sequential:
     """Features [B, before, h, w] -> [B, after, 2h, 2w]: upsampled, then a `block`."""
-    return nn.Sequential(
-        nn.Upsample(scale_factor=2, mode="bilinear", align_corners=True), block(before, after)
-    )
+    upsample = nn.Upsample(scale_factor=2, mode="bilinear", align_corners=True)
+    return nn.Sequential(upsample, block(before, after))
 
 
 class Reconstructive(nn.Module):

@@ -122,9 +122,9 @@ class EfficientAD(Detector):
         self._penalties = middle.to(images.device, copy=True)
 
     def start_task(self, task: int, images: Tensor, stored: Tensor) -> None:
-        """Set `channel_mean` and `channel_deviation`, over all positions of all images, new and stored.
+        """Set `channel_mean` and `channel_deviation` (Batzner et al., 2024, appendix A).
 
-        Both are uint8 [N, 3, H, W].
+        They are taken over all positions of all images, the new and the stored ones, uint8 [N, 3, H, W].
         """
         count, mean = 0, torch.zeros_like(self.channel_mean).double()
         scatter = torch.zeros_like(mean)

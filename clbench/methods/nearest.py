@@ -1,4 +1,4 @@
-"""Nearest neighbours in memory banks, exact: matrix products and minima, block by block.
+"""Nearest neighbours in memory banks, by matrix products and minima, block by block.
 
 A whole distance matrix is held only in graphs traced for export: other runtimes have no use for blocks.
 """

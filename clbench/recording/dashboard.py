@@ -1,14 +1,7 @@
-"""A saved view in Weights & Biases that compares the runs of an experiment.
+"""A saved view in Weights & Biases that compares the runs of an experiment, built with wandb-workspaces."""
 
-    python -m clbench.recording.dashboard EXPERIMENT --entity TEAM [--project clbench]    # prints its address
-
-It needs the runs to be sent, and wandb-workspaces (pip install 'clbench[dashboard]'). With --print, and no server, it
-prints the view's specification.
-"""
-
-import argparse
 import json
-import sys
+from collections.abc import Sequence
 from typing import Any
 
 from clbench.errors import UserError
@@ -17,11 +10,20 @@ CURVES = ("pixel_f1", "pixel_auroc", "pixel_ap", "aupro", "image_auroc", "image_
 FOOTPRINT = ("memory/architecture_mb", "memory/executed_mb", "memory/additional_mb", "memory/peak_mb")
 
 
-def view(entity: str, project: str, experiment: str, tasks: list[str]) -> Any:
-    """The view: a wandb_workspaces Workspace, its runs grouped by method and strategy.
+def view(entity: str, project: str, experiment: str, categories: Sequence[str]) -> Any:
+    """Build the view, without asking a server: its runs are grouped by method, strategy and replay size.
+
+    Args:
+        entity: user or team that the project belongs to.
+        project: the project.
+        experiment: name of the experiment, which is the group of its runs.
+        categories: names of the categories to show panels of.
+
+    Returns:
+        A `wandb_workspaces.workspaces.Workspace`: `save()` sends it, `url` is its address then.
 
     Raises:
-        UserError: wandb-workspaces is not installed.
+        UserError: wandb-workspaces is not installed, or does not fit the installed wandb.
     """
     try:
         import wandb_workspaces.reports.v2 as panels
@@ -29,7 +31,7 @@ def view(entity: str, project: str, experiment: str, tasks: list[str]) -> Any:
         from wandb_workspaces.expr import And, Config, Metric
     except ImportError as error:
         raise UserError(
-            "the dashboard is built with wandb-workspaces: pip install 'clbench[dashboard]'"
+            f"the dashboard is built with wandb-workspaces ({error}): pip install 'clbench[dashboard]'"
         ) from error
 
     def curve(key: str, over: str = "stage") -> Any:
@@ -67,12 +69,12 @@ def view(entity: str, project: str, experiment: str, tasks: list[str]) -> Any:
                     bars("an image, ms", "time/inference_ms_per_image"),
                 ],
             ),
-            workspaces.Section("Each task", panels=[curve(f"{task}/pixel_f1") for task in tasks]),
+            workspaces.Section("Each category", panels=[curve(f"{name}/pixel_f1") for name in categories]),
             workspaces.Section(
                 "Heat maps over stages",
                 panels=[
-                    panels.MediaBrowser(title=task, media_keys=[f"maps/{task}"], num_columns=2)
-                    for task in tasks
+                    panels.MediaBrowser(title=name, media_keys=[f"maps/{name}"], num_columns=2)
+                    for name in categories
                 ],
             ),
             workspaces.Section(
@@ -90,45 +92,16 @@ def view(entity: str, project: str, experiment: str, tasks: list[str]) -> Any:
     )
 
 
-def main() -> None:
-    """The command; see the module's text."""
-    about, _, _ = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(prog="python -m clbench.recording.dashboard", description=about)
-    parser.add_argument("experiment")
-    parser.add_argument("--entity", required=True, help="user or team that the project is of")
-    parser.add_argument("--project", default="clbench")
-    parser.add_argument(
-        "--tasks", nargs="*", help="left out: those of the experiment's runs, which are asked for"
-    )
-    parser.add_argument(
-        "--print", action="store_true", help="the specification, and ask no server but for tasks"
-    )
-    given = parser.parse_args()
-    try:
-        tasks = (
-            given.tasks if given.tasks is not None else _tasks(given.entity, given.project, given.experiment)
-        )
-        built = view(given.entity, given.project, given.experiment, tasks)
-        if given.print:
-            print(json.dumps(specification(built), indent=2))
-        else:
-            built.save()
-            print(built.url)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-
-
 def specification(built: Any) -> dict[str, Any]:
-    """What is sent of a view, as plain data."""
+    """What `save()` sends of a view, as plain data. The one place that uses a private part of wandb-workspaces."""
     return json.loads(built._to_model().model_dump_json(by_alias=True, exclude_none=True))
 
 
-def _tasks(entity: str, project: str, experiment: str) -> list[str]:
-    """The tasks of an experiment's runs, in the order of the first.
+def categories_sent(entity: str, project: str, experiment: str) -> list[str]:
+    """Ask the server for the categories of an experiment's runs; in the order in which the runs have them.
 
     Raises:
-        UserError: they cannot be had.
+        UserError: the server cannot be asked, or has no runs of the experiment.
     """
     import wandb
 
@@ -137,12 +110,8 @@ def _tasks(entity: str, project: str, experiment: str) -> list[str]:
         logged = [key for run in runs for key in run.summary.keys() if key.startswith("maps/")]  # noqa: SIM118
     except (wandb.errors.CommError, wandb.errors.UsageError, ValueError) as error:
         raise UserError(
-            f"{entity}/{project} cannot be read ({str(error).splitlines()[0]}): name the tasks with --tasks"
+            f"{entity}/{project} cannot be read ({str(error).splitlines()[0]}): name the categories with --categories"
         ) from error
     if not logged:
         raise UserError(f"{entity}/{project} has no runs of experiment '{experiment}' that were sent")
     return list(dict.fromkeys(key.removeprefix("maps/") for key in logged))
-
-
-if __name__ == "__main__":
-    main()

@@ -112,8 +112,7 @@ class RunSweeper(Sweeper):
             try:
                 run = finished_unchanged(self._config, overrides) or self._composed(overrides)
             except UnknownSetting as error:
-                choices = self._loader.get_group_options(error.key.partition(".")[0])
-                raise setting_of_other_choices(error, choices, settings_of) from error
+                raise setting_of_other_choices(error, self._loader.get_group_options, settings_of) from error
             found.setdefault(run.directory.path, run)
         if not found:
             raise UserError(f"{' '.join(arguments)} asks for no run: a list in it is empty")

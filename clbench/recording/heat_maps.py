@@ -1,0 +1,121 @@
+"""Pictures of anomaly maps: an image, its mask, and the map over the image in colours."""
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+from torch import Tensor
+
+from clbench.data.images import ImageSet
+from clbench.recording.run_directory import write_whole
+
+_SMALL = 256  # pixels: the longest height or width of a small picture
+_QUALITY = 85  # of JPEG
+
+
+def write(maps: Tensor, images: ImageSet, directory: Path, stage: int) -> None:
+    """Write a panel of every test image: `<kind>-<number>-stage-<stage>.png`, numbers from 0 within a kind.
+
+    Args:
+        maps: anomaly maps [B, H, W] of the images, on the CPU. Colours span the range of all of them, so that the
+            pictures of a category can be compared.
+        images: the test images and masks, in the same order.
+        directory: folder to write into; made where it is missing.
+        stage: number of the stage, from 0.
+
+    Raises:
+        UserError: a file cannot be written.
+    """
+    heat = maps.numpy()
+    low, high = float(heat.min()), float(heat.max())
+    numbers: dict[str, int] = {}
+    for index, kind in enumerate(images.kinds):
+        number = numbers[kind] = numbers.get(kind, -1) + 1
+        picture = panel(images.images[index].numpy(), images.masks[index].numpy(), heat[index], low, high)
+        write_picture(directory / f"{kind}-{number:03d}-stage-{stage:02d}.png", picture)
+
+
+def write_few(maps: Tensor, images: ImageSet, directory: Path, stage: int) -> None:
+    """Write small pictures of the images that `few` shows, for a page with many of them side by side.
+
+    For each image: `<kind>-<index>.jpg`, its mask `<kind>-<index>-mask.png`, and its map over it
+    `<kind>-<index>-stage-<stage>.jpg`. Arguments and errors are those of `write`.
+    """
+    heat = maps.numpy()
+    low, high = float(heat.min()), float(heat.max())
+    for index in chosen(images):
+        shown = parts(images.images[index].numpy(), images.masks[index].numpy(), heat[index], low, high)
+        endings = (".jpg", "-mask.png", f"-stage-{stage:02d}.jpg")
+        scale = min(1.0, _SMALL / max(shown[0].shape))
+        for picture, ending in zip(shown, endings, strict=True):
+            small = cv2.resize(picture, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
+            write_picture(directory / f"{images.kinds[index]}-{index:03d}{ending}", small)
+
+
+def few(maps: Tensor, images: ImageSet) -> list[np.ndarray]:
+    """Panels of the images that `chosen` picks: BGR uint8 [H, 3 W, 3] each.
+
+    Args:
+        maps: anomaly maps [B, H, W] of the images, on the CPU.
+        images: the test images and masks of a category, in the same order.
+    """
+    heat = maps.numpy()
+    low, high = float(heat.min()), float(heat.max())
+    return [
+        panel(images.images[i].numpy(), images.masks[i].numpy(), heat[i], low, high) for i in chosen(images)
+    ]
+
+
+def chosen(images: ImageSet, count: int = 2) -> list[int]:
+    """Indices of `count` defective images, far from one another; of the first image where none is defective."""
+    defective = np.flatnonzero(images.labels.numpy())
+    return defective[:: max(len(defective) // count, 1)][:count].tolist() or [0]
+
+
+def panel(image: np.ndarray, mask: np.ndarray, heat: np.ndarray, low: float, high: float) -> np.ndarray:
+    """Image, mask and overlay side by side: see `parts`; one BGR picture uint8 [H, 3 W, 3]."""
+    return np.hstack(parts(image, mask, heat, low, high))
+
+
+def parts(
+    image: np.ndarray, mask: np.ndarray, heat: np.ndarray, low: float, high: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Three BGR pictures uint8 [H, W, 3]: the image, its mask, and the map over the image.
+
+    Args:
+        image: RGB uint8 [3, H, W].
+        mask: bool [H, W], True where the image is defective.
+        heat: anomaly map [H, W].
+        low: value of the map that gets the darkest colour.
+        high: value of the map that gets the brightest colour.
+    """
+    picture = cv2.cvtColor(np.ascontiguousarray(image.transpose(1, 2, 0)), cv2.COLOR_RGB2BGR)
+    white = np.repeat(255 * mask[:, :, None].astype(np.uint8), 3, axis=2)
+    return picture, white, overlay(picture, mask, heat, low, high)
+
+
+def overlay(picture: np.ndarray, mask: np.ndarray, heat: np.ndarray, low: float, high: float) -> np.ndarray:
+    """A picture, BGR uint8 [H, W, 3], blended with the colours of a map [H, W]; outlines of the mask in white.
+
+    Where the map is NaN (the detector did not look there) the picture stays as it is. `low` and `high` are the values
+    of the map that get the darkest and the brightest colour.
+    """
+    known = np.isfinite(heat)
+    scaled = np.clip((np.where(known, heat, low) - low) / max(high - low, 1e-12), 0, 1)
+    colours = cv2.applyColorMap((255 * scaled).astype(np.uint8), cv2.COLORMAP_INFERNO)
+    coloured = np.where(known[:, :, None], cv2.addWeighted(picture, 0.5, colours, 0.5, 0), picture)
+    outlines, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
+    cv2.drawContours(coloured, outlines, -1, (255, 255, 255), max(1, min(mask.shape) // 400))
+    return coloured
+
+
+def write_picture(path: Path, picture: np.ndarray) -> None:
+    """Write a BGR picture uint8 [H, W, 3] in the format that the ending of its name says.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    quality = [cv2.IMWRITE_JPEG_QUALITY, _QUALITY] if path.suffix == ".jpg" else []
+    _, encoded = cv2.imencode(path.suffix, picture, quality)
+    data = encoded.tobytes()
+    write_whole(path, lambda part: part.write_bytes(data))

@@ -1,0 +1,69 @@
+"""Processes that begin with everything imported, so that a test can start and kill many of them."""
+
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from random import Random
+
+ROOT = Path(__file__).parent.parent
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["clbench.commands.run", "clbench.experiment", "clbench.loading", "timm"])
+
+
+def start(words: Sequence[str]) -> BaseProcess:
+    """train.py with these words, in a process of its own that prints nothing."""
+    process = _CONTEXT.Process(target=_run, args=(list(words), list(sys.path)))
+    process.start()
+    return process
+
+
+def _run(words: list[str], path: list[str]) -> None:
+    from clbench.commands.run import main
+
+    sys.path[:] = path
+    os.chdir(ROOT)
+    nothing = os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):
+        os.dup2(nothing, stream)
+    sys.exit(main(words))
+
+
+def kill_when(ready: Callable[[], bool], words: Sequence[str], wait_s: float = 0.0) -> bool:
+    """Start train.py, kill it (SIGKILL) so many seconds after something is ready; whether it was killed, not over."""
+    process = start(words)
+    while process.is_alive() and not ready():
+        time.sleep(0.002)
+    time.sleep(wait_s)
+    process.kill()
+    process.join()
+    assert process.exitcode in (0, -9), process.exitcode
+    return process.exitcode == -9
+
+
+def kill_again_and_again(words: Sequence[str], experiment: Path, random: Random, times: int = 4) -> int:
+    """Kill train.py each time that it has come further, and then let it end; how often it was killed.
+
+    Args:
+        experiment: the folder of its run directory.
+    """
+
+    def found() -> tuple[int, int, int]:
+        """How far the run is: bytes of the journal, and checkpoints."""
+        journals = sum(path.stat().st_size for path in experiment.glob("*/journal.jsonl"))
+        names = [path.name for path in experiment.glob("*/checkpoint/*.json")]
+        return journals, len(names), hash(tuple(sorted(names)))
+
+    kills = 0
+    for _ in range(times):
+        before = found()
+        if not kill_when(lambda: found() != before, words, random.uniform(0, 0.05)):  # noqa: B023
+            return kills
+        kills += 1
+    process = start(words)
+    process.join()
+    assert process.exitcode == 0
+    return kills
