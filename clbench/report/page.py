@@ -13,7 +13,7 @@ from typing import get_args
 import jinja2
 
 from clbench.errors import UserError
-from clbench.recording.run_directory import write_whole
+from clbench.recording.files import write_whole
 from clbench.report import tables, titles
 from clbench.report.comparison import Group, grouped
 from clbench.report.figures import Figure, figures, png
