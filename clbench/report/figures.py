@@ -71,14 +71,14 @@ class Figure:
 
 
 def png(svg: str) -> bytes:
-    """A figure's picture, at twice the size of its SVG."""
+    """The bytes of a PNG, at twice the size of the SVG that it is made from."""
     import vl_convert
 
     return vl_convert.svg_to_png(svg, scale=2)
 
 
 def figures(group: Group) -> list[Figure]:
-    """All figures that a group has runs for."""
+    """The figures that a group has enough finished runs for."""
     rows = group.found
     if not rows:
         return []
@@ -93,7 +93,7 @@ def figures(group: Group) -> list[Figure]:
 
 
 def _holds(rows: Sequence[Row]) -> str:
-    """Which runs a figure holds."""
+    """A sentence on which runs a figure holds: how many, of how many rows, and their seeds."""
     runs = sum(len(row.runs) for row in rows)
     seeds = sorted({seed for row in rows for seed in row.seeds})
     shown = (
@@ -103,7 +103,7 @@ def _holds(rows: Sequence[Row]) -> str:
 
 
 def _about(row: Row) -> dict[str, Any]:
-    """What every entry of a chart's data says of its row."""
+    """The fields that every entry of a chart's data has: what row it belongs to."""
     variant = row.variant
     return {
         "method": variant.method,
@@ -122,7 +122,7 @@ def _tooltip(*names: str) -> list[alt.Tooltip]:
 
 
 def _finished(chart: Any) -> Any:
-    """A chart with the page's filter, its colours and its type."""
+    """The chart with the parameters that the page filters by, and the page's colours and fonts."""
     return (
         chart.add_params(alt.param(name="methods", value=None), alt.param(name="strategies", value=None))
         .configure(background="transparent", font="system-ui, sans-serif")
@@ -288,9 +288,9 @@ def _against_memory(group: Group, rows: list[Row]) -> Figure | None:
 
 
 def _memory_range(kept: Sequence[float]) -> tuple[float, float, float]:
-    """Where a log scale of memory puts what keeps nothing, its lower and its upper end, in MB.
+    """Three places on a log scale of memory, in MB: where 0 is drawn, the lower end and the upper end.
 
-    A log scale has no place for nothing: it stands a decade below the least that is more.
+    A log scale has no place for 0, which is drawn a decade below the least positive value.
     """
     positive = [mb for mb in kept if mb > 0]
     floor = 10.0 ** (math.floor(math.log10(min(positive))) - 1) if positive else 0.1
@@ -458,12 +458,12 @@ def _time(group: Group, rows: list[Row]) -> Figure | None:
 
 
 def _from_nothing(values: Iterable[float]) -> Any:
-    """A scale from 0 to above the highest; fixed, so that what the page hides moves nothing."""
+    """A scale from 0 to above the highest value; fixed, so that the axis stays when the page hides rows."""
     return alt.Scale(domain=[0, 1.06 * max(values) or 1], nice=False)
 
 
 def _short(value: float | None) -> float | None:
-    """A number that costs the page few bytes."""
+    """A number rounded to five digits, which costs the page few bytes."""
     return None if value is None else float(f"{value:.5g}")
 
 

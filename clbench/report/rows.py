@@ -1,4 +1,4 @@
-"""Rows of a comparison: a method and strategy, over seeds, and what is told of it."""
+"""Rows of a comparison: the runs of a method and strategy over seeds, and their quantities."""
 
 from __future__ import annotations
 
@@ -141,6 +141,7 @@ class Variant:
 
     @property
     def title(self) -> str:
+        """The method and the strategy, each with what it was changed in."""
         return f"{self.method_title}, {self.strategy_title}"
 
     @property
@@ -170,20 +171,22 @@ class Row:
 
     @property
     def flags(self) -> Flags:
-        """What its strategy can do."""
+        """What the strategy of its runs can do; a published row has none."""
         return self.runs[0].flags
 
     @property
     def title(self) -> str:
+        """The variant's title, marked where it is published."""
         return self.variant.title + (", published" if self.published else "")
 
     @property
     def seeds(self) -> list[int]:
+        """The seeds of its runs, ascending."""
         return sorted(run.seed for run in self.runs)
 
 
 def rows_of(runs: Iterable[FoundRun]) -> list[Row]:
-    """A row a variant of finished runs, in order."""
+    """Make a row for each variant among finished runs; rows are in order."""
     found: dict[Variant, list[FoundRun]] = {}
     for run in runs:
         found.setdefault(Variant.of(run), []).append(run)
@@ -207,7 +210,7 @@ def _final_f1(run: FoundRun) -> float | None:
 
 
 def _values(runs: Sequence[FoundRun], joint: Mapping[int, float | None]) -> dict[str, Spread]:
-    """Every quantity over seeds.
+    """Spreads over seeds: key of a quantity -> its spread.
 
     Args:
         joint: final pixel F1 of the joint runs, by seed: the relative gap is measured from the same seed's, or from
@@ -237,7 +240,7 @@ def _values(runs: Sequence[FoundRun], joint: Mapping[int, float | None]) -> dict
 
 
 def published() -> list[Row]:
-    """The paper's rows."""
+    """The rows that the paper's authors published."""
     with open(PAPER, newline="", encoding="utf-8") as file:
         return [
             Row(

@@ -6,7 +6,7 @@ these leave free.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 
@@ -79,7 +79,7 @@ def strategy_title(name: str, replay_size: int | None, changes: Sequence[str] = 
     return ", ".join((name if replay_size is None else f"{name} {replay_size}", *changes))
 
 
-def method_colours(names: Iterable[str]) -> dict[str, str]:
+def method_colours(names: Collection[str]) -> dict[str, str]:
     """The colour `#rrggbb` of each method: a known one has its own, others take those that are free, in turn."""
     own = dict(zip(METHODS, cycle(_COLOURS), strict=False))
     colours = {name: own[name] for name in names if name in own}
