@@ -1,4 +1,4 @@
-"""The report says of runs what can be worked out of them by hand, and its page works in a browser without network."""
+"""The report says what can be worked out by hand, and its page works in a browser without network."""
 
 import csv
 import io
@@ -50,7 +50,7 @@ FLAGS = {  # of the strategies in the package, as their classes say
 
 
 def departures(config: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """What a run stores: the settings that its choices alone are not composed to, each with the usual value."""
+    """What a run stores: settings that its choices alone are not composed to, each with the usual value."""
     chosen = ("benchmark", "method", "dataset", "strategy", "seed", "dataset.root")
     choices = [text for text in overrides if text.partition("=")[0] in chosen]
     usual = dict(flat(json.loads(composed(*choices))))
@@ -539,7 +539,8 @@ def test_flags_of_an_earlier_versions_strategy_are_its_classes(
 ) -> None:
     (tmp_path / "code").mkdir()
     (tmp_path / "code" / "mine.py").write_text(
-        "from clbench.strategies.base import Strategy\n\nclass Together(Strategy):\n    joint = True\n    continual = False\n"
+        "from clbench.strategies.base import Strategy\n\nclass Together(Strategy):\n    joint = True\n    "
+        "continual = False\n"
     )
     monkeypatch.syspath_prepend(tmp_path / "code")
     own = {"name": "together", "_target_": target}

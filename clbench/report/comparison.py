@@ -63,7 +63,7 @@ class Group:
 
     @cached_property
     def rows(self) -> list[Row]:
-        """A row for each variant with finished runs; below it the published one, where its setting is the paper's."""
+        """A row for each variant with finished runs; below it the published one, where there is one."""
         return [shown for row in rows_of(self.finished) for shown in (row, *self._published(row))]
 
     @property
@@ -78,12 +78,12 @@ class Group:
         return list(dict.fromkeys(variant.strategy_title for variant in variants))
 
     def strategies(self, *, continual: bool) -> list[str]:
-        """Names of its strategies that are continual, or of those that are not and serve as bounds; in order."""
+        """Names of its continual strategies, or of the others, which serve as bounds; in order."""
         names = {row.variant.strategy for row in self.found if row.flags.continual == continual}
         return sorted(names, key=lambda name: titles.rank(titles.STRATEGIES, name))
 
     def _published(self, row: Row) -> list[Row]:
-        """The published row beside one in the paper's setting: its benchmark and tasks, wherever the images are."""
+        """The published row beside a row in the paper's setting: its benchmark and tasks."""
         free = ("dataset.root", "evaluate")
         apart = [key for run in row.runs for key in run.departures.apart if not key.startswith(free)]
         changed = apart or row.variant.changed or row.variant.strategy_changed
@@ -113,14 +113,14 @@ class Group:
                 yield f"{name} is each method's own: {values}"
         if self.pooled:
             yield (
-                "made by an earlier version, which pooled the test images of a task's categories: values are of tasks, "
-                "and do not compare with those of categories"
+                "made by an earlier version, which pooled the test images of a task's categories: values "
+                "are of tasks, and do not compare with those of categories"
             )
         unknown = sorted({_method_title(run) for run in self.runs if not run.departures.known})
         if unknown:
             yield (
-                f"what the benchmark gives {', '.join(unknown)} is not known, as the runs are of an earlier version and "
-                "conf/ is not here or has no such choice: all their settings are named"
+                f"what the benchmark gives {', '.join(unknown)} is not known, as the runs are of an earlier "
+                "version and conf/ is not here or has no such choice: all their settings are named"
             )
 
     def _notes_on_runs(self) -> Iterator[str]:
@@ -143,11 +143,12 @@ class Group:
         joint = {row.variant.learner for row in self.found if row.flags.joint}
         without = {row.variant.method_title for row in self.found if row.variant.learner not in joint}
         if without:
-            yield f"no finished joint run, so no gap to it: {'; '.join(sorted(without))} (strategy=joint makes it)"
+            named = "; ".join(sorted(without))
+            yield f"no finished joint run, so no gap to it: {named} (strategy=joint makes it)"
 
     @property
     def absent(self) -> list[str]:
-        """Runs that the group's other runs suggest and that are not there, a line each: a guess, and called one."""
+        """Runs that the other runs suggest and that are not there, a line each: a guess."""
         there: dict[Variant, set[int]] = defaultdict(set)
         for run in self.runs:
             there[Variant.of(run)].add(run.seed)
@@ -163,9 +164,9 @@ class Group:
     def _absent_strategies(self, there: Mapping[Variant, set[int]]) -> Iterator[str]:
         """Strategies that one method has runs of and another has not, a line each.
 
-        Not every method can be expected to have them all. What is the paper's choice for a method of the group is
-        expected of those whose choice it is, as few methods have an update of their own; and what needs gradients, of
-        those that have a run of such a strategy.
+        Not every method can be expected to have them all. What is the paper's choice for a method of the
+        group is expected of those whose choice it is, as few methods have an update of their own; and what
+        needs gradients, of those that have a run of such a strategy.
         """
         choices = {run.summary["method"]: _paper_choice(run) for run in self.runs}
         gradients = {run.summary["strategy"] for run in self.runs if run.flags.needs_gradients}
@@ -183,7 +184,8 @@ class Group:
 def grouped(runs: Sequence[FoundRun]) -> list[Group]:
     """Sort runs into groups of runs that compare, the largest first; damaged runs are in none.
 
-    Of runs that are alike in everything, seed too, only the newest finished one counts: the others become `repeated`.
+    Of runs that are alike in everything, seed too, only the newest finished one counts: the others become
+    `repeated`.
     """
     groups: dict[Any, Group] = {}
     for run in runs:
@@ -227,8 +229,8 @@ def _group_of(run: FoundRun) -> Group:
 
 
 def _join_fixed_seeds(groups: dict[Any, Group]) -> None:
-    """Join groups that `dataset.seed=0 seed=0,1,2` makes: where a part's seed is fixed, the run with that very seed as its
-    own departs in nothing, and yet belongs to the others."""
+    """Join groups that `dataset.seed=0 seed=0,1,2` makes: where a part's seed is fixed, the run with that
+    very seed as its own departs in nothing, and yet belongs to the others."""
     for group in list(groups.values()):
         fixed = {key: value for key, value in group.apart.items() if key.endswith(".seed")}
         alike = groups.get(group.key(*fixed)) if fixed else None
@@ -238,8 +240,8 @@ def _join_fixed_seeds(groups: dict[Any, Group]) -> None:
 
 
 def _join_same_geometry(groups: dict[Any, Group]) -> None:
-    """Join groups that `dataset.crop=null` makes: where all methods are given one image size, those whose own size it is
-    depart in nothing, and yet belong to the others."""
+    """Join groups that `dataset.crop=null` makes: where all methods are given one image size, those whose
+    own size it is depart in nothing, and yet belong to the others."""
     alike: dict[Any, list[Group]] = defaultdict(list)
     for group in groups.values():
         sizes = {_size(run) for run in group.runs}
@@ -305,7 +307,7 @@ def _method_title(run: FoundRun) -> str:
 
 
 def _by_method(runs: Sequence[FoundRun], setting: Callable[[FoundRun], str]) -> str:
-    """The values of a setting, each with the methods that have it, where methods differ; else an empty string."""
+    """The values of a setting, each with its methods, where methods differ; else an empty string."""
     methods: dict[str, set[str]] = defaultdict(set)
     for run in runs:
         methods[setting(run)].add(_method_title(run))

@@ -1,4 +1,4 @@
-"""What run directories of earlier versions do not store: the flags of a strategy, and what a run departs from."""
+"""What run directories of earlier versions do not store: a strategy's flags, and a run's departures."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ def strategy_class(target: str) -> Any:
     """The class that `strategy._target_` of a config names, to read a strategy's flags from.
 
     Returns:
-        The class; the base class, which is a continual strategy, where it cannot be imported or is no strategy.
+        The class; the base class, which is a continual strategy, where it cannot be imported or is no
+        strategy.
     """
     from clbench.strategies.base import Strategy  # imports torch, which a report needs for nothing else
 
     module, _, name = target.rpartition(".")
     try:
         found = getattr(importlib.import_module(module), name)
-    except Exception:  # noqa: BLE001  # whatever a user's own module does, the report of the other runs goes on
+    except Exception:  # noqa: BLE001  # whatever a user's module does, the report of other runs goes on
         return Strategy
     return found if isinstance(found, type) and issubclass(found, Strategy) else Strategy
 
@@ -37,8 +38,8 @@ def departures(config: Mapping[str, Any]) -> dict[str, Any] | None:
         config: what config.yaml holds.
 
     Returns:
-        Flat key -> what the benchmark gives the method there, `absent` where it has no such key; None where conf/ is
-        not there, or has no such benchmark, method or dataset.
+        Flat key -> what the benchmark gives the method there, `absent` where it has no such key; None where
+        conf/ is not there, or has no such benchmark, method or dataset.
     """
     usual = _usual(str(config["benchmark"]), str(config["method"]["name"]), str(config["dataset"]["name"]))
     if usual is None:
@@ -50,7 +51,7 @@ def departures(config: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _with_seeds_named(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Flat settings, with a word in place of each part's seed that is the run's seed: no number then differs."""
+    """Flat settings, with a word in place of each part's seed that is the run's seed."""
     return {
         key: "the run's" if key.endswith(".seed") and value == values["seed"] else value
         for key, value in values.items()

@@ -1,7 +1,8 @@
 """The figures of a group, as Vega-Lite: interactive in the page, and SVG and PNG beside it.
 
-Every chart's data have `method` and `strategy`, and every chart has the parameters `methods` and `strategies`: the
-names that are shown, or null for all, which the page sets. Text takes its colour from the page (`currentColor`).
+Every chart's data have `method` and `strategy`, and every chart has the parameters `methods` and
+`strategies`: the names that are shown, or null for all, which the page sets. Text takes its colour from the
+page (`currentColor`).
 """
 
 from __future__ import annotations
@@ -223,8 +224,8 @@ def _over_stages(group: Group, rows: list[Row]) -> Figure | None:
     return Figure(
         "stages",
         "Pixel F1 while tasks arrive",
-        "A panel a method. Joint training, which has all images at once, is the level line; the band is the deviation "
-        f"over seeds. A click on the legend picks a strategy. {_holds(rows)}.",
+        "A panel a method. Joint training, which has all images at once, is the level line; the band is the "
+        f"deviation over seeds. A click on the legend picks a strategy. {_holds(rows)}.",
         _finished(chart),
     )
 
@@ -281,8 +282,8 @@ def _against_memory(group: Group, rows: list[Row]) -> Figure | None:
     return Figure(
         "memory",
         "Quality against memory",
-        "The dashed steps are the Pareto front: the best pixel F1 for what is kept, among the rows that learn task by "
-        f"task and are not told the task. {_holds(shown)}.",
+        "The dashed steps are the Pareto front: the best pixel F1 for what is kept, among the rows that "
+        f"learn task by task and are not told the task. {_holds(shown)}.",
         _finished(alt.layer(steps, points, *names).properties(width=720, height=340)),
     )
 
@@ -317,8 +318,8 @@ def _pareto_front(base: alt.Chart, x: alt.X, y: alt.Y, middle: float) -> list[al
     """The steps of the front, and the names of its points.
 
     Args:
-        middle: of the axis of memory, in MB: a name to the right of it is written towards the left, where there is
-            room.
+        middle: of the axis of memory, in MB: a name to the right of it is written towards the left, where
+            there is room.
     """
     front = (
         base.transform_filter("datum.continual")
@@ -376,8 +377,8 @@ def _matrices(group: Group, rows: list[Row]) -> Figure | None:
     return Figure(
         "r-matrices",
         f"Each {column} after each stage",
-        f"R matrices of pixel F1, means over seeds: a row a stage, a column a {column}. Forgetting is a column that "
-        f"darkens on its way down. {_holds(rows)}.",
+        f"R matrices of pixel F1, means over seeds: a row a stage, a column a {column}. Forgetting is a "
+        f"column that darkens on its way down. {_holds(rows)}.",
         _finished(chart),
     )
 
@@ -405,8 +406,8 @@ def _forgetting(group: Group, rows: list[Row]) -> Figure | None:
     return Figure(
         "forgetting",
         "What is forgotten of each task",
-        "Percent of the just learned pixel F1 that is lost at the end, means over seeds; less than zero: later tasks "
-        f"helped. Joint runs forget nothing and are left out. {_holds(arriving)}.",
+        "Percent of the just learned pixel F1 that is lost at the end, means over seeds; less than zero: "
+        f"later tasks helped. Joint runs forget nothing and are left out. {_holds(arriving)}.",
         _finished(alt.layer(cells, words).properties(width=alt.Step(62), height=alt.Step(26))),
     )
 

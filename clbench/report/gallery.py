@@ -20,8 +20,8 @@ class Strip:
     """The maps of one row's run for one test image.
 
     Attributes:
-        maps: for each stage: the number of its picture, and the stage that drew it, which is an earlier one where
-            nothing changed since; None before the image's category was learned.
+        maps: for each stage: the number of its picture, and the stage that drew it, which is an earlier one
+            where nothing changed since; None before the image's category was learned.
     """
 
     row: Row
@@ -97,7 +97,8 @@ def gallery(groups: Sequence[Group], bound: int) -> Gallery:
     """Collect the pictures of one run for each row: of the first seed that has some.
 
     Args:
-        bound: bytes of all pictures in the page. The first image of every category comes before the second of any.
+        bound: bytes of all pictures in the page. The first image of every category comes before the second
+            of any.
     """
     built = Gallery()
     candidates: list[_Candidate] = []

@@ -150,7 +150,7 @@ def _vega() -> str:
 
 
 def output_folder(folders: Sequence[Path], output: Path | None) -> Path:
-    """The folder of a report: `output` where it is given, else report/ in the first of the experiments' folders.
+    """The folder of a report: `output` where it is given, else report/ in the first of the folders.
 
     Raises:
         UserError: a file is in the way.

@@ -67,7 +67,7 @@ class FoundRun:
 
     @property
     def categories(self) -> list[str]:
-        """The categories of all tasks, in the order of R's columns; a pooled task's name stands for its categories."""
+        """The categories of all tasks, in the order of R's columns; a pooled task counts as one."""
         return list(self.task_of)
 
     @property
@@ -234,7 +234,7 @@ def _wrong(run: FoundRun) -> str:
 
 
 def _matrices(text: str, categories: Sequence[Sequence[str]], tasks: Sequence[str]) -> dict[str, Matrix]:
-    """R of each metric from the text of metrics.csv, with or without its column `category`: [stage][category].
+    """R of each metric, [stage][category], from the text of metrics.csv with or without `category`.
 
     Args:
         categories: the categories of each task.

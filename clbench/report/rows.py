@@ -58,16 +58,16 @@ QUANTITIES = (
         "gap to joint",
         2,
         "lower",
-        "pixel F1 of the joint run of the same method, settings and seed, minus this one's; in points; where that "
-        "seed has no joint run, from the mean of those that have",
+        "pixel F1 of the joint run of the same method, settings and seed, minus this one's; in points; "
+        "where that seed has no joint run, from the mean of those that have",
     ),
     Quantity(
         "average_forgetting_pct",
         "forgotten, %",
         2,
         "lower",
-        "mean over the categories learned before the last stage of the share of the just learned pixel F1 that is "
-        "lost at the end",
+        "mean over the categories learned before the last stage of the share of the just learned pixel F1 "
+        "that is lost at the end",
     ),
 )
 
@@ -213,8 +213,8 @@ def _values(runs: Sequence[FoundRun], joint: Mapping[int, float | None]) -> dict
     """Spreads over seeds: key of a quantity -> its spread.
 
     Args:
-        joint: final pixel F1 of the joint runs, by seed: the relative gap is measured from the same seed's, or from
-            their mean where that seed has none.
+        joint: final pixel F1 of the joint runs, by seed: the relative gap is measured from the same seed's,
+            or from their mean where that seed has none.
     """
     mean = Spread.of(joint.values()).mean
 
@@ -260,8 +260,8 @@ def published() -> list[Row]:
 def marks(rows: Sequence[Row]) -> dict[tuple[int, str], Literal["best", "worst"]]:
     """The best and worst of each quantity, as (row's index, quantity's key).
 
-    Among the rows that learn task by task and are not told the task; other strategies are bounds to compare with, and
-    published rows too. Values that print alike share a mark; where all do, there is none.
+    Among the rows that learn task by task and are not told the task; other strategies are bounds to compare
+    with, and published rows too. Values that print alike share a mark; where all do, there is none.
     """
     marked: dict[tuple[int, str], Literal["best", "worst"]] = {}
     for quantity in QUANTITIES:

@@ -169,7 +169,8 @@ def category_forgetting(row: Row, category: str) -> tuple[Spread, Spread, Spread
     """What became of a category, over seeds.
 
     Returns:
-        The stage that learned it, from 1; its pixel F1 then; at the end; and the percentage of it that is lost.
+        The stage that learned it, from 1; its pixel F1 then; at the end; and the percentage of it that is
+        lost.
     """
     stages: list[float | None] = []
     befores: list[float | None] = []
@@ -272,7 +273,7 @@ def run_list(runs: Sequence[FoundRun], groups: Sequence[Group]) -> Table:
 
 
 def _results(run: FoundRun) -> list[Cell]:
-    """Cells for pixel F1, minutes, peak memory in MB and milliseconds an image; empty unless the run is complete."""
+    """Cells for pixel F1, minutes, peak MB and milliseconds an image; empty unless the run is complete."""
     values: list[float | None] = [None] * 4
     if run.state in ("finished", "repeated"):
         final, time, memory = run.summary["final"], run.summary["time"], run.summary["memory"]
