@@ -275,7 +275,6 @@ def _say_what_differs(groups: Sequence[Group]) -> None:
             "benchmark": group.benchmark,
             "dataset": group.dataset,
             "tasks": ", ".join(group.tasks),
-            **({"evaluation": "tasks pooled"} if group.pooled else {}),
             **group.apart,
         }
         for group in groups
@@ -285,6 +284,9 @@ def _say_what_differs(groups: Sequence[Group]) -> None:
         if len(set(values)) > 1:
             for group, value in zip(groups, values, strict=True):
                 group.differs_in.append(f"{key}={value}" if value is not None else f"{key} as usual")
+    for group in groups:
+        if group.pooled and not all(other.pooled for other in groups):
+            group.differs_in.append("test images pooled by task")
 
 
 def _paper_choice(run: FoundRun) -> str | None:
