@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra.utils import get_class
 from omegaconf import OmegaConf
@@ -86,7 +87,9 @@ def make_run(path: Path, config: dict[str, Any], strategy: str, size: int | None
                 R[metric][stage][task] = value
                 lines.append(f"{stage},{task},{name},{name},{metric},{value:.6f}")
     (path / "metrics.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    directory.write_config({**config, "departures": {}}, {"device": "cpu (made)", "git_revision": "made"})
+    made_by = {"device": "cpu (made)", "git_revision": "made"}
+    stored = yaml.safe_dump({**config, "departures": {}, "made_by": made_by}, sort_keys=False)
+    (path / "config.yaml").write_text(stored, encoding="utf-8")
     summary = {
         "status": "complete",
         "method": config["method"]["name"],

@@ -1,4 +1,4 @@
-"""What run directories of earlier versions do not say themselves: a strategy's flags, and what a run departs from."""
+"""What run directories of earlier versions do not store: a strategy's flags, and a run's departures."""
 
 from __future__ import annotations
 
@@ -15,30 +15,31 @@ _CONF = Path(__file__).parents[2] / "conf"
 
 @lru_cache
 def strategy_class(target: str) -> Any:
-    """The strategy that a config's `strategy._target_` names, which a later version would have written the flags of.
+    """The class that `strategy._target_` of a config names, to read a strategy's flags from.
 
     Returns:
-        The class; the base class, which is a continual strategy, where it cannot be imported or is no strategy.
+        The class; the base class, which is a continual strategy, where it cannot be imported or is no
+        strategy.
     """
     from clbench.strategies.base import Strategy  # imports torch, which a report needs for nothing else
 
     module, _, name = target.rpartition(".")
     try:
         found = getattr(importlib.import_module(module), name)
-    except Exception:  # noqa: BLE001  # whatever a user's own module does, the report of the other runs goes on
+    except Exception:  # noqa: BLE001  # whatever a user's module does, the report of other runs goes on
         return Strategy
     return found if isinstance(found, type) and issubclass(found, Strategy) else Strategy
 
 
 def departures(config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What later versions store under `departures`, composed from conf/ as it is now.
+    """What later versions store under `departures` in config.yaml, found by composing conf/ as it is now.
 
     Args:
         config: what config.yaml holds.
 
     Returns:
-        Flat key -> what the benchmark gives the method there, `absent` where it has no such key; None where conf/ is
-        not there, or has no such benchmark, method or dataset.
+        Flat key -> what the benchmark gives the method there, `absent` where it has no such key; None where
+        conf/ is not there, or has no such benchmark, method or dataset.
     """
     usual = _usual(str(config["benchmark"]), str(config["method"]["name"]), str(config["dataset"]["name"]))
     if usual is None:
@@ -50,7 +51,7 @@ def departures(config: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _with_seeds_named(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Flat settings in which the seed of a part that is the run's own seed is so called, whatever its number."""
+    """Flat settings, with a word in place of each part's seed that is the run's seed."""
     return {
         key: "the run's" if key.endswith(".seed") and value == values["seed"] else value
         for key, value in values.items()
@@ -59,7 +60,7 @@ def _with_seeds_named(values: Mapping[str, Any]) -> dict[str, Any]:
 
 @lru_cache
 def _usual(benchmark: str, method: str, dataset: str) -> dict[str, Any] | None:
-    """What conf/ composes for a benchmark's run of a method, see `departures`: flat key -> value."""
+    """What conf/ composes for a benchmark, method and dataset: flat key -> value; None where it cannot."""
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
     from hydra.errors import HydraException
