@@ -8,13 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from hydra import compose, initialize_config_dir
 from hydra.utils import get_class
 from omegaconf import OmegaConf
 from rich.table import Table
 
-from benchmarks.running import CONF
-from clbench.config import check, register_resolvers
+from clbench.config import check, sources
 from clbench.metrics import continual
 from clbench.metrics.curves import METRICS
 from clbench.randomness import generator
@@ -54,19 +52,13 @@ def table(checkpoint: str | None = None, root: str | None = None) -> Table:
 
 
 def _settings() -> Iterator[tuple[str, dict[str, Any], str, int | None, int]]:
-    register_resolvers()
-    with initialize_config_dir(str(CONF.absolute()), version_base="1.3"):
-        for method in _METHODS:
-            for strategy, size in _WAYS:
-                given = [
-                    f"method={method}",
-                    f"strategy={strategy}",
-                    *([f"replay.size={size}"] if size else []),
-                ]
-                composed = compose("config", given)
-                for seed in range(_SEEDS):
-                    OmegaConf.update(composed, "seed", seed)
-                    yield ",".join([*given, f"seed={seed}"]), check(composed).plain(), strategy, size, seed
+    for method in _METHODS:
+        for strategy, size in _WAYS:
+            given = [f"method={method}", f"strategy={strategy}", *([f"replay.size={size}"] if size else [])]
+            composed = sources.composed(*given)
+            for seed in range(_SEEDS):
+                OmegaConf.update(composed, "seed", seed)
+                yield ",".join([*given, f"seed={seed}"]), check(composed).plain(), strategy, size, seed
 
 
 def make_run(path: Path, config: dict[str, Any], strategy: str, size: int | None, seed: int) -> None:

@@ -14,10 +14,9 @@ from typing import Any
 import pytest
 import yaml
 from conftest import ROOT, Train
-from hydra import compose, initialize_config_dir
 
 from clbench import cli
-from clbench.config import check, flat, register_resolvers
+from clbench.config import check, flat, sources
 from clbench.errors import UserError
 from clbench.metrics import continual
 from clbench.metrics.curves import METRICS
@@ -36,9 +35,7 @@ JOINT: Matrix = [[0.5, 0.6, 0.7]]
 
 @cache
 def composed(*overrides: str) -> str:
-    register_resolvers()
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return json.dumps(check(compose("config", list(overrides))).plain())
+    return json.dumps(check(sources.composed(*overrides)).plain())
 
 
 FLAGS = {  # of the strategies in the package, as their classes say
@@ -496,7 +493,7 @@ def test_editing_conf_later_relabels_nothing(tmp_path: Path, monkeypatch: pytest
     changed = re.sub(r"^features: .*", "features: 7", padim.read_text(), flags=re.MULTILINE)
     assert changed != padim.read_text()
     padim.write_text(changed)
-    monkeypatch.setattr(earlier, "_CONF", tmp_path / "edited" / "conf")
+    monkeypatch.setattr(sources, "conf", lambda: tmp_path / "edited" / "conf")
     earlier._usual.cache_clear()
     try:
         (row,) = only_group(tmp_path).rows

@@ -5,12 +5,9 @@ from __future__ import annotations
 import importlib
 from collections.abc import Mapping
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 from clbench.config import flat
-
-_CONF = Path(__file__).parents[2] / "conf"
 
 
 @lru_cache
@@ -38,8 +35,8 @@ def departures(config: Mapping[str, Any]) -> dict[str, Any] | None:
         config: what config.yaml holds.
 
     Returns:
-        Flat key -> what the benchmark gives the method there, `absent` where it has no such key; None where
-        conf/ is not there, or has no such benchmark, method or dataset.
+        Flat key -> what the benchmark gives the method there, `absent` where it has no such key; None where conf/ has
+        no such benchmark, method or dataset.
     """
     usual = _usual(str(config["benchmark"]), str(config["method"]["name"]), str(config["dataset"]["name"]))
     if usual is None:
@@ -61,21 +58,14 @@ def _with_seeds_named(values: Mapping[str, Any]) -> dict[str, Any]:
 @lru_cache
 def _usual(benchmark: str, method: str, dataset: str) -> dict[str, Any] | None:
     """What conf/ composes for a benchmark, method and dataset: flat key -> value; None where it cannot."""
-    from hydra import compose, initialize_config_dir
-    from hydra.core.global_hydra import GlobalHydra
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    from clbench.config import register_resolvers
+    from clbench.config import sources
 
-    register_resolvers()
-    GlobalHydra.instance().clear()
-    if not _CONF.is_dir():
-        return None
     try:
-        with initialize_config_dir(str(_CONF), version_base="1.3"):
-            composed = compose("config", [f"benchmark={benchmark}", f"method={method}", f"dataset={dataset}"])
+        composed = sources.composed(f"benchmark={benchmark}", f"method={method}", f"dataset={dataset}")
         names = [str(key) for key in composed if key != "hydra"]
         plain = OmegaConf.to_container(OmegaConf.masked_copy(composed, names), resolve=True)
     except (HydraException, OmegaConfBaseException):
