@@ -220,7 +220,7 @@ def test_what_was_begun_and_said_too_large_is_begun_again(server: tuple[Server, 
     behaviour, url = server
     behaviour.length, behaviour.ignores_range = len(CONTENT) + 100, True  # a lie: it ends before
     with pytest.raises(
-        UserError, match=r"ended after 300,000 of 300,100 bytes.*go on from 0.3 MB, or download"
+        UserError, match=r"ended after 300,000 of 300,100 bytes.*go on from 300.0 kB, or download"
     ):
         fetch(url, tmp_path / "b.zip", ignore)
     behaviour.length, behaviour.ignores_range = None, False
@@ -312,8 +312,19 @@ def test_a_disk_without_room_is_told_before(
 ) -> None:
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(disk.shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    with pytest.raises(UserError, match=r"the archive needs 0.3 MB, but \S+ has 1,000 bytes left.*--root"):
+    with pytest.raises(UserError, match=r"the archive needs 300.0 kB, but \S+ has 1.0 kB left.*--root"):
         fetch(server[1], tmp_path / "a.zip", ignore)
+
+
+def test_a_disk_that_fills_up_is_not_taken_for_a_broken_connection(
+    server: tuple[Server, str], tmp_path: Path
+) -> None:
+    (tmp_path / "a.zip.part").symlink_to("/dev/full")
+    with pytest.raises(
+        UserError, match=r"cannot write \S+a.zip.part \(No space left on device\): free space"
+    ):
+        fetch(server[1], tmp_path / "a.zip", ignore)
+    assert len(server[0].ranges) == 1  # another try would find it as full
 
 
 # Checksums

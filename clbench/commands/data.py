@@ -152,12 +152,13 @@ def _print_table(categories: list[Category]) -> None:
 
 
 def _list(options: argparse.Namespace) -> int:
-    from clbench.data.acquire.disk import in_words
+    from rich.filesize import decimal
+
     from clbench.data.acquire.published import datasets
 
     for dataset in sorted(datasets().values(), key=lambda dataset: dataset.name):
         train, good, defective = dataset.total
-        size = f", {in_words(dataset.bytes)}" if dataset.bytes else ""
+        size = f", {decimal(dataset.bytes)}" if dataset.bytes else ""
         print(
             f"{dataset.name}: {dataset.title}, {train + good + defective:,} images{size}; {dataset.licence}"
         )
@@ -167,8 +168,9 @@ def _list(options: argparse.Namespace) -> int:
 
 
 def _get(options: argparse.Namespace) -> int:
+    from rich.filesize import decimal
+
     from clbench.data.acquire.checksums import pin
-    from clbench.data.acquire.disk import in_words
     from clbench.data.acquire.download import fetch
     from clbench.data.acquire.published import named
 
@@ -200,7 +202,7 @@ def _get(options: argparse.Namespace) -> int:
         else:
             assert url is not None
             fetch(url, archive, progress)
-            write(f"{archive}: {in_words(archive.stat().st_size)}")
+            write(f"{archive}: {decimal(archive.stat().st_size)}")
     found = _unpack(archive, folder, options.sha256 or dataset.sha256, by_hand)
     if not options.keep_archive:
         archive.unlink()

@@ -4,14 +4,9 @@ import errno
 import shutil
 from pathlib import Path
 
+from rich.filesize import decimal
+
 from clbench.errors import UserError
-
-
-def in_words(count: int) -> str:
-    """A number of bytes for people: bytes, MB (10^6) or GB (10^9)."""
-    if count < 1e5:
-        return f"{count:,} bytes"
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
 def check_room(folder: Path, count: int, purpose: str) -> None:
@@ -26,7 +21,7 @@ def check_room(folder: Path, count: int, purpose: str) -> None:
     free = shutil.disk_usage(folder).free
     if count > free:
         raise UserError(
-            f"{purpose} needs {in_words(count)}, but {folder} has {in_words(free)} left: free some, or give "
+            f"{purpose} needs {decimal(count)}, but {folder} has {decimal(free)} left: free some, or give "
             "another --root"
         )
 

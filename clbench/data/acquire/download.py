@@ -8,7 +8,8 @@ connection stalls. So the request for the rest is written here, over the standar
 import json
 import string
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from http.client import HTTPException, HTTPResponse, InvalidURL
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,9 @@ from urllib.error import HTTPError, URLError
 from urllib.parse import quote, urlsplit, urlunsplit
 from urllib.request import Request, urlopen
 
-from clbench.data.acquire.disk import check_room, in_words, way_out
+from rich.filesize import decimal
+
+from clbench.data.acquire.disk import check_room, way_out
 from clbench.errors import UserError
 
 Progress = Callable[[int, int | None], None]  # bytes done, of how many where that is known
@@ -58,7 +61,7 @@ def fetch(url: str, path: Path, progress: Progress) -> None:
         failures = 0 if _size(part) > furthest else failures + 1
         furthest = max(furthest, _size(part))
         if _TRIES in (failures, restarts):
-            kept = f"repeat the command to go on from {in_words(furthest)}, or " if furthest else ""
+            kept = f"repeat the command to go on from {decimal(furthest)}, or " if furthest else ""
             raise UserError(f"{url} {reason}: {kept}{_by_hand(path)}")
         time.sleep(_PAUSE_S * failures)
     part.replace(path)
@@ -106,12 +109,10 @@ def _append(url: str, part: Path, note: Path, progress: Progress) -> None:
             raise UserError(
                 f"{url} is a web page, not an archive; the link may be out of date: {_by_hand(part)}"
             )
-        if response.status == 206 and not have:
-            raise ConnectionError("it answers a part of the file to who asks for all of it")
         if response.status == 206:
             begin, _, size = response.headers.get("Content-Range", "").removeprefix("bytes ").partition("/")
             total = int(size) if size.isdigit() else None
-            if begin.partition("-")[0] != str(have) or total != noted["total"]:
+            if begin.partition("-")[0] != str(have) or total != noted.get("total"):
                 raise _Changed
         else:
             have = 0
@@ -121,20 +122,16 @@ def _append(url: str, part: Path, note: Path, progress: Progress) -> None:
             check_room(part.parent, total - have, "the archive")
         etag, modified = response.headers.get("ETag", ""), response.headers.get("Last-Modified")
         validator = modified if etag.startswith("W/") else etag or modified  # If-Range takes no weak ETag
-        try:
+        with _writing(part):
             if not have:
                 part.write_bytes(b"")
             note.write_text(json.dumps({"url": url, "validator": validator, "total": total}))
-        except OSError as error:
-            raise _disk(part, error) from error
         with open(part, "ab") as file:
             # read1 gives what is there, so that a connection that stalls keeps what came.
             while (total is None or have <= total) and (block := response.read1(_BLOCK)):
-                try:
+                with _writing(part):
                     file.write(block)
                     file.flush()
-                except OSError as error:
-                    raise _disk(part, error) from error
                 have += len(block)
                 progress(have, total)
     if total is not None and have > total:
@@ -190,8 +187,13 @@ def _headline(told: object) -> str:
     return str(told).strip().partition("\n")[0].rstrip(".")
 
 
-def _disk(path: Path, error: OSError) -> UserError:
-    return UserError(f"cannot write {path} ({error.strerror}): {way_out(error)}")
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """What the disk refuses inside is no broken connection, and a person must change it."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write {path} ({error.strerror}): {way_out(error)}") from error
 
 
 def _size(path: Path) -> int:
