@@ -7,13 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from hydra import compose, initialize_config_dir
+import yaml
 from hydra.utils import get_class
 from omegaconf import OmegaConf
 from rich.table import Table
 
-from benchmarks.running import CONF
-from clbench.config import check, register_resolvers
+from clbench.config import check, sources
 from clbench.metrics import continual
 from clbench.metrics.curves import METRICS
 from clbench.randomness import generator
@@ -53,19 +52,13 @@ def table(checkpoint: str | None = None, root: str | None = None) -> Table:
 
 
 def _settings() -> Iterator[tuple[str, dict[str, Any], str, int | None, int]]:
-    register_resolvers()
-    with initialize_config_dir(str(CONF.absolute()), version_base="1.3"):
-        for method in _METHODS:
-            for strategy, size in _WAYS:
-                given = [
-                    f"method={method}",
-                    f"strategy={strategy}",
-                    *([f"replay.size={size}"] if size else []),
-                ]
-                composed = compose("config", given)
-                for seed in range(_SEEDS):
-                    OmegaConf.update(composed, "seed", seed)
-                    yield ",".join([*given, f"seed={seed}"]), check(composed).plain(), strategy, size, seed
+    for method in _METHODS:
+        for strategy, size in _WAYS:
+            given = [f"method={method}", f"strategy={strategy}", *([f"replay.size={size}"] if size else [])]
+            composed = sources.composed(*given)
+            for seed in range(_SEEDS):
+                OmegaConf.update(composed, "seed", seed)
+                yield ",".join([*given, f"seed={seed}"]), check(composed).plain(), strategy, size, seed
 
 
 def make_run(path: Path, config: dict[str, Any], strategy: str, size: int | None, seed: int) -> None:
@@ -86,7 +79,9 @@ def make_run(path: Path, config: dict[str, Any], strategy: str, size: int | None
                 R[metric][stage][task] = value
                 lines.append(f"{stage},{task},{name},{name},{metric},{value:.6f}")
     (path / "metrics.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    directory.write_config({**config, "departures": {}}, {"device": "cpu (made)", "git_revision": "made"})
+    made_by = {"device": "cpu (made)", "git_revision": "made"}
+    stored = yaml.safe_dump({**config, "departures": {}, "made_by": made_by}, sort_keys=False)
+    (path / "config.yaml").write_text(stored, encoding="utf-8")
     summary = {
         "status": "complete",
         "method": config["method"]["name"],

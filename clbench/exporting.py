@@ -22,7 +22,7 @@ from clbench.backbones import FeaturePyramid
 from clbench.data.textures import texture
 from clbench.errors import UserError
 from clbench.methods.base import Detector, Prediction
-from clbench.recording.run_directory import cannot_write, write_whole
+from clbench.recording.files import cannot_write, write_whole
 
 TOLERANCE = 1e-4  # largest difference of an export, relative to the range of the maps
 _PICTURES = 5

@@ -1,9 +1,11 @@
 """Small streams on disk, and the command line as a user runs it."""
 
+import io
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import cv2
@@ -48,25 +50,16 @@ Train = Callable[..., subprocess.CompletedProcess]
 
 
 @pytest.fixture
-def train(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Train:
+def train(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Train:
     """train.py on the small stream with random weights, its outputs and cache in a folder of the test.
 
     It runs within this process, which saves the seconds that a process of its own takes to start.
     """
     from clbench.commands.run import main
 
-    def run(*overrides: str, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess:
-        words = command(folder, tmp_path, *overrides)[2:]
-        with monkeypatch.context() as patch:
-            patch.chdir(ROOT)
-            for name, value in (environment or {}).items():
-                patch.setenv(name, value)
-            capsys.readouterr()
-            status = main(words)
-            said = capsys.readouterr()
-        return subprocess.CompletedProcess(words, status, said.out, said.err)
+    def run(*overrides: str) -> subprocess.CompletedProcess:
+        monkeypatch.chdir(ROOT)
+        return within(main, command(folder, tmp_path, *overrides)[2:])
 
     return run
 
@@ -85,24 +78,6 @@ def process(folder: Path, tmp_path: Path) -> Train:
             check=False,
             env={**os.environ, **(environment or {})},
         )
-
-    return run
-
-
-@pytest.fixture
-def here(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Train:
-    """What `train` does, within this process: for what needs none of its own, which takes seconds to start."""
-    from clbench.commands.run import main
-
-    def run(*overrides: str) -> subprocess.CompletedProcess:
-        words = command(folder, tmp_path, *overrides)[2:]
-        monkeypatch.chdir(ROOT)
-        capsys.readouterr()
-        status = main(words)
-        said = capsys.readouterr()
-        return subprocess.CompletedProcess(words, status, said.out, said.err)
 
     return run
 
@@ -126,15 +101,22 @@ def command(folder: Path, outputs: Path, *overrides: str) -> list[str]:
 
 
 def clbench(*words: str) -> subprocess.CompletedProcess:
-    """The command-line tool, as a user starts it."""
-    return subprocess.run(
-        [sys.executable, "-m", "clbench.cli", *words],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    """The command-line tool, within this process."""
+    from clbench.cli import main
+
+    return within(main, words)
+
+
+def within(main: Callable[[list[str]], int], words: Sequence[str]) -> subprocess.CompletedProcess:
+    """A command within this process: its exit status, and what it printed."""
+    out, errors = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True) for _ in range(2))
+    with redirect_stdout(out), redirect_stderr(errors):
+        try:
+            status = main(list(words))
+        except SystemExit as ended:  # argparse's
+            status = ended.code if isinstance(ended.code, int) else 1
+    printed = [stream.buffer.getvalue().decode() for stream in (out, errors)]  # type: ignore[attr-defined]
+    return subprocess.CompletedProcess(list(words), status, *printed)
 
 
 def run_directories(outputs: Path, experiment: str = "default") -> list[Path]:

@@ -99,9 +99,9 @@ MISTAKES = [
 
 @pytest.mark.parametrize(("overrides", "named", "way_out"), MISTAKES, ids=lambda value: str(value)[:40])
 def test_a_mistake_on_the_command_line(
-    here: Train, tmp_path: Path, overrides: list[str], named: str, way_out: str
+    train: Train, tmp_path: Path, overrides: list[str], named: str, way_out: str
 ) -> None:
-    result = here(*overrides)
+    result = train(*overrides)
     assert_refused(result, named, way_out)
     assert "task 1/" not in result.stdout  # before any training
     for left in tmp_path.glob("outputs/*/*/summary.json"):
@@ -123,56 +123,56 @@ def copy(folder: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(folder, tmp_path / "copy"))
 
 
-def test_a_category_without_good_training_images(copy: Path, here: Train) -> None:
+def test_a_category_without_good_training_images(copy: Path, train: Train) -> None:
     (copy / "cloth/train/good").rename(copy / "cloth/train/god")
-    assert_refused(here(f"dataset.root={copy}"), "cloth", "dataset.categories=[brick,plate]")
-    assert here(f"dataset.root={copy}", "dataset.categories=[brick,plate]").returncode == 0
+    assert_refused(train(f"dataset.root={copy}"), "cloth", "dataset.categories=[brick,plate]")
+    assert train(f"dataset.root={copy}", "dataset.categories=[brick,plate]").returncode == 0
 
 
-def test_a_category_named_as_results_are(copy: Path, here: Train) -> None:
+def test_a_category_named_as_results_are(copy: Path, train: Train) -> None:
     (copy / "cloth").rename(copy / "mean")
-    assert_refused(here(f"dataset.root={copy}"), "'mean'", "rename its folder")
-    assert here(f"dataset.root={copy}", "task_order.tasks=[[mean,brick]]", "dry_run=true").returncode == 0
+    assert_refused(train(f"dataset.root={copy}"), "'mean'", "rename its folder")
+    assert train(f"dataset.root={copy}", "task_order.tasks=[[mean,brick]]", "dry_run=true").returncode == 0
 
 
-def test_empty_training_folder(copy: Path, here: Train) -> None:
+def test_empty_training_folder(copy: Path, train: Train) -> None:
     for image in (copy / "cloth/train/good").iterdir():
         image.unlink()
-    assert_refused(here(f"dataset.root={copy}"), "cloth")
+    assert_refused(train(f"dataset.root={copy}"), "cloth")
 
 
-def test_truncated_image_is_found_before_training(copy: Path, here: Train) -> None:
+def test_truncated_image_is_found_before_training(copy: Path, train: Train) -> None:
     image = copy / "plate/test/blot/001.png"
     image.write_bytes(image.read_bytes()[:-400])
-    result = here(f"dataset.root={copy}")
+    result = train(f"dataset.root={copy}")
     assert_refused(result, "plate/test/blot/001.png")
     assert "task 1/" not in result.stdout
 
 
-def test_masks_that_do_not_fit(copy: Path, here: Train) -> None:
+def test_masks_that_do_not_fit(copy: Path, train: Train) -> None:
     mask = copy / "brick/ground_truth/blot/000_mask.png"
     cv2.imwrite(str(mask), np.full((40, 48), 255, np.uint8))
-    assert_refused(here(f"dataset.root={copy}"), "000_mask.png", "48x40")
+    assert_refused(train(f"dataset.root={copy}"), "000_mask.png", "48x40")
     cv2.imwrite(str(mask), np.zeros((48, 48), np.uint8))
-    assert_refused(here(f"dataset.root={copy}"), "000_mask.png", "marks no pixel")
+    assert_refused(train(f"dataset.root={copy}"), "000_mask.png", "marks no pixel")
     mask.unlink()
-    assert_refused(here(f"dataset.root={copy}"), "000")
+    assert_refused(train(f"dataset.root={copy}"), "000")
 
 
-def test_weights_that_do_not_fit(here: Train, tmp_path: Path) -> None:
+def test_weights_that_do_not_fit(train: Train, tmp_path: Path) -> None:
     import torch
     from safetensors.torch import save_file
 
     save_file({"conv1.weight": torch.zeros(3, 3)}, tmp_path / "w.safetensors")
     checkpoint = f"backbone.checkpoint={tmp_path}/w.safetensors"
-    assert_refused(here(checkpoint), "w.safetensors", "does not fit", "tensors missing")
+    assert_refused(train(checkpoint), "w.safetensors", "does not fit", "tensors missing")
     (tmp_path / "w.safetensors").write_bytes(b"no tensors")
-    assert_refused(here(checkpoint), "w.safetensors", "cannot be read")
+    assert_refused(train(checkpoint), "w.safetensors", "cannot be read")
     (tmp_path / "w.pth").write_text("no tensors")
-    assert_refused(here(f"backbone.checkpoint={tmp_path}/w.pth"), "w.pth", "cannot be read")
+    assert_refused(train(f"backbone.checkpoint={tmp_path}/w.pth"), "w.pth", "cannot be read")
 
 
-def test_a_pickle_is_never_run(here: Train, tmp_path: Path) -> None:
+def test_a_pickle_is_never_run(train: Train, tmp_path: Path) -> None:
     import torch
 
     class Harmful:
@@ -180,12 +180,12 @@ def test_a_pickle_is_never_run(here: Train, tmp_path: Path) -> None:
             return (Path.touch, (tmp_path / "ran",))
 
     torch.save({"conv1.weight": Harmful()}, tmp_path / "w.pth")
-    assert_refused(here(f"backbone.checkpoint={tmp_path}/w.pth"), "w.pth", "not unpickled")
+    assert_refused(train(f"backbone.checkpoint={tmp_path}/w.pth"), "w.pth", "not unpickled")
     assert not (tmp_path / "ran").exists()
 
 
-def test_offline_without_weights_says_which_file_to_put_where(train: Train) -> None:
-    result = train(
+def test_offline_without_weights_says_which_file_to_put_where(process: Train) -> None:
+    result = process(
         "backbone=resnet18",
         "backbone.checkpoint=null",
         "backbone.arguments={}",
@@ -194,9 +194,9 @@ def test_offline_without_weights_says_which_file_to_put_where(train: Train) -> N
     assert_refused(result, "resnet18", "backbone.checkpoint=FILE", "backbone=small")
 
 
-def test_outputs_that_cannot_be_written(here: Train, tmp_path: Path) -> None:
+def test_outputs_that_cannot_be_written(train: Train, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    assert_refused(here(f"outputs={tmp_path}/file"), "file", "outputs=")
+    assert_refused(train(f"outputs={tmp_path}/file"), "file", "outputs=")
 
 
 def test_a_full_disk_loses_nothing(folder: Path, tmp_path: Path) -> None:
@@ -220,7 +220,7 @@ def test_a_full_disk_loses_nothing(folder: Path, tmp_path: Path) -> None:
     assert json.loads((directory / "summary.json").read_text())["status"] == "complete"
 
 
-def test_one_bad_run_stops_a_sweep_before_the_first_starts(here: Train, tmp_path: Path) -> None:
-    result = here("-m", "method=patchcore,padim", "method.memory_size=-1")
+def test_one_bad_run_stops_a_sweep_before_the_first_starts(train: Train, tmp_path: Path) -> None:
+    result = train("-m", "method=patchcore,padim", "method.memory_size=-1")
     assert_refused(result, "method.memory_size")
     assert not (tmp_path / "outputs").exists()

@@ -118,3 +118,16 @@ def test_a_journal_is_rewritten_and_goes_on(tmp_path: Path) -> None:
     journal.append({"number": 5})
     journal.flush()
     assert [entry["number"] for entry in Journal(tmp_path / "journal.jsonl").entries] == [2, 5]
+
+
+def test_a_journal_that_may_lose_what_is_damaged_keeps_what_comes_before(tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    journal = Journal(path)
+    for number in range(3):
+        journal.append({"number": number})
+    journal.close()
+    path.write_text(path.read_text().replace('"number": 1', '"number": 7') + "\0\0\0\n")
+    journal = Journal(path, lose_damaged=True)
+    assert journal.entries == [{"number": 0}] and journal.count == 1
+    journal.append({"number": 5})
+    assert Journal(path).entries == [{"number": 0}, {"number": 5}] and journal.count == 2

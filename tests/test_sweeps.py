@@ -45,34 +45,34 @@ def status(directory: Path) -> str:
     return json.loads((directory / "summary.json").read_text())["status"]
 
 
-def test_a_failed_run_is_shown_leaves_the_others_and_is_tried_again(here: Train, tmp_path: Path) -> None:
-    result = here(*FAILING, "seed=0,1")
+def test_a_failed_run_is_shown_leaves_the_others_and_is_tried_again(train: Train, tmp_path: Path) -> None:
+    result = train(*FAILING, "seed=0,1")
     assert result.returncode == 1 and "Traceback" not in result.stderr
     assert sorted(map(status, run_directories(tmp_path))) == ["complete"] * 2 + ["failed"] * 2
     said = " ".join(result.stdout.split())
     assert said.count("run 1 of 4: ") == said.count("run 4 of 4: ") == 1
     assert said.count("failed") >= 2 and "task 1/3 brick: the loss became" in said
 
-    assert "0 would be started" in here(*FAILING, "seed=0,1", "only=missing", "dry_run=true").stdout
-    planned = here(*FAILING, "seed=0,1", "only=failed", "dry_run=true")
+    assert "0 would be started" in train(*FAILING, "seed=0,1", "only=missing", "dry_run=true").stdout
+    planned = train(*FAILING, "seed=0,1", "only=failed", "dry_run=true")
     assert planned.returncode == 0 and "4 runs: 2 finished, 2 would be started" in planned.stdout
     assert planned.stdout.count("try again") == 2 and planned.stdout.count("stay") == 2
 
-    again = here(*FAILING, "seed=0,1", "only=missing")
+    again = train(*FAILING, "seed=0,1", "only=missing")
     assert again.returncode == 0 and "tried again" not in again.stdout
-    again = here(*FAILING, "seed=0")
+    again = train(*FAILING, "seed=0")
     assert again.returncode == 1
     assert again.stdout.count("finished already, skipped") == 1
     assert again.stdout.count("failed before, tried again") == 1 and "the loss became" in again.stdout
 
 
-def test_a_dry_run_starts_nothing_and_knows_what_finished_runs_took(here: Train, tmp_path: Path) -> None:
+def test_a_dry_run_starts_nothing_and_knows_what_finished_runs_took(train: Train, tmp_path: Path) -> None:
     sweep = ("-m", "method=patchcore,padim", "seed=0,1")
-    planned = here(*sweep, "dry_run=true")
+    planned = train(*sweep, "dry_run=true")
     assert planned.returncode == 0 and "4 runs: 0 finished, 4 would be started" in planned.stdout
     assert not (tmp_path / "outputs").exists()
-    assert here("-m", "method=padim", "seed=0").returncode == 0
-    planned = here(*sweep, "dry_run=true")
+    assert train("-m", "method=padim", "seed=0").returncode == 0
+    planned = train(*sweep, "dry_run=true")
     assert "4 runs: 1 finished, 3 would be started" in planned.stdout
     (directory,) = run_directories(tmp_path)
     peak = json.loads((directory / "summary.json").read_text())["memory"]["peak_mb"]
@@ -80,15 +80,15 @@ def test_a_dry_run_starts_nothing_and_knows_what_finished_runs_took(here: Train,
     assert [f"{peak:.0f}" in row for row in rows] == ["padim" in row for row in rows]
 
 
-def test_a_finished_run_is_known_without_composing_until_conf_changes(here: Train, tmp_path: Path) -> None:
-    assert here("-m", "method=padim", "seed=0,1").returncode == 0
+def test_a_finished_run_is_known_without_composing_until_conf_changes(train: Train, tmp_path: Path) -> None:
+    assert train("-m", "method=padim", "seed=0,1").returncode == 0
     for directory in run_directories(tmp_path):
         (directory / "config.yaml").write_text("damaged: [")  # which only composing would look at
-    again = here("-m", "method=padim", "seed=0,1")
+    again = train("-m", "method=padim", "seed=0,1")
     assert again.returncode == 0 and again.stdout.count("finished already, skipped") == 2
     summary = run_directories(tmp_path)[0] / "summary.json"
     summary.write_text(summary.read_text().replace('"composed_from": "', '"composed_from": "0'))
-    assert "config.yaml is damaged" in here("-m", "method=padim", "seed=0,1").stderr
+    assert "config.yaml is damaged" in train("-m", "method=padim", "seed=0,1").stderr
 
 
 SWEEPS = sorted(path.stem for path in (ROOT / "sweeps").glob("*.yaml"))
@@ -115,8 +115,8 @@ def test_every_ready_made_sweep_can_be_started(
     assert f"{count} runs: 0 finished, {count} would be started" in capsys.readouterr().out
 
 
-def test_settings_of_the_command_line_take_the_place_of_a_sweep_s(here: Train, tmp_path: Path) -> None:
-    result = here("-m", "sweep=task_orders", "method=padim", "seed=3,4", "experiment=mine")
+def test_settings_of_the_command_line_take_the_place_of_a_sweep_s(train: Train, tmp_path: Path) -> None:
+    result = train("-m", "sweep=task_orders", "method=padim", "seed=3,4", "experiment=mine")
     assert result.returncode == 0, result.stderr
     directories = run_directories(tmp_path, "mine")
     assert len(directories) == 2
@@ -142,9 +142,9 @@ def test_a_killed_process_ends_no_other_run_of_a_local_sweep(folder: Path, tmp_p
 
 
 def test_an_unfinished_run_of_another_version_is_refused_and_a_finished_one_is_not(
-    here: Train, tmp_path: Path
+    train: Train, tmp_path: Path
 ) -> None:
-    assert here().returncode == 0
+    assert train().returncode == 0
     (directory,) = run_directories(tmp_path)
     config, summary = directory / "config.yaml", directory / "summary.json"
     stored = yaml.safe_load(config.read_text())
@@ -152,9 +152,9 @@ def test_an_unfinished_run_of_another_version_is_refused_and_a_finished_one_is_n
     config.write_text(yaml.safe_dump(stored))
     about = json.loads(summary.read_text())
     summary.write_text(json.dumps({**about, "composed_from": None}))
-    assert "finished already" in here().stdout
+    assert "finished already" in train().stdout
     summary.write_text(json.dumps({**about, "status": "running"}))
-    refused = here()
+    refused = train()
     assert refused.returncode == 2
     assert "an unfinished run of clbench 0.0.1" in refused.stderr and "overwrite=true" in refused.stderr
 
@@ -165,8 +165,8 @@ def test_a_gpu_out_of_memory_names_phase_and_setting() -> None:
         raise torch.cuda.OutOfMemoryError("CUDA out of memory")
 
 
-def test_a_sweep_s_own_settings_are_checked_though_its_runs_are_finished(here: Train) -> None:
-    assert here("-m", "method=padim").returncode == 0
+def test_a_sweep_s_own_settings_are_checked_though_its_runs_are_finished(train: Train) -> None:
+    assert train("-m", "method=padim").returncode == 0
     for override, reason in (
         ("only=faild", "only=faild: input should be 'failed' or 'missing'"),
         ("dry_run=maybe", "dry_run=maybe: input should be a valid boolean"),
@@ -175,7 +175,7 @@ def test_a_sweep_s_own_settings_are_checked_though_its_runs_are_finished(here: T
         ("dry_run=true,false", "dry_run=true,false: it is the whole sweep's"),
         ("seed=range(0)", "asks for no run"),
     ):
-        refused = here("-m", "method=padim", override)
+        refused = train("-m", "method=padim", override)
         assert refused.returncode == 2 and "Traceback" not in refused.stderr
         assert reason in refused.stderr
 
@@ -282,7 +282,7 @@ def test_a_local_run_whose_process_is_killed_every_time_fails_and_the_others_fin
     assert "just learned" in output
 
 
-def test_a_detector_that_gives_no_numbers_is_named(here: Train, tmp_path: Path) -> None:
+def test_a_detector_that_gives_no_numbers_is_named(train: Train, tmp_path: Path) -> None:
     given = (
         "method=stfpm",
         "strategy=finetune",
@@ -290,14 +290,14 @@ def test_a_detector_that_gives_no_numbers_is_named(here: Train, tmp_path: Path) 
         "method.epochs=1",
         "method.patience=null",
     )
-    result = here(*given, "method.learning_rate=1e30")
+    result = train(*given, "method.learning_rate=1e30")
     assert result.returncode == 1 and "Traceback" not in result.stderr
     assert "task 1/3 brick" in result.stderr and "lower method.learning_rate" in result.stderr
     assert [status(path) for path in run_directories(tmp_path)] == ["failed"]
 
 
 def test_a_setting_of_some_of_the_swept_methods_goes_to_those_that_have_it(
-    here: Train, tmp_path: Path
+    train: Train, tmp_path: Path
 ) -> None:
     sweep = (
         "sweep=paper_replay",
@@ -306,12 +306,12 @@ def test_a_setting_of_some_of_the_swept_methods_goes_to_those_that_have_it(
         "dataset.resize=256",
         "dry_run=true",
     )
-    planned = here(*sweep)
+    planned = train(*sweep)
     assert planned.returncode == 0, planned.stderr
     assert "15 runs: 0 finished, 15 would be started" in planned.stdout
     lines = [line for line in planned.stdout.splitlines() if "method=" in line]
     assert {"efficientad" in line for line in lines if "teacher" in line} == {True}
-    typo = here(*sweep, "method.teachr=random")
+    typo = train(*sweep, "method.teachr=random")
     assert typo.returncode == 2 and "there is no setting method.teachr" in typo.stderr
 
 
@@ -337,24 +337,24 @@ def test_a_setting_goes_to_the_choices_that_have_it_and_a_typo_to_all() -> None:
 
 
 def test_a_run_that_its_images_refuse_failed_and_says_why(
-    folder: Path, here: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    folder: Path, train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     root = shutil.copytree(folder, tmp_path / "broken")
     image = root / "cloth" / "train" / "good" / "003.png"
     sound = image.read_bytes()
     image.write_bytes(b"")
     given = ("-m", f"dataset.root={root}", "seed=0,1", "experiment=refused")
-    assert here(*given).returncode == 1
-    again = here(*given, "only=failed", "dry_run=true").stdout
+    assert train(*given).returncode == 1
+    again = train(*given, "only=failed", "dry_run=true").stdout
     assert "2 runs: 0 finished, 2 would be started" in again and "003.png" in " ".join(again.split())
     assert cli.main(["report", str(tmp_path / "outputs" / "refused")]) == 0
     report = capsys.readouterr().out
     assert report.count("failed refused/") == 2 and "003.png" in report
     image.write_bytes(sound)
-    assert here(*given, "only=failed").returncode == 0
+    assert train(*given, "only=failed").returncode == 0
 
 
-def test_where_runs_go_is_ours_to_say(here: Train, tmp_path: Path) -> None:
+def test_where_runs_go_is_ours_to_say(train: Train, tmp_path: Path) -> None:
     for override, way_out in (
         ("hydra.sweep.subdir=x", "experiment=NAME"),
         ("hydra.sweep.dir=x", "outputs=FOLDER"),
@@ -362,14 +362,14 @@ def test_where_runs_go_is_ours_to_say(here: Train, tmp_path: Path) -> None:
         ("hydra.job.chdir=true", "outputs=FOLDER"),
         ("hydra.mode=RUN", "leave it out"),
     ):
-        refused = here("-m", "seed=1,2", override)
+        refused = train("-m", "seed=1,2", override)
         assert refused.returncode == 2 and refused.stderr.count("\n") == 1
         assert override.partition("=")[0] in refused.stderr and way_out in refused.stderr
     assert not (tmp_path / "outputs").exists()
 
 
 def test_a_launcher_is_given_as_many_runs_at_a_time_as_it_may_be(
-    here: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     batches = []
 
@@ -379,13 +379,13 @@ def test_a_launcher_is_given_as_many_runs_at_a_time_as_it_may_be(
 
     monkeypatch.setattr(LocalLauncher, "start", start)
     sweep = ("-m", "seed=0,1,2,3,4", "hydra/launcher=local")
-    assert here(*sweep, "hydra.sweeper.max_batch_size=2").returncode == 0
+    assert train(*sweep, "hydra.sweeper.max_batch_size=2").returncode == 0
     assert batches == [(0, ["0", "1"]), (2, ["2", "3"]), (4, ["4"])]
-    refused = here(*sweep, "hydra.sweeper.max_batch_size=0")
+    refused = train(*sweep, "hydra.sweeper.max_batch_size=0")
     assert refused.returncode == 2 and "hydra.sweeper.max_batch_size=0: give a number" in refused.stderr
 
 
-def test_each_run_is_composed_once(here: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_run_is_composed_once(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
     composed = []
     compose = ConfigLoaderImpl.load_sweep_config
 
@@ -394,14 +394,14 @@ def test_each_run_is_composed_once(here: Train, monkeypatch: pytest.MonkeyPatch)
         return compose(self, shared, overrides)
 
     monkeypatch.setattr(ConfigLoaderImpl, "load_sweep_config", counted)
-    assert here("-m", "method=padim", "seed=0,1", "task_order.tasks=[brick]").returncode == 0
+    assert train("-m", "method=padim", "seed=0,1", "task_order.tasks=[brick]").returncode == 0
     assert len(composed) == len(set(composed)) == 2
 
 
-def test_a_command_in_this_process_leaves_it_as_it_was(here: Train) -> None:
+def test_a_command_in_this_process_leaves_it_as_it_was(train: Train) -> None:
     before = (list(sys.argv), signal.getsignal(signal.SIGINT), dict(os.environ), os.getcwd())
     for overrides in (["method=padim", "task_order.tasks=[brick]"], ["metod=padim"], ["seed=-1"]):
-        here(*overrides)
+        train(*overrides)
         assert not GlobalHydra.instance().is_initialized() and HydraConfig.instance().cfg is None
         now = (list(sys.argv), signal.getsignal(signal.SIGINT), dict(os.environ), str(ROOT))
         assert now[:3] == before[:3]

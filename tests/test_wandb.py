@@ -343,16 +343,6 @@ def test_killed_between_the_file_and_wandb(killing: Callable[[], None], tmp_path
     check_told(tmp_path)
 
 
-@pytest.mark.parametrize("torn", [b'{"key": "epo', b'{"key": "epoch", "at": 9}', b"\0\0\0\0\n", b"\0\0"])
-def test_a_torn_line_is_cut_off(torn: bytes, tmp_path: Path) -> None:
-    path = tmp_path / "logged.jsonl"
-    whole = [{"key": "epoch", "at": 0, "values": {"a": 1 / 3}}, {"key": "stage", "at": 0, "values": {}}]
-    path.write_bytes(json.dumps(whole[0]).encode() + b"\n" + torn)
-    assert recording._Lines(path).append(whole[1]) == 1
-    assert [json.loads(line) for line in path.read_text().splitlines()] == whole
-    assert recording._Lines(path).lines == whole
-
-
 def test_a_run_of_before_there_was_our_own_file_is_told_whole(tmp_path: Path) -> None:
     """Its fragment and pictures are there; what was logged is told again by the run."""
     assert apart(tmp_path, before=_after_wandb_finished) == "killed"

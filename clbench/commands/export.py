@@ -40,7 +40,7 @@ def main(options: argparse.Namespace) -> int:
     from clbench import exporting
     from clbench.backbones import unit
     from clbench.loading import load
-    from clbench.recording.run_directory import cannot_write, write_whole
+    from clbench.recording.files import cannot_write, write_whole
     from clbench.terminal import Display
 
     if "onnx" in options.formats:

@@ -263,8 +263,8 @@ def _write_pictures(one: Found, heat: Any, mask: Any, output: Path, name: str, l
     import numpy as np
 
     from clbench.data.files import read_image
+    from clbench.recording.files import write_whole
     from clbench.recording.heat_maps import overlay
-    from clbench.recording.run_directory import write_whole
 
     assert one.threshold is not None
     picture = cv2.cvtColor(read_image(one.path), cv2.COLOR_RGB2BGR)  # read again: images may be large
@@ -281,7 +281,7 @@ def _write_pictures(one: Found, heat: Any, mask: Any, output: Path, name: str, l
 
 def _write_tables(output: Path, results: dict[str, Any]) -> None:
     """Write all results to scores.json, and a row for each image to scores.csv."""
-    from clbench.recording.run_directory import write_whole
+    from clbench.recording.files import write_whole
 
     text = io.StringIO()
     writer = csv.DictWriter(text, ("image", "score", "anomalous", "anomalous_pixels"), lineterminator="\n")

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from clbench.recording.run_directory import write_whole
+from clbench.recording.files import write_whole
 
 _KEPT = 2  # the one before is there when the last is damaged
 _SHARE = 0.05  # of the time, at most, goes into checkpoints at the ends of epochs

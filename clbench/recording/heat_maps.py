@@ -7,7 +7,7 @@ import numpy as np
 from torch import Tensor
 
 from clbench.data.images import ImageSet
-from clbench.recording.run_directory import write_whole
+from clbench.recording.files import write_whole
 
 _SMALL = 256  # pixels: the longest height or width of a small picture
 _QUALITY = 85  # of JPEG

@@ -20,18 +20,21 @@ class Journal:
     system at once, and the disk with `flush`.
 
     Args:
-        path: of the file, which need not exist.
+        path: the file, which need not exist.
+        lose_damaged: whether a damaged line and all after it are taken away too, in place of an error.
 
     Attributes:
-        entries: what the file held when it was opened.
+        entries: what the file held when it was opened, or was given by `rewrite`.
+        count: how many entries it holds now.
 
     Raises:
-        UserError: the file cannot be read, or a line that is not the last is damaged.
+        UserError: the file cannot be read or written, or a line that is not the last is damaged.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, *, lose_damaged: bool = False):
         self.path = path
-        self.entries, whole = _read(path)
+        self.entries, whole = _read(path, lose_damaged)
+        self.count = len(self.entries)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = open(path, "ab", buffering=0)  # noqa: SIM115
@@ -49,6 +52,7 @@ class Journal:
             self._file.write(_line(entry))
         except OSError as error:
             raise cannot_write(self.path, error) from error
+        self.count += 1
 
     def flush(self) -> None:
         """Return once all entries are on the disk."""
@@ -57,6 +61,7 @@ class Journal:
     def rewrite(self, entries: Iterable[dict[str, Any]]) -> None:
         """Hold these entries alone from now on."""
         self.entries = list(entries)
+        self.count = len(self.entries)
         self._file.close()
         write_whole(self.path, lambda part: part.write_bytes(b"".join(map(_line, self.entries))))
         self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115
@@ -70,7 +75,7 @@ def _line(entry: dict[str, Any]) -> bytes:
     return f'{body}{_CHECK}{zlib.crc32(body.encode()):08x}"}}\n'.encode()
 
 
-def _read(path: Path) -> tuple[list[dict[str, Any]], int]:
+def _read(path: Path, lose_damaged: bool) -> tuple[list[dict[str, Any]], int]:
     """The entries of a journal, and how many bytes of it they take."""
     try:
         content = path.read_bytes()
@@ -85,8 +90,8 @@ def _read(path: Path) -> tuple[list[dict[str, Any]], int]:
     for number, line in enumerate(content.splitlines(keepends=True), 1):
         entry = _entry(line)
         if entry is None:
-            if whole + len(line) == len(content):
-                break  # cut off
+            if lose_damaged or whole + len(line) == len(content):  # the last one is cut off
+                break
             raise UserError(
                 f"{path} is damaged in line {number}: remove {path.parent} to run this anew, or take another experiment=NAME"
             )

@@ -21,9 +21,10 @@ from typing import Any
 import numpy as np
 
 from clbench.metrics.continual import Matrix
+from clbench.recording.files import write_whole
 from clbench.recording.heat_maps import write_picture
+from clbench.recording.journal import Journal
 from clbench.recording.recorder import Recorder
-from clbench.recording.run_directory import cannot_write, write_whole
 from clbench.recording.sending import answers, fragments, send_live, sent
 
 _GRACE, _LEAST_GRACE = 0.03, 10.0  # share of a run's time, and s, that its end may wait until all is sent
@@ -58,15 +59,15 @@ class WandbRun(Recorder):
         self.id = run_id(directory)
         self.folder = directory / "wandb"
         self._pictures = self.folder / "pictures"
-        self._file = _Lines(self.folder / "logged.jsonl")
-        self._logged = {(line["key"], line["at"]) for line in self._file.lines}
+        self._file = Journal(self.folder / "logged.jsonl", lose_damaged=True)
+        self._logged = {(line["key"], line["at"]) for line in self._file.entries}
         self._run: Any = None  # the wandb.Run that is told; None where there is nothing more to tell
         finished = ("finished", None) in self._logged  # by a process that was killed before the run's own end
         if not finished or not fragments(self.folder):
             for left in fragments(self.folder):
                 shutil.rmtree(left, ignore_errors=True)
             self._run = _begin(directory, self.id, settings, config, names)
-            for step, line in enumerate(self._file.lines):
+            for step, line in enumerate(self._file.entries):
                 self._tell(step, line)
             for waiting in sorted(self._pictures.glob("[0-9]*/*")):  # a killed process had yet to log them
                 self._log_pictures(int(waiting.parent.name), waiting.name)
@@ -127,7 +128,8 @@ class WandbRun(Recorder):
         """Write a line; returns its number and the line."""
         line = {"key": key, "at": at, "values": values}
         self._logged.add((key, at))
-        return self._file.append(line), line
+        self._file.append(line)
+        return self._file.count - 1, line
 
     # All that wandb is told goes through _begin, _tell and _end. It is imported where it is used: that takes a second.
 
@@ -155,7 +157,7 @@ class WandbRun(Recorder):
             f"R/{metric}": wandb.Table(columns=columns, data=[[stage, *row] for stage, row in enumerate(R)])
             for metric, R in matrices.items()
         }
-        self._run.log(tables, step=len(self._file.lines))
+        self._run.log(tables, step=self._file.count)
         for group in ("final", "forgetting", "memory", "time"):
             self._run.summary.update({f"{group}/{key}": value for key, value in summary[group].items()})
         self._run.summary["average_forgetting_pct"] = summary["average_forgetting_pct"]
@@ -198,41 +200,6 @@ def _begin(
         run.define_metric(f"{name}/*", step_metric="stage", step_sync=False)
     run.define_metric("training/*", step_metric="epoch", step_sync=False)
     return run
-
-
-class _Lines:
-    """A file of JSON lines that only grows. What a kill tore at its end is cut off when it is opened.
-
-    Raises:
-        UserError: it cannot be written.
-    """
-
-    def __init__(self, path: Path):
-        self.lines: list[dict[str, Any]] = []
-        whole = 0
-        try:
-            self._file = open(path, "ab+")  # noqa: SIM115
-            self._file.seek(0)
-            for text in self._file.read().splitlines(keepends=True):
-                if not text.endswith(b"\n"):
-                    break
-                self.lines.append(json.loads(text))
-                whole += len(text)
-        except ValueError:  # a machine that broke down may leave anything behind the last line on its disk
-            pass
-        except OSError as error:
-            raise cannot_write(path, error) from error
-        self._file.truncate(whole)
-
-    def append(self, line: dict[str, Any]) -> int:
-        """Write a line, and hand it to the system before returning; returns its number, from 0."""
-        try:
-            self._file.write(json.dumps(line).encode() + b"\n")
-            self._file.flush()
-        except OSError as error:
-            raise cannot_write(Path(self._file.name), error) from error
-        self.lines.append(line)
-        return len(self.lines) - 1
 
 
 def run_id(directory: Path) -> str:

@@ -52,37 +52,38 @@ class Group:
     differs_in: list[str] = field(default_factory=list)
 
     def key(self, *without: str) -> tuple[Any, ...]:
-        """What two groups that are one share: all but their runs, and the settings left out."""
+        """A key that two groups share whose runs compare, were it not for the settings named in `without`."""
         apart = tuple((key, value) for key, value in self.apart.items() if key not in without)
         return self.benchmark, self.dataset, self.tasks, self.categories, self.pooled, apart
 
     @property
     def finished(self) -> list[FoundRun]:
+        """Its runs that are complete and counted."""
         return [run for run in self.runs if run.state == "finished"]
 
     @cached_property
     def rows(self) -> list[Row]:
-        """A row a variant with finished runs, and below it the published one where its setting is the paper's."""
+        """A row for each variant with finished runs; below it the published one, where there is one."""
         return [shown for row in rows_of(self.finished) for shown in (row, *self._published(row))]
 
     @property
     def found(self) -> list[Row]:
-        """The rows of runs, without the published ones."""
+        """The rows made from runs: all but the published ones."""
         return [row for row in self.rows if not row.published]
 
     @property
     def strategy_titles(self) -> list[str]:
-        """Its strategies, with their buffers and settings, in order."""
+        """Titles of its strategies, with their buffers and settings, in order."""
         variants = sorted((row.variant for row in self.found), key=lambda variant: variant.strategy_order)
         return list(dict.fromkeys(variant.strategy_title for variant in variants))
 
     def strategies(self, *, continual: bool) -> list[str]:
-        """Names of the strategies of its rows that are continual, or of those that are bounds, in order."""
+        """Names of its continual strategies, or of the others, which serve as bounds; in order."""
         names = {row.variant.strategy for row in self.found if row.flags.continual == continual}
         return sorted(names, key=lambda name: titles.rank(titles.STRATEGIES, name))
 
     def _published(self, row: Row) -> list[Row]:
-        """The published row beside one in the paper's setting: its benchmark and tasks, wherever the images are."""
+        """The published row beside a row in the paper's setting: its benchmark and tasks."""
         free = ("dataset.root", "evaluate")
         apart = [key for run in row.runs for key in run.departures.apart if not key.startswith(free)]
         changed = apart or row.variant.changed or row.variant.strategy_changed
@@ -93,6 +94,7 @@ class Group:
 
     @property
     def title(self) -> str:
+        """The dataset, the number of tasks, the image size where all share one, and the benchmark."""
         tasks = f"{len(self.tasks)} task{'s' * (len(self.tasks) != 1)}"
         if len(self.categories) > len(self.tasks):
             tasks += f" of {len(self.categories)} categories"
@@ -111,14 +113,14 @@ class Group:
                 yield f"{name} is each method's own: {values}"
         if self.pooled:
             yield (
-                "made by an earlier version, which pooled the test images of a task's categories: values are of tasks, "
-                "and do not compare with those of categories"
+                "made by an earlier version, which pooled the test images of a task's categories: values "
+                "are of tasks, and do not compare with those of categories"
             )
         unknown = sorted({_method_title(run) for run in self.runs if not run.departures.known})
         if unknown:
             yield (
-                f"what the benchmark gives {', '.join(unknown)} is not known, as the runs are of an earlier version and "
-                "conf/ is not here or has no such choice: all their settings are named"
+                f"what the benchmark gives {', '.join(unknown)} is not known, as the runs are of an earlier "
+                "version and conf/ is not here or has no such choice: all their settings are named"
             )
 
     def _notes_on_runs(self) -> Iterator[str]:
@@ -141,11 +143,12 @@ class Group:
         joint = {row.variant.learner for row in self.found if row.flags.joint}
         without = {row.variant.method_title for row in self.found if row.variant.learner not in joint}
         if without:
-            yield f"no finished joint run, so no gap to it: {'; '.join(sorted(without))} (strategy=joint makes it)"
+            named = "; ".join(sorted(without))
+            yield f"no finished joint run, so no gap to it: {named} (strategy=joint makes it)"
 
     @property
     def absent(self) -> list[str]:
-        """Runs that others of the group let expect, and that are not there: a guess, and said as one."""
+        """Runs that the other runs suggest and that are not there, a line each: a guess."""
         there: dict[Variant, set[int]] = defaultdict(set)
         for run in self.runs:
             there[Variant.of(run)].add(run.seed)
@@ -159,11 +162,11 @@ class Group:
         return [*missing, *self._absent_strategies(there)]
 
     def _absent_strategies(self, there: Mapping[Variant, set[int]]) -> Iterator[str]:
-        """Strategies of one method that another one has no run of.
+        """Strategies that one method has runs of and another has not, a line each.
 
-        Not every method can be expected to have them all. What is the paper's choice for a method of the group is
-        expected of those whose choice it is, as few methods have an update of their own; and what needs gradients, of
-        those that have a run of such a strategy.
+        Not every method can be expected to have them all. What is the paper's choice for a method of the
+        group is expected of those whose choice it is, as few methods have an update of their own; and what
+        needs gradients, of those that have a run of such a strategy.
         """
         choices = {run.summary["method"]: _paper_choice(run) for run in self.runs}
         gradients = {run.summary["strategy"] for run in self.runs if run.flags.needs_gradients}
@@ -179,9 +182,10 @@ class Group:
 
 
 def grouped(runs: Sequence[FoundRun]) -> list[Group]:
-    """The groups of runs that compare, the largest first; damaged runs are in none.
+    """Sort runs into groups of runs that compare, the largest first; damaged runs are in none.
 
-    Of runs that are alike in everything, seed too, only the newest finished one counts: the others become `repeated`.
+    Of runs that are alike in everything, seed too, only the newest finished one counts: the others become
+    `repeated`.
     """
     groups: dict[Any, Group] = {}
     for run in runs:
@@ -206,7 +210,7 @@ def grouped(runs: Sequence[FoundRun]) -> list[Group]:
 
 
 def _group_of(run: FoundRun) -> Group:
-    """An empty group that a run belongs to.
+    """The group that a run belongs to, still without runs.
 
     Raises:
         KeyError, TypeError, AttributeError: its config.yaml is not a run's.
@@ -225,7 +229,8 @@ def _group_of(run: FoundRun) -> Group:
 
 
 def _join_fixed_seeds(groups: dict[Any, Group]) -> None:
-    """Where a part's seed is fixed, as with `dataset.seed=0 seed=0,1,2`, the run whose own seed is the same joins in."""
+    """Join groups that `dataset.seed=0 seed=0,1,2` makes: where a part's seed is fixed, the run with that
+    very seed as its own departs in nothing, and yet belongs to the others."""
     for group in list(groups.values()):
         fixed = {key: value for key, value in group.apart.items() if key.endswith(".seed")}
         alike = groups.get(group.key(*fixed)) if fixed else None
@@ -235,7 +240,8 @@ def _join_fixed_seeds(groups: dict[Any, Group]) -> None:
 
 
 def _join_same_geometry(groups: dict[Any, Group]) -> None:
-    """Where images of one size are given to all, as with `dataset.crop=null`, methods whose own size it is join in."""
+    """Join groups that `dataset.crop=null` makes: where all methods are given one image size, those whose
+    own size it is depart in nothing, and yet belong to the others."""
     alike: dict[Any, list[Group]] = defaultdict(list)
     for group in groups.values():
         sizes = {_size(run) for run in group.runs}
@@ -249,6 +255,7 @@ def _join_same_geometry(groups: dict[Any, Group]) -> None:
 
 
 def _count_each_seed_once(runs: Sequence[FoundRun]) -> None:
+    """Of finished runs of the same variant and seed, mark all but the newest as repeated."""
     alike: dict[Any, list[FoundRun]] = defaultdict(list)
     for run in runs:
         if run.state == "finished":
@@ -268,7 +275,6 @@ def _say_what_differs(groups: Sequence[Group]) -> None:
             "benchmark": group.benchmark,
             "dataset": group.dataset,
             "tasks": ", ".join(group.tasks),
-            **({"evaluation": "tasks pooled"} if group.pooled else {}),
             **group.apart,
         }
         for group in groups
@@ -278,6 +284,9 @@ def _say_what_differs(groups: Sequence[Group]) -> None:
         if len(set(values)) > 1:
             for group, value in zip(groups, values, strict=True):
                 group.differs_in.append(f"{key}={value}" if value is not None else f"{key} as usual")
+    for group in groups:
+        if group.pooled and not all(other.pooled for other in groups):
+            group.differs_in.append("test images pooled by task")
 
 
 def _paper_choice(run: FoundRun) -> str | None:
@@ -300,7 +309,7 @@ def _method_title(run: FoundRun) -> str:
 
 
 def _by_method(runs: Sequence[FoundRun], setting: Callable[[FoundRun], str]) -> str:
-    """A setting's values and whose they are, where methods differ in it; else an empty string."""
+    """The values of a setting, each with its methods, where methods differ; else an empty string."""
     methods: dict[str, set[str]] = defaultdict(set)
     for run in runs:
         methods[setting(run)].add(_method_title(run))

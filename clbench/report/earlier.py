@@ -1,44 +1,42 @@
-"""What run directories of earlier versions do not say themselves: a strategy's flags, and what a run departs from."""
+"""What run directories of earlier versions do not store: a strategy's flags, and a run's departures."""
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 from clbench.config import flat
 
-_CONF = Path(__file__).parents[2] / "conf"
-
 
 @lru_cache
 def strategy_class(target: str) -> Any:
-    """The strategy that a config's `strategy._target_` names, which a later version would have written the flags of.
+    """The class that `strategy._target_` of a config names, to read a strategy's flags from.
 
     Returns:
-        The class; the base class, which is a continual strategy, where it cannot be imported or is no strategy.
+        The class; the base class, which is a continual strategy, where it cannot be imported or is no
+        strategy.
     """
     from clbench.strategies.base import Strategy  # imports torch, which a report needs for nothing else
 
     module, _, name = target.rpartition(".")
     try:
         found = getattr(importlib.import_module(module), name)
-    except Exception:  # noqa: BLE001  # whatever a user's own module does, the report of the other runs goes on
+    except Exception:  # noqa: BLE001  # whatever a user's module does, the report of other runs goes on
         return Strategy
     return found if isinstance(found, type) and issubclass(found, Strategy) else Strategy
 
 
 def departures(config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What later versions store under `departures`, composed from conf/ as it is now.
+    """What later versions store under `departures` in config.yaml, found by composing conf/ as it is now.
 
     Args:
         config: what config.yaml holds.
 
     Returns:
-        Flat key -> what the benchmark gives the method there, `absent` where it has no such key; None where conf/ is
-        not there, or has no such benchmark, method or dataset.
+        Flat key -> what the benchmark gives the method there, `absent` where it has no such key; None where conf/ has
+        no such benchmark, method or dataset.
     """
     usual = _usual(str(config["benchmark"]), str(config["method"]["name"]), str(config["dataset"]["name"]))
     if usual is None:
@@ -50,7 +48,7 @@ def departures(config: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _with_seeds_named(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Flat settings in which the seed of a part that is the run's own seed is so called, whatever its number."""
+    """Flat settings, with a word in place of each part's seed that is the run's seed."""
     return {
         key: "the run's" if key.endswith(".seed") and value == values["seed"] else value
         for key, value in values.items()
@@ -59,22 +57,15 @@ def _with_seeds_named(values: Mapping[str, Any]) -> dict[str, Any]:
 
 @lru_cache
 def _usual(benchmark: str, method: str, dataset: str) -> dict[str, Any] | None:
-    """What conf/ composes for a benchmark's run of a method, see `departures`: flat key -> value."""
-    from hydra import compose, initialize_config_dir
-    from hydra.core.global_hydra import GlobalHydra
+    """What conf/ composes for a benchmark, method and dataset: flat key -> value; None where it cannot."""
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    from clbench.config import register_resolvers
+    from clbench.config import sources
 
-    register_resolvers()
-    GlobalHydra.instance().clear()
-    if not _CONF.is_dir():
-        return None
     try:
-        with initialize_config_dir(str(_CONF), version_base="1.3"):
-            composed = compose("config", [f"benchmark={benchmark}", f"method={method}", f"dataset={dataset}"])
+        composed = sources.composed(f"benchmark={benchmark}", f"method={method}", f"dataset={dataset}")
         names = [str(key) for key in composed if key != "hydra"]
         plain = OmegaConf.to_container(OmegaConf.masked_copy(composed, names), resolve=True)
     except (HydraException, OmegaConfBaseException):

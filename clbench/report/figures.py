@@ -1,7 +1,8 @@
 """The figures of a group, as Vega-Lite: interactive in the page, and SVG and PNG beside it.
 
-Every chart's data have `method` and `strategy`, and every chart has the parameters `methods` and `strategies`: the
-names that are shown, or null for all, which the page sets. Text takes its colour from the page (`currentColor`).
+Every chart's data have `method` and `strategy`, and every chart has the parameters `methods` and
+`strategies`: the names that are shown, or null for all, which the page sets. Text takes its colour from the
+page (`currentColor`).
 """
 
 from __future__ import annotations
@@ -71,14 +72,14 @@ class Figure:
 
 
 def png(svg: str) -> bytes:
-    """A figure's picture, at twice the size of its SVG."""
+    """The bytes of a PNG, at twice the size of the SVG that it is made from."""
     import vl_convert
 
     return vl_convert.svg_to_png(svg, scale=2)
 
 
 def figures(group: Group) -> list[Figure]:
-    """All figures that a group has runs for."""
+    """The figures that a group has enough finished runs for."""
     rows = group.found
     if not rows:
         return []
@@ -93,7 +94,7 @@ def figures(group: Group) -> list[Figure]:
 
 
 def _holds(rows: Sequence[Row]) -> str:
-    """Which runs a figure holds."""
+    """A sentence on which runs a figure holds: how many, of how many rows, and their seeds."""
     runs = sum(len(row.runs) for row in rows)
     seeds = sorted({seed for row in rows for seed in row.seeds})
     shown = (
@@ -103,7 +104,7 @@ def _holds(rows: Sequence[Row]) -> str:
 
 
 def _about(row: Row) -> dict[str, Any]:
-    """What every entry of a chart's data says of its row."""
+    """The fields that every entry of a chart's data has: what row it belongs to."""
     variant = row.variant
     return {
         "method": variant.method,
@@ -122,7 +123,7 @@ def _tooltip(*names: str) -> list[alt.Tooltip]:
 
 
 def _finished(chart: Any) -> Any:
-    """A chart with the page's filter, its colours and its type."""
+    """The chart with the parameters that the page filters by, and the page's colours and fonts."""
     return (
         chart.add_params(alt.param(name="methods", value=None), alt.param(name="strategies", value=None))
         .configure(background="transparent", font="system-ui, sans-serif")
@@ -223,8 +224,8 @@ def _over_stages(group: Group, rows: list[Row]) -> Figure | None:
     return Figure(
         "stages",
         "Pixel F1 while tasks arrive",
-        "A panel a method. Joint training, which has all images at once, is the level line; the band is the deviation "
-        f"over seeds. A click on the legend picks a strategy. {_holds(rows)}.",
+        "A panel a method. Joint training, which has all images at once, is the level line; the band is the "
+        f"deviation over seeds. A click on the legend picks a strategy. {_holds(rows)}.",
         _finished(chart),
     )
 
@@ -281,16 +282,16 @@ def _against_memory(group: Group, rows: list[Row]) -> Figure | None:
     return Figure(
         "memory",
         "Quality against memory",
-        "The dashed steps are the Pareto front: the best pixel F1 for what is kept, among the rows that learn task by "
-        f"task and are not told the task. {_holds(shown)}.",
+        "The dashed steps are the Pareto front: the best pixel F1 for what is kept, among the rows that "
+        f"learn task by task and are not told the task. {_holds(shown)}.",
         _finished(alt.layer(steps, points, *names).properties(width=720, height=340)),
     )
 
 
 def _memory_range(kept: Sequence[float]) -> tuple[float, float, float]:
-    """Where a log scale of memory puts what keeps nothing, its lower and its upper end, in MB.
+    """Three places on a log scale of memory, in MB: where 0 is drawn, the lower end and the upper end.
 
-    A log scale has no place for nothing: it stands a decade below the least that is more.
+    A log scale has no place for 0, which is drawn a decade below the least positive value.
     """
     positive = [mb for mb in kept if mb > 0]
     floor = 10.0 ** (math.floor(math.log10(min(positive))) - 1) if positive else 0.1
@@ -317,8 +318,8 @@ def _pareto_front(base: alt.Chart, x: alt.X, y: alt.Y, middle: float) -> list[al
     """The steps of the front, and the names of its points.
 
     Args:
-        middle: of the axis of memory, in MB: a name to the right of it is written towards the left, where there is
-            room.
+        middle: of the axis of memory, in MB: a name to the right of it is written towards the left, where
+            there is room.
     """
     front = (
         base.transform_filter("datum.continual")
@@ -376,8 +377,8 @@ def _matrices(group: Group, rows: list[Row]) -> Figure | None:
     return Figure(
         "r-matrices",
         f"Each {column} after each stage",
-        f"R matrices of pixel F1, means over seeds: a row a stage, a column a {column}. Forgetting is a column that "
-        f"darkens on its way down. {_holds(rows)}.",
+        f"R matrices of pixel F1, means over seeds: a row a stage, a column a {column}. Forgetting is a "
+        f"column that darkens on its way down. {_holds(rows)}.",
         _finished(chart),
     )
 
@@ -405,8 +406,8 @@ def _forgetting(group: Group, rows: list[Row]) -> Figure | None:
     return Figure(
         "forgetting",
         "What is forgotten of each task",
-        "Percent of the just learned pixel F1 that is lost at the end, means over seeds; less than zero: later tasks "
-        f"helped. Joint runs forget nothing and are left out. {_holds(arriving)}.",
+        "Percent of the just learned pixel F1 that is lost at the end, means over seeds; less than zero: "
+        f"later tasks helped. Joint runs forget nothing and are left out. {_holds(arriving)}.",
         _finished(alt.layer(cells, words).properties(width=alt.Step(62), height=alt.Step(26))),
     )
 
@@ -458,12 +459,12 @@ def _time(group: Group, rows: list[Row]) -> Figure | None:
 
 
 def _from_nothing(values: Iterable[float]) -> Any:
-    """A scale from 0 to above the highest; fixed, so that what the page hides moves nothing."""
+    """A scale from 0 to above the highest value; fixed, so that the axis stays when the page hides rows."""
     return alt.Scale(domain=[0, 1.06 * max(values) or 1], nice=False)
 
 
 def _short(value: float | None) -> float | None:
-    """A number that costs the page few bytes."""
+    """A number rounded to five digits, which costs the page few bytes."""
     return None if value is None else float(f"{value:.5g}")
 
 

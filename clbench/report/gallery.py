@@ -20,8 +20,8 @@ class Strip:
     """The maps of one row's run for one test image.
 
     Attributes:
-        maps: for each stage: the number of its picture, and the stage that drew it, which is an earlier one where
-            nothing changed since; None before the image's category was learned.
+        maps: for each stage: the number of its picture, and the stage that drew it, which is an earlier one
+            where nothing changed since; None before the image's category was learned.
     """
 
     row: Row
@@ -65,7 +65,7 @@ class Gallery:
     _numbers: dict[bytes, int] = field(default_factory=dict)
 
     def number(self, path: Path) -> int:
-        """A picture's number; a picture that is there already is not held twice."""
+        """The number of a picture in `pictures`, where it is put unless it is there already."""
         data = path.read_bytes()
         if data not in self._numbers:
             kind = "png" if path.suffix == ".png" else "jpeg"
@@ -94,10 +94,11 @@ class _Candidate:
 
 
 def gallery(groups: Sequence[Group], bound: int) -> Gallery:
-    """The pictures of one run a row, the first seed's that has some.
+    """Collect the pictures of one run for each row: of the first seed that has some.
 
     Args:
-        bound: bytes of all pictures in the page. The first image of every category comes before the second of any.
+        bound: bytes of all pictures in the page. The first image of every category comes before the second
+            of any.
     """
     built = Gallery()
     candidates: list[_Candidate] = []
@@ -127,7 +128,7 @@ def gallery(groups: Sequence[Group], bound: int) -> Gallery:
 
 
 def _candidates(row: Row, group: int, place: int) -> list[_Candidate]:
-    """The test images with pictures of the first seed's run that has some."""
+    """The test images of the first of a row's runs, by seed, that wrote pictures; empty where none did."""
     for run in sorted(row.runs, key=lambda run: run.seed):
         if not (run.path / "maps").is_dir():
             continue

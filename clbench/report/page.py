@@ -1,4 +1,4 @@
-"""The page and the files beside it."""
+"""The page of a report, and the tables and figures beside it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import get_args
 import jinja2
 
 from clbench.errors import UserError
-from clbench.recording.run_directory import write_whole
+from clbench.recording.files import write_whole
 from clbench.report import tables, titles
 from clbench.report.comparison import Group, grouped
 from clbench.report.figures import Figure, figures, png
@@ -33,7 +33,7 @@ _TABLES = tuple(
 
 @dataclass
 class Report:
-    """What was written.
+    """A report that was written.
 
     Attributes:
         page: path of the page.
@@ -57,7 +57,7 @@ class _Section:
 
 
 def write(runs: Sequence[FoundRun], folder: Path, title: str) -> Report:
-    """The page, tables and figures of runs, into a folder.
+    """Write the page, tables and figures of runs into a folder.
 
     Raises:
         UserError: the folder cannot be written.
@@ -150,7 +150,7 @@ def _vega() -> str:
 
 
 def output_folder(folders: Sequence[Path], output: Path | None) -> Path:
-    """Where the report goes: as told, or into the first experiment's folder.
+    """The folder of a report: `output` where it is given, else report/ in the first of the folders.
 
     Raises:
         UserError: a file is in the way.

@@ -43,14 +43,21 @@ class FoundRun:
 
     @property
     def name(self) -> str:
+        """Its experiment's and its own folder: `demo/method=padim`."""
         return f"{self.path.parent.name}/{self.path.name}"
 
     @property
     def seed(self) -> int:
+        """The run's seed; a run that has not begun has none.
+
+        Raises:
+            KeyError: it has not begun.
+        """
         return self.summary["seed"]
 
     @property
     def tasks(self) -> list[str]:
+        """Names of its tasks in their order; empty where the run has not begun."""
         return list(self.summary.get("tasks", []))
 
     @property
@@ -60,7 +67,7 @@ class FoundRun:
 
     @property
     def categories(self) -> list[str]:
-        """The categories of all tasks, in the order of R's columns; a pooled task's name stands for its categories."""
+        """The categories of all tasks, in the order of R's columns; a pooled task counts as one."""
         return list(self.task_of)
 
     @property
@@ -73,34 +80,36 @@ class FoundRun:
 
     @property
     def stages(self) -> int:
-        """Stages that were written."""
+        """Number of stages that metrics.csv has."""
         return len(self.R.get("pixel_f1", []))
 
     @cached_property
     def flags(self) -> Flags:
-        """What its strategy can do."""
+        """What the run's strategy can do."""
         return Flags.of(self.summary, self.config)
 
     @property
     def expected_stages(self) -> int:
+        """Number of stages that the run has once it is complete."""
         return 1 if self.flags.joint else len(self.tasks)
 
     @property
     def learned(self) -> list[int]:
-        """The stage that learns each category."""
+        """The stage, from 0, that learns each category."""
         return [0 if self.flags.joint else task for task in self.task_of.values()]
 
     @cached_property
     def departures(self) -> Departures:
-        """See `settings.departures`."""
+        """What differs from what the run's benchmark gives, see `settings.departures`."""
         return departures(self.config)
 
     @property
     def device(self) -> str:
+        """The device that the run was made on, in words."""
         return str((self.config.get("made_by") or {}).get("device", "unknown"))
 
     def over_stages(self, metric: str) -> list[float | None]:
-        """A metric's mean over the categories seen, after each stage."""
+        """The mean of a metric over the categories seen, for each stage."""
         learned = self.learned
         return [
             continual.final_mean([[value for value, at in zip(row, learned, strict=True) if at <= stage]])
@@ -109,7 +118,7 @@ class FoundRun:
 
 
 def read(folders: Sequence[Path]) -> list[FoundRun]:
-    """The runs of experiments' folders, in order of their names.
+    """Read all run directories in the folders of experiments, in order of their names.
 
     Raises:
         UserError: a folder is not there, cannot be read, or holds no runs.
@@ -225,7 +234,7 @@ def _wrong(run: FoundRun) -> str:
 
 
 def _matrices(text: str, categories: Sequence[Sequence[str]], tasks: Sequence[str]) -> dict[str, Matrix]:
-    """R of each metric from the text of metrics.csv, with or without its column `category`: [stage][category].
+    """R of each metric, [stage][category], from the text of metrics.csv with or without `category`.
 
     Args:
         categories: the categories of each task.

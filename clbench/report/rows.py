@@ -1,4 +1,4 @@
-"""Rows of a comparison: a method and strategy, over seeds, and what is told of it."""
+"""Rows of a comparison: the runs of a method and strategy over seeds, and their quantities."""
 
 from __future__ import annotations
 
@@ -58,16 +58,16 @@ QUANTITIES = (
         "gap to joint",
         2,
         "lower",
-        "pixel F1 of the joint run of the same method, settings and seed, minus this one's; in points; where that "
-        "seed has no joint run, from the mean of those that have",
+        "pixel F1 of the joint run of the same method, settings and seed, minus this one's; in points; "
+        "where that seed has no joint run, from the mean of those that have",
     ),
     Quantity(
         "average_forgetting_pct",
         "forgotten, %",
         2,
         "lower",
-        "mean over the categories learned before the last stage of the share of the just learned pixel F1 that is "
-        "lost at the end",
+        "mean over the categories learned before the last stage of the share of the just learned pixel F1 "
+        "that is lost at the end",
     ),
 )
 
@@ -141,6 +141,7 @@ class Variant:
 
     @property
     def title(self) -> str:
+        """The method and the strategy, each with what it was changed in."""
         return f"{self.method_title}, {self.strategy_title}"
 
     @property
@@ -170,20 +171,22 @@ class Row:
 
     @property
     def flags(self) -> Flags:
-        """What its strategy can do."""
+        """What the strategy of its runs can do; a published row has none."""
         return self.runs[0].flags
 
     @property
     def title(self) -> str:
+        """The variant's title, marked where it is published."""
         return self.variant.title + (", published" if self.published else "")
 
     @property
     def seeds(self) -> list[int]:
+        """The seeds of its runs, ascending."""
         return sorted(run.seed for run in self.runs)
 
 
 def rows_of(runs: Iterable[FoundRun]) -> list[Row]:
-    """A row a variant of finished runs, in order."""
+    """Make a row for each variant among finished runs; rows are in order."""
     found: dict[Variant, list[FoundRun]] = {}
     for run in runs:
         found.setdefault(Variant.of(run), []).append(run)
@@ -207,11 +210,11 @@ def _final_f1(run: FoundRun) -> float | None:
 
 
 def _values(runs: Sequence[FoundRun], joint: Mapping[int, float | None]) -> dict[str, Spread]:
-    """Every quantity over seeds.
+    """Spreads over seeds: key of a quantity -> its spread.
 
     Args:
-        joint: final pixel F1 of the joint runs, by seed: the relative gap is measured from the same seed's, or from
-            their mean where that seed has none.
+        joint: final pixel F1 of the joint runs, by seed: the relative gap is measured from the same seed's,
+            or from their mean where that seed has none.
     """
     mean = Spread.of(joint.values()).mean
 
@@ -237,7 +240,7 @@ def _values(runs: Sequence[FoundRun], joint: Mapping[int, float | None]) -> dict
 
 
 def published() -> list[Row]:
-    """The paper's rows."""
+    """The rows that the paper's authors published."""
     with open(PAPER, newline="", encoding="utf-8") as file:
         return [
             Row(
@@ -257,8 +260,8 @@ def published() -> list[Row]:
 def marks(rows: Sequence[Row]) -> dict[tuple[int, str], Literal["best", "worst"]]:
     """The best and worst of each quantity, as (row's index, quantity's key).
 
-    Among the rows that learn task by task and are not told the task; other strategies are bounds to compare with, and
-    published rows too. Values that print alike share a mark; where all do, there is none.
+    Among the rows that learn task by task and are not told the task; other strategies are bounds to compare
+    with, and published rows too. Values that print alike share a mark; where all do, there is none.
     """
     marked: dict[tuple[int, str], Literal["best", "worst"]] = {}
     for quantity in QUANTITIES:

@@ -72,7 +72,8 @@ class Departures:
     Attributes:
         apart: what sets the run apart, as its images: runs in which this differs do not compare.
         changed: what the method was changed in, as its epochs: named in the run's row.
-        strategy_changed: what the strategy was changed in, as the weight of a penalty: named in the run's row.
+        strategy_changed: what the strategy was changed in, as the weight of a penalty: named in the run's
+            row.
         given: what the method had to be given, as weights that cannot be downloaded.
         known: whether it is known what the benchmark gives; where not, every setting counts as a departure.
     """

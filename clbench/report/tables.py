@@ -123,12 +123,12 @@ def comparison(group: Group) -> Table:
 
 
 def _givens(rows: Sequence[Row], row: Row) -> set[tuple[str, ...]]:
-    """What each row of the same method was given."""
+    """The different settings that rows of the same method were given from files."""
     return {other.variant.given for other in rows if other.variant.method == row.variant.method}
 
 
 def _category_columns(group: Group) -> list[Column]:
-    """The task, and beside it the category where tasks are of several."""
+    """Columns for the task and, where tasks are of several categories, for the category."""
     columns = [Column("task", "task"), Column("category", "category")]
     return columns if group.categories != group.tasks else columns[:1]
 
@@ -169,7 +169,8 @@ def category_forgetting(row: Row, category: str) -> tuple[Spread, Spread, Spread
     """What became of a category, over seeds.
 
     Returns:
-        The stage that learned it, from 1; its pixel F1 then; at the end; and the percentage of it that is lost.
+        The stage that learned it, from 1; its pixel F1 then; at the end; and the percentage of it that is
+        lost.
     """
     stages: list[float | None] = []
     befores: list[float | None] = []
@@ -189,7 +190,7 @@ def category_forgetting(row: Row, category: str) -> tuple[Spread, Spread, Spread
 
 
 def matrices(group: Group) -> Table:
-    """R of every metric, over seeds: for other programs."""
+    """R of every metric over seeds, an entry a line: for other programs."""
     columns = [
         *_WHO,
         Column("metric", "metric"),
@@ -272,7 +273,7 @@ def run_list(runs: Sequence[FoundRun], groups: Sequence[Group]) -> Table:
 
 
 def _results(run: FoundRun) -> list[Cell]:
-    """Pixel F1, minutes, peak memory in MB, and milliseconds an image: of a run that is complete."""
+    """Cells for pixel F1, minutes, peak MB and milliseconds an image; empty unless the run is complete."""
     values: list[float | None] = [None] * 4
     if run.state in ("finished", "repeated"):
         final, time, memory = run.summary["final"], run.summary["time"], run.summary["memory"]

@@ -1,12 +1,12 @@
 """Titles, order and drawing of methods and strategies: all that the report knows of them by name.
 
-A name that is not listed here is its own title, comes after those that are, and gets a colour, dashes and a mark that
-these leave free.
+A name that is not listed here is its own title, comes after those that are, and gets a colour, dashes and a
+mark that these leave free.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 
@@ -75,12 +75,12 @@ def method_title(name: str, changes: Sequence[str] = ()) -> str:
 
 
 def strategy_title(name: str, replay_size: int | None, changes: Sequence[str] = ()) -> str:
-    """A strategy with its buffer's images and the settings that it was changed in: `replay 300`, `ewc, weight=10`."""
+    """A strategy with its buffer's images and its changed settings: `replay 300`, `ewc, weight=10`."""
     return ", ".join((name if replay_size is None else f"{name} {replay_size}", *changes))
 
 
-def method_colours(names: Iterable[str]) -> dict[str, str]:
-    """The colour `#rrggbb` of each method: a known one has its own, others take those that are free, in turn."""
+def method_colours(names: Collection[str]) -> dict[str, str]:
+    """The colour `#rrggbb` of each method: a known one has its own, others take free ones in turn."""
     own = dict(zip(METHODS, cycle(_COLOURS), strict=False))
     colours = {name: own[name] for name in names if name in own}
     free = [colour for colour in _COLOURS if colour not in colours.values()] or _COLOURS
