@@ -37,5 +37,6 @@ def register() -> None:
         OmegaConf.register_new_resolver(resolver.__name__, resolver, replace=True)
     store = ConfigStore.instance()
     store.store(name="open", node=DictConfig({}, flags={"struct": False}))
-    for file in sources.sweeps_beside_conf():
+    beside = [] if sources.sweeps().is_relative_to(sources.conf()) else sources.sweeps().glob("*.yaml")
+    for file in beside:
         store.store(group="sweep", name=file.stem, node=OmegaConf.load(file), package="_global_")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -27,9 +27,10 @@ def conf() -> Path:
     return installed if installed.is_dir() else _PACKAGE.parent / "conf"
 
 
-def sweeps_beside_conf() -> list[Path]:
-    """The ready-made sweeps of a checkout, in sweeps/; a wheel has them within its conf/, where Hydra finds them."""
-    return sorted((_PACKAGE.parent / "sweeps").glob("*.yaml")) if conf().parent != _PACKAGE else []
+def sweeps() -> Path:
+    """The folder of ready-made sweeps: in a wheel within its conf/, where Hydra finds them, else sweeps/ beside it."""
+    within = conf() / "sweep"
+    return within if within.is_dir() else conf().parent / "sweeps"
 
 
 @contextmanager
@@ -79,7 +80,7 @@ def composed_from(hydra_config: Any, overrides: Sequence[str]) -> str:
         overrides: of the run, of which those that change results count.
     """
     folders = [source.path for source in hydra_config.runtime.config_sources if source.schema == "file"]
-    files = [*map(_folder_digest, folders), _digest((path.name, path) for path in sweeps_beside_conf())]
+    files = [_folder_digest(str(folder)) for folder in (*folders, sweeps())]
     named = sorted(text for text in overrides if in_results(text))
     return hashlib.sha256("\n".join([*files, *named]).encode()).hexdigest()
 
@@ -91,15 +92,12 @@ def read_again() -> None:
 
 @lru_cache
 def _folder_digest(folder: str) -> str:
-    found = []
+    """A digest of the names and contents of a folder's configs."""
+    digest = hashlib.sha256()
     for path, folders, files in os.walk(folder, followlinks=True):
         folders.sort()
-        found += [Path(path) / name for name in sorted(files) if name.endswith((".yaml", ".yml"))]
-    return _digest((str(file.relative_to(folder)), file) for file in found)
-
-
-def _digest(files: Iterable[tuple[str, Path]]) -> str:
-    digest = hashlib.sha256()
-    for name, file in files:
-        digest.update(name.encode() + b"\0" + file.read_bytes() + b"\0")
+        for name in sorted(files):
+            if name.endswith((".yaml", ".yml")):
+                file = Path(path) / name
+                digest.update(str(file.relative_to(folder)).encode() + b"\0" + file.read_bytes() + b"\0")
     return digest.hexdigest()

@@ -51,7 +51,11 @@ class SequentialLauncher(Launcher):
 
     def start(self, runs: Sequence[SweepRun], first: int) -> Sequence[JobReturn]:
         """Run what was composed, see `Starts`."""
-        return [self._run(run.config, first + index) for index, run in enumerate(runs)]
+        returned = []
+        for number, run in enumerate(runs, first):
+            config, run.config = run.config, None
+            returned.append(self._run(config, number))
+        return returned
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Compose and run, for another sweeper than ours."""

@@ -23,7 +23,7 @@ class SweepRun:
     Attributes:
         overrides: that make it.
         reason: of its failure, where it failed.
-        config: what the overrides compose to; None where it was not composed, as it is known to be finished.
+        config: what the overrides compose to, 0.2 MB, until it is started; None where another process composes it.
     """
 
     overrides: list[str]

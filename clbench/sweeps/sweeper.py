@@ -124,7 +124,8 @@ class RunSweeper(Sweeper):
         config = check(composed)
         directory = RunDirectory(Path(composed.hydra.sweep.dir) / composed.hydra.sweep.subdir)
         state, reason = directory.state(config.plain())
-        return SweepRun(overrides, directory, state, reason, composed)
+        in_this_process = isinstance(self._launcher, SequentialLauncher) and state != "finished"
+        return SweepRun(overrides, directory, state, reason, composed if in_this_process else None)
 
     def _settings_of(self, group: str, choice: str) -> set[str]:
         """The settings that a group's choice has: in its file, and its class's constructor."""

@@ -1,0 +1,126 @@
+"""The typed config: what it holds, what it refuses to be changed in, and where its values come from."""
+
+from pathlib import Path
+from typing import Annotated
+
+import pytest
+import yaml
+from conftest import ROOT
+from hydra import compose
+from omegaconf import OmegaConf
+from pydantic import Field, ValidationError
+
+from clbench.config import Config, check, class_of, composed, composing, flat, takes
+from clbench.config.classes import check_settings, constructor
+from clbench.errors import UserError
+
+METHODS = sorted(path.stem for path in (ROOT / "conf" / "method").glob("*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def config() -> Config:
+    return check(composed("method=cfa", "task_order.tasks=[leather,[gear,pill_like]]", "cache=c"))
+
+
+def test_a_checked_config_is_typed_and_cannot_be_changed(config: Config) -> None:
+    assert (config.method.name, config.method.target) == ("cfa", "clbench.methods.cfa.CFA")
+    assert config.method.protocol.crop == 224 and config.task_order.tasks == [
+        "leather",
+        ["gear", "pill_like"],
+    ]
+    assert "name" not in config.method.settings and config.method.settings["epochs"] == 4
+    assert config.backbone.settings["arguments"] == {"channels": [48, 96, 192, 384]}
+    assert config.backbone.settings["name"] == "resnet18" and "resize" not in config.dataset.settings
+    with pytest.raises(ValidationError):
+        config.seed = 3  # type: ignore[misc]
+    for changed in (config.method.settings, config.plain()["method"]):
+        changed["epochs"] = 99
+    assert config.method.settings["epochs"] == config.plain()["method"]["epochs"] == 4
+
+
+def test_the_method_s_buffer_is_filled_in_for_every_strategy_that_has_one_and_for_no_other(
+    config: Config,
+) -> None:
+    assert config.strategy.name == "replay" and config.replay.size == config.plain()["replay"]["size"] == 40
+    given = check(composed("method=cfa", "replay.size=7"))
+    assert given.replay.size == 7 and given.strategy.name == "replay"
+    assert check(composed("method=cfa", "strategy=finetune")).replay.size is None
+
+
+def test_a_stored_config_is_the_config_it_was(config: Config) -> None:
+    stored = {**config.plain(), "departures": {"method.epochs": 30}, "made_by": {"clbench": "0.1.0"}}
+    read = Config.stored(yaml.safe_load(yaml.safe_dump(stored, sort_keys=False)))
+    assert read == config and read.plain() == config.plain()
+    assert [key for key, _ in flat(read.plain())] == [key for key, _ in flat(config.plain())]
+    del stored["method"]
+    with pytest.raises(UserError, match=r"not of this version of clbench \(method: "):
+        Config.stored(stored)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_demo_changes_in_a_method_what_its_file_says_and_nothing_else(method: str) -> None:
+    """What remains is the paper's, which the method's own file holds."""
+    with composing():
+        demo, paper = (
+            compose("config", [f"method={method}", f"benchmark={name}"]) for name in ("demo", "paper")
+        )
+    before, after = (
+        dict(flat(OmegaConf.to_container(config.method, resolve=True))) for config in (paper, demo)
+    )
+    file = ROOT / "conf" / "benchmark" / "demo" / f"{method}.yaml"
+    said = yaml.safe_load(file.read_text()) if file.is_file() else {}
+    if "defaults" in said:
+        said = yaml.safe_load(file.with_name("fastflow.yaml").read_text())
+    changed = {key: value for key, value in after.items() if before[key] != value}
+    assert before.keys() == after.keys() and changed == dict(flat(said))
+    own = yaml.safe_load((ROOT / "conf" / "method" / f"{method}.yaml").read_text())
+    own.pop("defaults", None)
+    assert dict(flat(own)).items() <= before.items()
+
+
+class _Parent:
+    def __init__(self, *, share: Annotated[float, Field(gt=0, lt=1)] = 0.5, count: int):
+        pass
+
+
+class _Child(_Parent):
+    def __init__(self, detector: object, *, name: str | None = None, **settings: object):
+        super().__init__(**settings)  # type: ignore[arg-type]
+
+
+class _Closed(_Parent):
+    def __init__(self, count: bool = True):
+        super().__init__(count=count)
+
+
+def test_settings_handed_on_to_a_parent_are_held_against_the_parent_s_annotations() -> None:
+    assert list(constructor(_Child)) == ["detector", "name", "share", "count"]
+    assert list(constructor(_Closed)) == ["count"] and constructor(_Closed)["count"].annotation is bool
+    check_settings("strategy", _Child, {"count": 3, "share": 0.1})
+    for settings, said in (
+        ({"count": 3, "share": 2.0}, "strategy.share=2.0: input should be less than 1"),
+        ({"count": 2.5}, "strategy.count=2.5"),
+        ({"count": 3, "share": float("nan")}, "strategy.share=nan"),
+        ({}, "strategy.count has no value: give strategy.count="),
+        ({"count": 3, "shar": 0.1}, "no setting strategy.shar; nearest: strategy.share"),
+        ({"count": 3, "seed": 1}, "no setting strategy.seed"),
+    ):
+        with pytest.raises(UserError) as refused:
+            check_settings("strategy", _Child, settings)
+        assert said in str(refused.value)
+
+
+def test_a_class_that_cannot_be_imported_is_said_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "half_written_module.py").write_text("class Broken(:\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    for target in ("half_written_module.Broken", "no_such_package.x.Y", "clbench.methods.cfa.CFB", "os.path"):
+        with pytest.raises(UserError, match="_target_=.* cannot be imported") as refused:
+            class_of(target)
+        assert "\n" not in str(refused.value) and "PYTHONPATH" in str(refused.value)
+
+
+def test_what_a_class_takes_is_told_by_its_constructor(config: Config) -> None:
+    assert takes(config, "method", "backbone") and takes(config, "dataset", "train")
+    assert not takes(config, "method", "memory_size")
