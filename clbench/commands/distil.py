@@ -66,13 +66,7 @@ def main(options: argparse.Namespace) -> int:
     from clbench.methods.distillation import distil
     from clbench.terminal import Display
 
-    device = options.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
-        raise UserError(f"--device={device} is not to be had here: give cpu, or leave it out") from error
+    device = _device(options.device)
     backbone = Backbone(
         options.backbone,
         checkpoint=options.checkpoint,
@@ -105,6 +99,23 @@ def main(options: argparse.Namespace) -> int:
             file=sys.stderr,
         )
     return 0
+
+
+def _device(name: str) -> str:
+    """The device to distil on; `auto` is the first GPU where there is one, else the CPU.
+
+    Raises:
+        UserError: there is no such device here.
+    """
+    import torch
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        raise UserError(f"--device={name} is not to be had here: give cpu, or leave it out") from error
+    return name
 
 
 def _lines() -> Progress:

@@ -6,8 +6,12 @@ import argparse
 import json
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from clbench.errors import UserError
+
+if TYPE_CHECKING:
+    from clbench.loading import TrainedDetector
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -74,24 +78,9 @@ def main(options: argparse.Namespace) -> int:
                 else:
                     runtime = exporting.write_torch(program, Path(folder) / "model.pt2")
                 found[name] = exporting.difference(ours, runtime, images, any_number)
-                if not found[name] <= exporting.TOLERANCE:
-                    raise UserError(
-                        f"what was written for {name} differs from the detector by {found[name]:.1e} of the maps' "
-                        f"range, more than {exporting.TOLERANCE:g}, and is not kept: please report it"
-                    )
-            about = {
-                "run": str(Path(options.run).absolute()),
-                "task": options.task,
-                "input": {
-                    "images": [None if any_number else 1, 3, height, width],
-                    "type": options.input,
-                    "resize": trained.geometry.resize,
-                    "crop": trained.geometry.crop,
-                },
-                "difference": found,
-                "thresholds": trained.thresholds and trained.thresholds.by_rate(),
-            }
-            text = json.dumps(about, indent=2) + "\n"
+                _check_difference(name, found[name], exporting.TOLERANCE)
+            about = _about(options, trained, [None if any_number else 1, 3, height, width])
+            text = json.dumps({**about, "difference": found}, indent=2) + "\n"
             write_whole(Path(folder) / "model.json", lambda part: part.write_text(text))
             for file in sorted(Path(folder).iterdir()):
                 file.replace(output / file.name)
@@ -102,3 +91,36 @@ def main(options: argparse.Namespace) -> int:
             display.line(f"{runtime_name} agrees with the detector to {relative:.1e} of the maps' range")
         display.line("model.json says how images are prepared, and which thresholds go with which rate")
     return 0
+
+
+def _check_difference(name: str, difference: float, tolerance: float) -> None:
+    """Check that what was written in a format agrees with the detector.
+
+    Raises:
+        UserError: it differs by more than the tolerance.
+    """
+    if not difference <= tolerance:
+        raise UserError(
+            f"what was written for {name} differs from the detector by {difference:.1e} of the maps' range, more than "
+            f"{tolerance:g}, and is not kept: please report it"
+        )
+
+
+def _about(options: argparse.Namespace, trained: TrainedDetector, shape: list[int | None]) -> dict[str, Any]:
+    """What model.json says of the graph: how images are prepared, and which thresholds go with which rate.
+
+    Args:
+        shape: shape of the images that the graph takes; None where any number fits.
+    """
+    geometry = trained.geometry
+    return {
+        "run": str(Path(options.run).absolute()),
+        "task": options.task,
+        "input": {
+            "images": shape,
+            "type": options.input,
+            "resize": geometry.resize,
+            "crop": geometry.crop,
+        },
+        "thresholds": trained.thresholds and trained.thresholds.by_rate(),
+    }

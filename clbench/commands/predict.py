@@ -9,7 +9,7 @@ import json
 import os
 import sys
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -63,9 +63,8 @@ def main(options: argparse.Namespace) -> int:
         UserError: an option is out of range, the output folder holds predictions, there is no image, the run
             has no detector or no thresholds of use, or a file cannot be written.
     """
-    image_rate = options.image_false_positive_rate
-    if image_rate is None:
-        image_rate = options.false_positive_rate
+    if options.image_false_positive_rate is None:
+        options.image_false_positive_rate = options.false_positive_rate
     if options.batch_size < 1:
         raise UserError(f"--batch-size {options.batch_size} is no number of images: give at least 1")
     scores = options.output / "scores.csv"
@@ -75,41 +74,71 @@ def main(options: argparse.Namespace) -> int:
         )
 
     from clbench.data.files import find_images
-    from clbench.loading import load
-    from clbench.terminal import Display
 
     files = find_images(options.images, without=options.output)
     if not files:
         raise UserError(f"{' '.join(options.images)} holds no image: name files, folders or patterns")
     folder = _common(options.images, files)
     pictures = {} if options.only_scores else _pictures(files, folder)
+    trained = _load(options)
+    if scores.exists():
+        _remove_pictures(options.output)
+    return _predict(options, trained, files, folder, pictures)
+
+
+def _load(options: argparse.Namespace) -> TrainedDetector:
+    """The run's detector, with thresholds that decide something.
+
+    Raises:
+        UserError: the run has no detector, or no thresholds of use.
+    """
+    from clbench.loading import load
+
     trained = load(options.run, task=options.task, device=options.device)
     if trained.thresholds is None:
         raise UserError(
             f"{options.run} has no thresholds.json, which is written when a run ends: repeat its command, with "
             "overwrite=true where it was finished by an older clbench"
         )
-    pixel, image = trained.thresholds.at(options.false_positive_rate, image_rate)
+    pixel, _ = trained.thresholds.at(options.false_positive_rate, options.image_false_positive_rate)
     if trained.thresholds.pixel[0] == trained.thresholds.pixel[-1]:
         raise UserError(
             f"{options.run} knows its training images by heart (all of their pixels are at {pixel:g}), so that they set "
             "no threshold: train with method.held_out=0.1; clbench.load in Python gives scores and maps without"
         )
-    if scores.exists():
-        _remove_pictures(options.output)
+    return trained
 
+
+def _predict(
+    options: argparse.Namespace,
+    trained: TrainedDetector,
+    files: Sequence[Path],
+    folder: Path,
+    pictures: Mapping[Path, str],
+) -> int:
+    """Predict files, write what was found, and say so; 1 where a file was passed over, else 0.
+
+    Args:
+        folder: what names of images are relative to.
+        pictures: the name of each file's pictures; empty where none are written.
+    """
+    from clbench.terminal import Display
+
+    assert trained.thresholds is not None
+    rate, image_rate = options.false_positive_rate, options.image_false_positive_rate
+    pixel, image = trained.thresholds.at(rate, image_rate)
     rows: list[dict[str, Any]] = []
     unreadable: list[dict[str, str]] = []
+
+    def pass_over(path: Path, error: UserError) -> None:
+        unreadable.append({"image": _name(path, folder), "reason": str(error)})
+        print(f"passed over: {str(error).encode(errors='backslashreplace').decode()}", file=sys.stderr)
+
     with Display("predict") as display:
         display.heading(Path(options.run).name)
-
-        def pass_over(path: Path, error: UserError) -> None:
-            unreadable.append({"image": _name(path, folder), "reason": str(error)})
-            print(f"passed over: {str(error).encode(errors='backslashreplace').decode()}", file=sys.stderr)
-
         found = trained.predict(
             files,
-            false_positive_rate=options.false_positive_rate,
+            false_positive_rate=rate,
             image_false_positive_rate=image_rate,
             batch_size=options.batch_size,
             unreadable=pass_over,
@@ -120,25 +149,21 @@ def main(options: argparse.Namespace) -> int:
                 display.progress("predicting", len(rows) + len(unreadable), len(files))
         finally:  # the tables also of a command that was interrupted
             if rows or unreadable:
-                _write_tables(
-                    options.output,
-                    {
-                        "run": str(Path(options.run).absolute()),
-                        "task": options.task,
-                        "folder": str(folder),
-                        "false_positive_rate": options.false_positive_rate,
-                        "image_false_positive_rate": image_rate,
-                        "pixel_threshold": pixel,
-                        "image_threshold": image,
-                        "thresholds_held_out": trained.thresholds.held_out,
-                        "images": rows,
-                        "unreadable": unreadable,
-                    },
-                )
+                about = {
+                    "run": str(Path(options.run).absolute()),
+                    "task": options.task,
+                    "folder": str(folder),
+                    "false_positive_rate": rate,
+                    "image_false_positive_rate": image_rate,
+                    "pixel_threshold": pixel,
+                    "image_threshold": image,
+                    "thresholds_held_out": trained.thresholds.held_out,
+                }
+                _write_tables(options.output, {**about, "images": rows, "unreadable": unreadable})
         anomalous = sum(row["anomalous"] for row in rows)
         what = "scores" if options.only_scores else "scores, overlays and masks"
         display.line(f"{anomalous} of {len(rows)} images are anomalous: {what} in {options.output}")
-        for line in _about(trained, options.false_positive_rate, image_rate, pixel, image):
+        for line in _about(trained, rate, image_rate, pixel, image):
             display.line(line)
     if unreadable:
         print(f"error: {len(unreadable)} of {len(files)} files were passed over", file=sys.stderr)
@@ -220,7 +245,7 @@ def _written(
     trained: TrainedDetector,
     folder: Path,
     output: Path,
-    pictures: dict[Path, str],
+    pictures: Mapping[Path, str],
 ) -> Iterator[dict[str, Any]]:
     """The rows of the tables in order, each once its pictures are written.
 

@@ -66,10 +66,7 @@ def distil(
     del some
     error, looked = torch.ones((), device=device), time.perf_counter()
     for step in range(steps):
-        random = generator(seed, "distillation", step)
-        images = unit(pictures[torch.randint(len(pictures), (batch_size,), generator=random)])
-        if float(torch.rand((), generator=random)) < _GREY:
-            images = images.mean(1, keepdim=True).expand_as(images)
+        images = _drawn(pictures, batch_size, generator(seed, "distillation", step))
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * (1.0 if step < 0.95 * steps else 0.1)
         targets = (_targets(pyramid, images, channels) - mean) / deviation
@@ -84,6 +81,14 @@ def distil(
             progress("distilling", step + 1, steps, f"loss {float(error):.3f}")
             looked = time.perf_counter()
     return network, 1 - float(error)
+
+
+def _drawn(pictures: Tensor, count: int, random: torch.Generator) -> Tensor:
+    """A batch of pictures uint8 [N, 3, H, W], some in grey: float32 [count, 3, H, W] in [0, 1]."""
+    images = unit(pictures[torch.randint(len(pictures), (count,), generator=random)])
+    if float(torch.rand((), generator=random)) < _GREY:
+        images = images.mean(1, keepdim=True).expand_as(images)
+    return images
 
 
 def _targets(pyramid: FeaturePyramid, images: Tensor, channels: int) -> Tensor:

@@ -43,52 +43,56 @@ def view(entity: str, project: str, experiment: str, categories: Sequence[str]) 
     def bars(title: str, *names: str) -> Any:
         return panels.BarPlot(title=title, metrics=list(names), orientation="h")
 
-    return workspaces.Workspace(
-        entity=entity,
-        project=project,
-        name=f"clbench {experiment}",
-        sections=[
-            workspaces.Section(
-                "Quality over stages",
-                is_open=True,
-                panels=[*(curve(f"mean/{metric}") for metric in CURVES), curve("forgetting/pixel_f1")],
+    return (
+        workspaces.Workspace(  # one thing, written as it is seen: longer than a screen, and nothing to follow
+            entity=entity,
+            project=project,
+            name=f"clbench {experiment}",
+            sections=[
+                workspaces.Section(
+                    "Quality over stages",
+                    is_open=True,
+                    panels=[*(curve(f"mean/{metric}") for metric in CURVES), curve("forgetting/pixel_f1")],
+                ),
+                workspaces.Section(
+                    "Memory against quality",
+                    is_open=True,
+                    panels=[
+                        panels.ScatterPlot(
+                            title="additional memory, quality",
+                            x=summary("memory/additional_mb"),
+                            y=summary("final/pixel_f1"),
+                            log_x=True,
+                        ),
+                        bars("footprint, MB", *FOOTPRINT),
+                        bars("forgotten, %", "average_forgetting_pct"),
+                        bars("training, s", "time/train_s"),
+                        bars("an image, ms", "time/inference_ms_per_image"),
+                    ],
+                ),
+                workspaces.Section(
+                    "Each category", panels=[curve(f"{name}/pixel_f1") for name in categories]
+                ),
+                workspaces.Section(
+                    "Heat maps over stages",
+                    panels=[
+                        panels.MediaBrowser(title=name, media_keys=[f"maps/{name}"], num_columns=2)
+                        for name in categories
+                    ],
+                ),
+                workspaces.Section(
+                    "Training and R matrices",
+                    panels=[
+                        curve("training/loss", "epoch"),
+                        panels.WeavePanelSummaryTable(table_name="R/pixel_f1"),
+                    ],
+                ),
+            ],
+            runset_settings=workspaces.RunsetSettings(
+                filters=And(Metric("group") == experiment),
+                groupby=[Config("method.name"), Config("strategy.name"), Config("replay.size")],
             ),
-            workspaces.Section(
-                "Memory against quality",
-                is_open=True,
-                panels=[
-                    panels.ScatterPlot(
-                        title="additional memory, quality",
-                        x=summary("memory/additional_mb"),
-                        y=summary("final/pixel_f1"),
-                        log_x=True,
-                    ),
-                    bars("footprint, MB", *FOOTPRINT),
-                    bars("forgotten, %", "average_forgetting_pct"),
-                    bars("training, s", "time/train_s"),
-                    bars("an image, ms", "time/inference_ms_per_image"),
-                ],
-            ),
-            workspaces.Section("Each category", panels=[curve(f"{name}/pixel_f1") for name in categories]),
-            workspaces.Section(
-                "Heat maps over stages",
-                panels=[
-                    panels.MediaBrowser(title=name, media_keys=[f"maps/{name}"], num_columns=2)
-                    for name in categories
-                ],
-            ),
-            workspaces.Section(
-                "Training and R matrices",
-                panels=[
-                    curve("training/loss", "epoch"),
-                    panels.WeavePanelSummaryTable(table_name="R/pixel_f1"),
-                ],
-            ),
-        ],
-        runset_settings=workspaces.RunsetSettings(
-            filters=And(Metric("group") == experiment),
-            groupby=[Config("method.name"), Config("strategy.name"), Config("replay.size")],
-        ),
+        )
     )
 
 
