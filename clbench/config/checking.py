@@ -51,7 +51,7 @@ def resolved(composed: DictConfig, allow_missing: bool = False) -> dict[str, Any
         raise UserError(f"{error.full_key} has no value: give {error.full_key}=...") from error
     except InterpolationKeyError as error:
         raise UserError(
-            f"{first_line(error)}: a setting that others refer to cannot be taken away"
+            f"{first_line(error)}: others refer to it, so that it cannot be taken away or left out"
         ) from error
     except OmegaConfBaseException as error:
         raise UserError(first_line(error)) from error
