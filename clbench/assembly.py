@@ -4,13 +4,14 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
 from clbench import footprint
 from clbench.backbones import Backbone
-from clbench.config import Config, class_of, takes, wandb_mode
+from clbench.config import Config, takes, wandb_mode
+from clbench.config.classes import BUFFER, class_of_kind
 from clbench.config.schema import Gpu
 from clbench.data import stream
 from clbench.data.samples import Dataset, Geometry
@@ -19,8 +20,6 @@ from clbench.errors import UserError
 from clbench.methods.base import Detector, Progress
 from clbench.recording.recorder import Recorder
 from clbench.strategies.base import Strategy
-
-Kind = TypeVar("Kind")
 
 
 @dataclass(frozen=True)
@@ -92,7 +91,7 @@ def reader(config: Config) -> Callable[[Progress], list[Task]]:
     Raises:
         UserError: a folder or category is not there, or the buffer is larger than the stream.
     """
-    dataset = _class(config.dataset, "dataset", Dataset)(**config.dataset.settings)  # type: ignore[type-abstract]
+    dataset: Dataset = class_of_kind("dataset", config.dataset.target, Dataset)(**config.dataset.settings)
     order = config.task_order
     categories = stream.order(dataset, order.kind, order.tasks, config.seed)
     geometry = Geometry(config.dataset.resize, config.dataset.crop)
@@ -115,13 +114,13 @@ def build_detector(config: Config) -> Detector:
         UserError: weights that cannot be had or do not fit, or levels that the backbone does not have.
     """
     gpu = config.gpu
-    kind = _class(config.method, "method", Detector)
+    kind = class_of_kind("method", config.method.target, Detector)
     given: dict[str, Any] = {
         name: getattr(config, name) for name in ("seed", "cache") if takes(config, "method", name)
     }
     if takes(config, "method", "backbone"):
         given["backbone"] = Backbone(**config.backbone.settings, precision=gpu.precision, compile=gpu.compile)
-    detector = kind(**config.method.settings, **given)
+    detector: Detector = kind(**config.method.settings, **given)
     detector.lay_out()
     detector.precision = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[gpu.precision]
     return detector
@@ -129,26 +128,14 @@ def build_detector(config: Config) -> Detector:
 
 def build_strategy(config: Config, detector: Detector) -> Strategy:
     """The strategy that takes a detector through the stream."""
-    kind = _class(config.strategy, "strategy", Strategy)
-    buffer = {f"replay_{name}": value for name, value in config.replay} if kind.has_buffer else {}
+    kind: Any = class_of_kind("strategy", config.strategy.target, Strategy)
+    buffer = {f"{BUFFER}{name}": value for name, value in config.replay} if kind.has_buffer else {}
     return kind(detector, seed=config.seed, **config.strategy.settings, **buffer)
-
-
-def _class(node: Any, name: str, kind: type[Kind]) -> type[Kind]:
-    """The class that a node of the config names, which must be of that kind: a config that is loaded cannot run code.
-
-    Raises:
-        UserError: it is of another kind.
-    """
-    found = class_of(node.target)
-    if not issubclass(found, kind):
-        raise UserError(f"{name}._target_={node.target} is not a {kind.__module__}.{kind.__name__}")
-    return found
 
 
 def identity(config: Config, tasks: list[Task] | None = None) -> dict[str, Any]:
     """The part of summary.json that is known before training; without tasks while they are not read."""
-    kind = _class(config.strategy, "strategy", Strategy)
+    kind: Any = class_of_kind("strategy", config.strategy.target, Strategy)
     return {
         "status": "running",
         "method": config.method.name,

@@ -437,3 +437,29 @@ def test_a_config_that_is_loaded_cannot_name_what_is_no_detector(train: Train, t
     config.write_text(config.read_text().replace("clbench.methods.patchcore.PatchCore", "pathlib.Path"))
     with pytest.raises(UserError, match=r"method\._target_=pathlib\.Path is not a"):
         clbench.load(directory)
+
+
+def test_test_images_influence_neither_weights_nor_thresholds(
+    folder: Path, train: Train, tmp_path: Path
+) -> None:
+    """Other test images, of other defects, after which nothing but the metrics is another."""
+    other = shutil.copytree(folder, tmp_path / "other" / folder.name)
+    for image in other.glob("*/test/*/*.png"):
+        shutil.copy(next((other / image.parts[-4] / "train" / "good").glob("*.png")), image)
+    settings = (
+        "method=stfpm",
+        "replay.size=9",
+        "method.epochs=4",
+        "method.batch_size=2",
+        "method.patience=1",
+    )
+    found = {}
+    for root in (folder, other):
+        assert train(*settings, f"dataset.root={root}", f"experiment=of_{root.parent.name}").returncode == 0
+        (directory,) = run_directories(tmp_path, f"of_{root.parent.name}")
+        names = sorted(path.name for path in directory.glob("checkpoint/*.safetensors"))
+        kept = [(directory / "checkpoint" / name).read_bytes() for name in names]
+        found[root] = (names, kept, (directory / "thresholds.json").read_bytes())
+        found[root, "metrics"] = (directory / "metrics.csv").read_text()
+    assert len(found[folder][1]) == 2 and found[folder] == found[other]
+    assert found[folder, "metrics"] != found[other, "metrics"]

@@ -1,4 +1,4 @@
-"""Whether a run is sent to Weights & Biases, and whether there is a key for it. Imports neither wandb nor torch."""
+"""Whether a run is sent to Weights & Biases, and whether there is a key for it. Imports no torch."""
 
 import os
 from collections.abc import Mapping
@@ -55,7 +55,17 @@ def wandb_key() -> bool:
     """Whether a key for Weights & Biases is configured."""
     if os.environ.get("WANDB_API_KEY"):
         return True
-    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
     with suppress(OSError, NetrcParseError):
-        return netrc(os.environ.get("NETRC")).authenticators(host or "") is not None
+        keys = netrc(os.environ.get("NETRC"))
+        return bool(keys.hosts) and keys.authenticators(_server()) is not None
     return False
+
+
+def _server() -> str:
+    """The host that wandb sends to: which one where none is set differs between its versions."""
+    address = os.environ.get("WANDB_BASE_URL")
+    if address is None:
+        import wandb  # takes a second, and only where there are keys of any host
+
+        address = wandb.Settings().base_url
+    return urlparse(address).hostname or ""
