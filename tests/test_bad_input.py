@@ -38,6 +38,7 @@ MISTAKES = [
     (["seed=1,"], "seed=1,", "a list is seed=a,b"),
     (["-m", "method=cfa,stfpm", "method.epochs=1,"], "method.epochs=1,", "a list is method.epochs=a,b"),
     (["seed"], "seed", "write seed=..."),
+    (["replay=100"], "replay=100", "there are: images_100, images_300, images_40, none"),
     (["+seed=1"], "+seed=1", "write seed=1"),
     (["~seed"], "seed", "cannot be taken away"),
     (["hydra/launcher=slrum"], "hydra/launcher=slrum", "nearest: slurm"),

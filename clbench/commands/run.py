@@ -49,6 +49,10 @@ def main(words: Sequence[str]) -> int:
         return ended.code if isinstance(ended.code, int) else 1
     except (HydraException, OmegaConfBaseException) as error:
         return _refused(explain(error, given.overrides, given.config_dir))
+    except ValueError as error:  # Hydra's own, where a group is given a number
+        if "Config group override" not in str(error):
+            raise
+        return _refused(explain(error, given.overrides, given.config_dir))
     except ValueError as error:
         if not str(error).startswith(
             "Config group override"
