@@ -53,12 +53,6 @@ def main(words: Sequence[str]) -> int:
         if "Config group override" not in str(error):
             raise
         return _refused(explain(error, given.overrides, given.config_dir))
-    except ValueError as error:
-        if not str(error).startswith(
-            "Config group override"
-        ):  # Hydra's word on replay=100: a number is no choice
-            raise
-        return _refused(explain(error, given.overrides, given.config_dir))
     except yaml.YAMLError as error:  # in conf/, most likely in a conf/local.yaml of the user's own
         return _refused(UserError(f"a config cannot be read: {' '.join(str(error).split())}"))
     except KeyboardInterrupt:
