@@ -1,6 +1,7 @@
 """The protocol: for each task, learn; then for each category, evaluate; record; checkpoint."""
 
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 
 from clbench import evaluation, footprint, thresholds
 from clbench.assembly import Assembly
+from clbench.data.stream import Task
 from clbench.errors import UserError
 from clbench.footprint import memory_named
 from clbench.interruption import Interruption
@@ -75,7 +77,9 @@ class Course:
         self.categories = [category for task in self.tasks for category in task.categories]
         self.results = Results([[c.name for c in task.categories] for task in self.tasks], self.stages)
         self.spent = Spent(assembly.device)
-        self.stream = {task.name: task.fingerprint() for task in self.tasks}
+        with ThreadPoolExecutor() as pool:
+            fingerprints = pool.map(Task.fingerprint, self.tasks)
+        self.stream = {task.name: found for task, found in zip(self.tasks, fingerprints, strict=True)}
         self.frozen = frozen_digest(self.strategy.detector)
         self.progress = interruption.watching(display.progress)
         self.checkpoints = Checkpoints(
