@@ -180,7 +180,7 @@ def _ours(settings: Config, task: Task, steps: int | None) -> dict[str, Any]:
         strategy, task.categories[0].test, 0, torch.device("cpu"), lambda *_: None
     )
     return {
-        **evaluation.measure(prediction, task.categories[0].test),
+        **evaluation.metrics_of(prediction, task.categories[0].test),
         "epoch": spent / detector.epochs,
         "rate": len(begun) / spent,
         "image": evaluation.inference_time(
@@ -218,7 +218,7 @@ def _theirs(
     rows = [order[f"{number:04d}"] for number in range(len(task.categories[0].test))]
     prediction = Prediction(torch.from_numpy(found["maps"][rows]), torch.from_numpy(found["scores"][rows]))
     return {
-        **evaluation.measure(prediction, task.categories[0].test),
+        **evaluation.metrics_of(prediction, task.categories[0].test),
         "epoch": float(found["epochs"].mean()),
         "rate": len(found["steps"]) / float(found["epochs"].sum()),
         "image": 1000 * float(found["image_seconds"]),

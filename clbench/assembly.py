@@ -1,4 +1,4 @@
-"""From a checked config to everything that a run is made of: the one place."""
+"""From a checked config to everything that a run is made of: its device, strategy, tasks and recorder."""
 
 import os
 from collections.abc import Callable
@@ -24,9 +24,13 @@ from clbench.strategies.base import Strategy
 
 @dataclass(frozen=True)
 class Assembly:
-    """What a run is made of.
+    """Everything that a run is made of.
 
     Attributes:
+        config: the checked config.
+        device: what the detector is on.
+        strategy: the strategy with its detector, which have learned nothing yet.
+        tasks: the stream, in its order.
         identity: what summary.json says of the run before it has results.
     """
 
@@ -38,13 +42,16 @@ class Assembly:
 
 
 def assemble(config: Config, progress: Progress) -> Assembly:
-    """Build all of a run, in the order in which mistakes cost least: folders, networks, images.
+    """Build everything that a run is made of.
+
+    Folders are looked for first, then networks are built, then images are read: an error comes as early as it can.
 
     Args:
         progress: told while images are read.
 
     Raises:
-        UserError: something that the config names is not there, or does not fit.
+        UserError: a device, folder, category, image or network that the config names is not there, or they do not fit
+            together.
     """
     device = select_device(config.gpu)
     footprint.reset_peak(device)
@@ -60,7 +67,7 @@ def select_device(gpu: Gpu) -> torch.device:
     """The device to run on, with determinism and threads set as asked.
 
     Raises:
-        UserError: there is no such device here.
+        UserError: there is no such device here, or it cannot compute in the precision asked for.
     """
     name = gpu.device
     if name == "auto":
@@ -86,7 +93,9 @@ def select_device(gpu: Gpu) -> torch.device:
 
 
 def reader(config: Config) -> Callable[[Progress], list[Task]]:
-    """A function that reads the stream's tasks; folders and categories are found before any image is read.
+    """Find the dataset's folders and categories, and give a function that reads the tasks of the stream.
+
+    The function takes the progress to tell while it reads, and raises what `clbench.data.stream.load` raises.
 
     Raises:
         UserError: a folder or category is not there, or the buffer is larger than the stream.
@@ -98,9 +107,11 @@ def reader(config: Config) -> Callable[[Progress], list[Task]]:
     size = config.replay.size
     images = sum(len(dataset.samples(name, "train")) for group in categories for name in group)
     if size is not None and size > images:
-        own = " (the method's own, where none is given)" if size == config.method.protocol.replay_size else ""
+        usual = (
+            " (the method's own, where none is given)" if size == config.method.protocol.replay_size else ""
+        )
         raise UserError(
-            f"replay.size={size}{own} is larger than all {images} training images of the stream: "
+            f"replay.size={size}{usual} is larger than all {images} training images of the stream: "
             f"give at most {images}, or strategy=joint"
         )
     cache = Path(config.cache).expanduser()
@@ -108,10 +119,11 @@ def reader(config: Config) -> Callable[[Progress], list[Task]]:
 
 
 def build_detector(config: Config) -> Detector:
-    """The method's detector on its backbone, fresh.
+    """The method's detector on its backbone, on the CPU; it has learned nothing.
 
     Raises:
-        UserError: weights that cannot be had or do not fit, or levels that the backbone does not have.
+        UserError: the class cannot be imported, weights cannot be had or do not fit, or the backbone lacks a level
+            that the method asks for.
     """
     gpu = config.gpu
     kind = class_of_kind("method", config.method.target, Detector)
@@ -127,14 +139,25 @@ def build_detector(config: Config) -> Detector:
 
 
 def build_strategy(config: Config, detector: Detector) -> Strategy:
-    """The strategy that takes a detector through the stream."""
+    """The strategy that takes a detector through the stream.
+
+    Raises:
+        UserError: the class cannot be imported, or is no strategy.
+    """
     kind: Any = class_of_kind("strategy", config.strategy.target, Strategy)
     buffer = {f"{BUFFER}{name}": value for name, value in config.replay} if kind.has_buffer else {}
     return kind(detector, seed=config.seed, **config.strategy.settings, **buffer)
 
 
 def identity(config: Config, tasks: list[Task] | None = None) -> dict[str, Any]:
-    """The part of summary.json that is known before training; without tasks while they are not read."""
+    """The part of summary.json that is known before training.
+
+    Args:
+        tasks: the stream; None while it is not read, where the lists of tasks and categories are empty.
+
+    Raises:
+        UserError: the strategy's or the method's class cannot be imported.
+    """
     kind: Any = class_of_kind("strategy", config.strategy.target, Strategy)
     return {
         "status": "running",
@@ -151,10 +174,13 @@ def identity(config: Config, tasks: list[Task] | None = None) -> dict[str, Any]:
 
 
 def build_recorder(assembly: Assembly, directory: Path) -> tuple[Recorder, str | None]:
-    """Who is told of a run beside its directory, and a word on why where that had to be chosen.
+    """The recorder that the config asks for, and a line on why where `wandb=auto` chose; None where it did not.
 
     Args:
-        directory: the run's, which has its config.yaml.
+        directory: the run's, in which config.yaml is written already.
+
+    Raises:
+        UserError: W&B is to be online and there is no key, or its server's address is wrong.
     """
     config = assembly.config
     plain = config.plain()

@@ -1,4 +1,4 @@
-"""Anomaly maps of a category's test images, and what they are worth."""
+"""Anomaly maps of test images, the metrics of these maps, and the time that they take."""
 
 import time
 from collections.abc import Iterator
@@ -11,28 +11,31 @@ from clbench.data.images import ImageSet
 from clbench.methods.base import Prediction, Progress
 from clbench.metrics.curves import image_metrics, pixel_metrics
 from clbench.strategies.base import Strategy
-from clbench.training import Diverged, calmer
+from clbench.training import Diverged, advice_on_divergence
 
-BATCH_SIZE = 16
-_TIMED_IMAGES = 32
+BATCH_SIZE = 16  # images predicted at a time
+_TIMED_IMAGES = 32  # images of a timed pass
 
 
 def predict(
     strategy: Strategy, images: ImageSet, task: int, device: torch.device, progress: Progress
 ) -> Prediction:
-    """Maps [N, H, W] and scores [N] of a category's test images, on the CPU.
+    """Predict the test images of a category: maps float32 [N, H, W] and scores float32 [N], on the CPU.
 
     Args:
-        task: the number of the task that the category arrived in.
+        images: the N images.
+        task: index of the task that the category arrived in; only strategies with `task_known` use it.
+        device: where the detector is.
+        progress: told after every batch.
 
     Raises:
-        Diverged: one is no number.
+        Diverged: a map or score is not finite.
     """
     count, done = len(images), 0
     maps, scores = torch.empty(images.masks.shape), torch.empty(count)
-    for part in predictions(strategy, images.images, task, device):
-        rows = slice(done, done + len(part.scores))
-        maps[rows], scores[rows] = part
+    for batch in predictions(strategy, images.images, task, device):
+        rows = slice(done, done + len(batch.scores))
+        maps[rows], scores[rows] = batch
         done = rows.stop
         progress("evaluating", done, count)
     return Prediction(maps, scores)
@@ -40,23 +43,33 @@ def predict(
 
 @torch.no_grad()
 def predictions(strategy: Strategy, images: Tensor, task: int, device: torch.device) -> Iterator[Prediction]:
-    """Maps and scores of a task's images, uint8 [N, 3, H, W], batch by batch, on the CPU.
+    """Images of a task, uint8 [N, 3, H, W] -> maps [B, H, W] and scores [B] batch by batch, on the CPU.
+
+    Args:
+        task: its index; only strategies with `task_known` use it.
+        device: where the detector is.
 
     Raises:
-        Diverged: one is no number.
+        Diverged: a map or score is not finite.
     """
     strategy.detector.eval()
-    for part in images.split(BATCH_SIZE):
-        maps, scores = (found.cpu() for found in strategy.predict(part.to(device), task))
+    for batch in images.split(BATCH_SIZE):
+        maps, scores = (found.cpu() for found in strategy.predict(batch.to(device), task))
         if not (maps.isfinite().all() and scores.isfinite().all()):
-            raise Diverged(f"maps or scores became no numbers: {calmer(strategy.detector)}")
+            raise Diverged(
+                f"an anomaly map or score is not finite: {advice_on_divergence(strategy.detector)}"
+            )
         yield Prediction(maps, scores)
 
 
-def measure(prediction: Prediction, images: ImageSet) -> dict[str, float | None]:
-    """The seven metrics of a category; None where one is undefined.
+def metrics_of(prediction: Prediction, images: ImageSet) -> dict[str, float | None]:
+    """The seven metrics of a category's predictions: name -> value in [0, 1]; None where one is undefined.
 
-    Pixel metrics are over the images whose pixels are known, which good ones are.
+    Pixel metrics leave out images whose defect was not outlined.
+
+    Args:
+        prediction: maps [N, H, W] and scores [N], on the CPU.
+        images: the N test images that they are of.
     """
     scores, labels = prediction.scores.numpy(), images.labels.numpy()
     maps, masks = prediction.maps.numpy(), images.masks.numpy()
@@ -72,13 +85,18 @@ def measure(prediction: Prediction, images: ImageSet) -> dict[str, float | None]
 def inference_time(
     strategy: Strategy, images: Tensor, task: int, device: torch.device, progress: Progress
 ) -> float:
-    """Milliseconds an image, from uint8 pixels to map and score, nothing remembered: the best of 3 passes.
+    """Milliseconds for an image, from uint8 pixels on the device to map and score: the best of 3 passes over 32 images.
+
+    Features are computed anew in every pass. Images are repeated where they are fewer.
 
     Args:
-        images: some of a task's, uint8 [N, 3, H, W].
+        images: images of a task, uint8 [N, 3, H, W].
+        task: its index; only strategies with `task_known` use it.
+        device: where the detector is.
+        progress: told before every pass; it may raise, to stop the run.
     """
     images = images[:_TIMED_IMAGES].to(device)
-    # As many as fill whole batches: a batch costs the same when part of it is padding.
+    # Whole batches only: frozen networks fill up a batch that is not, which would count as time.
     images = images[torch.arange(_TIMED_IMAGES, device=device) % len(images)]
     passes = []
     strategy.detector.eval()
@@ -86,7 +104,7 @@ def inference_time(
         for number in range(3):
             progress("timing", number, 3)
             begin = time.perf_counter()
-            for part in images.split(BATCH_SIZE):
-                strategy.predict(part, task).scores.cpu()
+            for batch in images.split(BATCH_SIZE):
+                strategy.predict(batch, task).scores.cpu()
             passes.append(time.perf_counter() - begin)
     return 1000 * min(passes) / len(images)

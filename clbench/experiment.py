@@ -1,6 +1,8 @@
 """The protocol: for each task, learn; then for each category, evaluate; record; checkpoint."""
 
+import itertools
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -8,6 +10,7 @@ import torch
 
 from clbench import evaluation, footprint, thresholds
 from clbench.assembly import Assembly
+from clbench.data.stream import Task
 from clbench.errors import UserError
 from clbench.footprint import memory_named
 from clbench.interruption import Interruption
@@ -30,20 +33,22 @@ def run(
     interruption: Interruption,
     recorder: Recorder,
 ) -> dict[str, Any]:
-    """Learn the stream and evaluate it after every stage, from where the run was left if it was begun.
+    """Learn the stream and evaluate it after every stage, or do what an earlier process left of that.
 
     Args:
         assembly: everything that the run is made of.
-        directory: where it is kept.
-        interruption: looked for wherever the run can be left.
-        recorder: told of everything found.
+        directory: where results, checkpoints and maps go.
+        display: the bar and the lines on the terminal.
+        interruption: asked wherever the run can stop and be continued.
+        recorder: told of every loss, heat map and result.
 
     Returns:
-        The summary.
+        What summary.json holds.
 
     Raises:
-        Stopped: a signal asked for it; the same run continues from here.
-        UserError: the run was begun with other images or frozen weights; or its loss became no number.
+        Stopped: a signal asked for it; the same command continues from here.
+        UserError: the run was begun with other images or other frozen weights, its journal lacks results, the loss, a
+            weight or a map is not finite, the GPU's memory is not enough, or a file cannot be written.
     """
     course = Course(assembly, directory, display, interruption, recorder)
     for stage in course.remaining():
@@ -55,10 +60,18 @@ def run(
 
 
 class Course:
-    """A run on its way through the stream.
+    """A run on its way through the stream: what `run` does, step by step.
 
-    What it found is in a journal, which is appended to, and what it learned in checkpoints, which are replaced. A line
-    of the journal counts once the checkpoint of its stage is there: a process that continues takes away the others.
+    What was measured goes into a journal, which is appended to, and what was learned into checkpoints, which are
+    replaced. A line of the journal counts once the checkpoint of its stage is there: a process that continues removes
+    the other lines.
+
+    Args:
+        assembly, directory, display, interruption, recorder: as for `run`.
+
+    Raises:
+        UserError: the run was begun with other images or other frozen weights, its journal lacks results, or a file
+            cannot be read or written.
     """
 
     def __init__(
@@ -75,7 +88,9 @@ class Course:
         self.categories = [category for task in self.tasks for category in task.categories]
         self.results = Results([[c.name for c in task.categories] for task in self.tasks], self.stages)
         self.spent = Spent(assembly.device)
-        self.stream = {task.name: task.fingerprint() for task in self.tasks}
+        with ThreadPoolExecutor() as pool:
+            fingerprints = pool.map(Task.fingerprint, self.tasks)
+        self.stream = {task.name: found for task, found in zip(self.tasks, fingerprints, strict=True)}
         self.frozen = frozen_digest(self.strategy.detector)
         self.progress = interruption.watching(display.progress)
         self.checkpoints = Checkpoints(
@@ -90,21 +105,22 @@ class Course:
         self.strategy.on_epoch = self._on_epoch
         self.journal = directory.journal()
         self.last_learned = self._continue()
+        evaluations = itertools.product(range(len(self.stages)), range(len(self.categories)))
         directory.write_metrics(
-            [
-                row
-                for stage in range(len(self.stages))
-                for c in range(len(self.categories))
-                for row in self._rows(stage, c)
-            ]
+            [row for stage, category in evaluations for row in self._rows(stage, category)]
         )
 
     def remaining(self) -> range:
-        """The stages to go through; the last one learned may have evaluations left."""
+        """The stages to go through, 0-based: from the last learned one, which may lack evaluations, to the end."""
         return range(max(self.last_learned, 0), len(self.stages))
 
     def learn(self, stage: int) -> None:
-        """Learn a stage's tasks, unless it was learned before the run was left."""
+        """Learn a stage, unless an earlier process did, and save what was learned.
+
+        Raises:
+            Stopped: a signal asked for it.
+            UserError: the loss or a weight is not finite, the GPU's memory is not enough, or a file cannot be written.
+        """
         self.display.heading(self._title(stage))
         if stage <= self.last_learned:
             return
@@ -115,20 +131,24 @@ class Course:
                 images = torch.cat(train) if len(train) > 1 else train[0]
                 self.strategy.learn(stage, images.to(self.assembly.device))
             self.strategy.detector.release(self.strategy.stored_images())
-        self.journal.flush()  # what the checkpoints before this one led to must not be lost with them
+        self.journal.flush()  # before the checkpoints go from which its lines could be made again
         self.checkpoints.save_stage(stage, self.strategy.state(), {})
 
     def to_evaluate(self, stage: int) -> list[int]:
-        """The categories to evaluate after a stage that were not yet."""
-        wanted = (
-            range(len(self.categories))
-            if self.assembly.config.evaluate == "all"
-            else self.results.seen(stage)
-        )
+        """The indices of the categories that are to be evaluated after a stage and were not yet."""
+        every = self.assembly.config.evaluate == "all"
+        wanted = range(len(self.categories)) if every else self.results.seen(stage)
         return [category for category in wanted if self.results.get(stage, category) is None]
 
     def evaluate(self, stage: int, category: int) -> None:
-        """Evaluate one category after a stage; where nothing that judges it changed, its results are those before."""
+        """Evaluate a category after a stage, and keep the metrics.
+
+        Where the strategy says that its predictions did not change, the metrics of the stage before are taken.
+
+        Raises:
+            Stopped: a signal asked for it.
+            UserError: a map is not finite, the GPU's memory is not enough, or a file cannot be written.
+        """
         name, learned = self.categories[category].name, self.results.learned[category]
         with self.spent.on("eval_s"), memory_named(f"evaluating {name}", "backbone.batch_size"):
             unchanged = stage > 0 and self.strategy.unchanged(stage, learned)
@@ -141,11 +161,9 @@ class Course:
         self.directory.append_metrics(self._rows(stage, category))
 
     def _measure(self, stage: int, category: int) -> Values:
-        test, name, maps = (
-            self.categories[category].test,
-            self.categories[category].name,
-            self.assembly.config.maps,
-        )
+        """Predict a category's test images, write the heat maps that are asked for, and give the metrics."""
+        test, name = self.categories[category].test, self.categories[category].name
+        maps = self.assembly.config.maps
         title = f"{self._title(stage)}, {name}"
         self.display.heading(title)
         with _titled(title):
@@ -158,17 +176,25 @@ class Course:
             heat_maps.write_few(prediction.maps, test, pictures / "few", stage)
         if maps is True and stage in (self.results.learned[category], len(self.stages) - 1):
             heat_maps.write(prediction.maps, test, pictures, stage)
-        return evaluation.measure(prediction, test)
+        return evaluation.metrics_of(prediction, test)
 
     def record(self, stage: int) -> None:
-        """Tell what a stage came to."""
+        """Give a stage's results to the recorder and show their means on the terminal."""
         results = self.results.after(stage)
         self.recorder.stage(stage, results)
         seen = len(self.results.seen(stage))
-        self.display.line(f"{self._title(stage)}: {_in_words(results['mean'])} over {seen} seen")
+        self.display.line(f"{self._title(stage)}: {_sentence(results['mean'])} over {seen} seen")
 
     def finish(self) -> dict[str, Any]:
-        """Time the trained detector, set its thresholds, and sum the run up."""
+        """Time the trained detector, set its thresholds, and write and show the summary.
+
+        Returns:
+            What summary.json holds.
+
+        Raises:
+            Stopped: a signal asked for it.
+            UserError: a map is not finite, the GPU's memory is not enough, or a file cannot be written.
+        """
         self.display.heading("the trained detector")
         device, last = self.assembly.device, len(self.tasks) - 1
         images = self.tasks[-1].categories[0].test.images
@@ -186,47 +212,46 @@ class Course:
             "time": {**spent, "inference_ms_per_image": inference},
         }
         self.journal.flush()
-        said = self.recorder.finish(summary, {metric: self.results.matrix(metric) for metric in METRICS})
+        message = self.recorder.finish(summary, {metric: self.results.matrix(metric) for metric in METRICS})
         self.directory.write_summary(summary)
         self.display.table(run_table(summary, self.results))
-        if said:
-            self.display.line(said)
+        if message:
+            self.display.line(message)
         return summary
 
     def _continue(self) -> int:
-        """Take up what an earlier process left, and tell the recorder what that may not have told.
+        """Restore what an earlier process saved, and tell the recorder everything again: that one may have been killed
+        before it did.
 
         Returns:
-            The last stage that is learned; -1 where none is.
+            The last stage that is learned, 0-based; -1 where none is.
 
         Raises:
-            UserError: the run was begun with other images or frozen weights, or its journal lacks results.
+            UserError: the run was begun with other images or other frozen weights, or its journal lacks results.
         """
         last, data = -1, None
         if saved := self.checkpoints.load_stage():
             last, tensors, data = saved
             self.strategy.restore(tensors)
         begun = self.checkpoints.peek(last + 1)
-        if left := begun or data:
-            _check_stream(left["stream"], self.stream, self.directory)
-            check_frozen(left.get("frozen"), self.frozen, self.directory.path)
-            self.spent.restore(left["spent"])
+        if newest := begun or data:
+            _check_stream(newest["stream"], self.stream, self.directory)
+            check_frozen(newest.get("frozen"), self.frozen, self.directory.path)
+            self.spent.restore(newest["spent"])
             where = f"in stage {last + 2}" if begun else f"after stage {last + 1}"
             self.display.line(f"continuing {where} of {len(self.stages)}")
-        counts = [
+        epochs = (
+            begun["epoch"] if begun else 0
+        )  # of the stage after the last, as far as its checkpoint knows them
+        valid = [
             entry
             for entry in self.journal.entries
             if entry["stage"] <= last
-            or (
-                begun
-                and entry["kind"] == "epoch"
-                and entry["stage"] == last + 1
-                and entry["epoch"] < begun["epoch"]
-            )
+            or (entry["stage"] == last + 1 and entry["kind"] == "epoch" and entry["epoch"] < epochs)
         ]
-        if len(counts) != len(self.journal.entries):
-            self.journal.rewrite(counts)
-        for entry in counts:
+        if len(valid) != len(self.journal.entries):
+            self.journal.rewrite(valid)
+        for entry in valid:
             self._take(entry)
         for stage in range(last):
             if self.to_evaluate(stage):
@@ -238,7 +263,7 @@ class Course:
         return last
 
     def _take(self, entry: Mapping[str, Any]) -> None:
-        """Take an entry of an earlier process's journal."""
+        """Tell the recorder an epoch's loss, or take an evaluation's metrics, from an entry of the journal."""
         if entry["kind"] == "epoch":
             self._tell_epoch(entry["stage"], entry["epoch"], entry["loss"])
             return
@@ -246,19 +271,22 @@ class Course:
         self.spent.restore(entry["spent"])
 
     def _on_epoch(self, stage: int, epoch: int, loss: float) -> None:
+        """Write an epoch's mean loss into the journal and tell the recorder."""
         self.journal.append({"kind": "epoch", "stage": stage, "epoch": epoch, "loss": loss})
         self._tell_epoch(stage, epoch, loss)
 
     def _tell_epoch(self, stage: int, epoch: int, loss: float) -> None:
+        """Tell the recorder an epoch's mean loss, with the epoch counted over all stages."""
         self.recorder.epoch(stage, stage * self.strategy.detector.epochs + epoch, loss)
 
     def _title(self, stage: int) -> str:
+        """What a stage is called on the terminal and in errors."""
         if len(self.stages) < len(self.tasks):
             return "all tasks"
         return f"task {stage + 1}/{len(self.stages)} {self.tasks[stage].name}"
 
     def _rows(self, stage: int, category: int) -> list[Row]:
-        """The rows of metrics.csv for an evaluation; none where there was none."""
+        """The rows of metrics.csv for the evaluation of a category after a stage; none where there was none."""
         values = self.results.get(stage, category)
         task = self.results.task_of[category]
         where = (stage, task, self.tasks[task].name, self.results.categories[category])
@@ -266,10 +294,13 @@ class Course:
 
 
 def _check_stream(before: Mapping[str, str], now: Mapping[str, str], directory: RunDirectory) -> None:
-    """Whether a run that is continued has the tasks that it was begun with.
+    """Check that a run that is continued has the tasks and images that it was begun with.
+
+    Args:
+        before, now: task name -> fingerprint of its images, in the stream's order.
 
     Raises:
-        UserError: it has others.
+        UserError: it has others, or in another order.
     """
     if list(before.items()) == list(now.items()):
         return
@@ -286,14 +317,19 @@ def _check_stream(before: Mapping[str, str], now: Mapping[str, str], directory: 
 
 @contextmanager
 def _titled(title: str) -> Iterator[None]:
-    """Inside, a training that diverged is an error that says where."""
+    """Inside, a loss, weight or map that is not finite raises a UserError that begins with `title`.
+
+    Raises:
+        UserError: there was one.
+    """
     try:
         yield
     except Diverged as error:
         raise UserError(f"{title}: {error}") from error
 
 
-def _in_words(means: Mapping[str, float | None]) -> str:
+def _sentence(means: Mapping[str, float | None]) -> str:
+    """The means of a stage for the terminal: metric -> value in [0, 1]; None where undefined."""
     return (
         f"image AUROC {number(means['image_auroc'])}, pixel AUROC {number(means['pixel_auroc'])}, "
         f"pixel F1 {number(means['pixel_f1'])}, AU-PRO {number(means['aupro'])}"

@@ -1,4 +1,4 @@
-"""Bytes kept, counted from live tensors. MB are 10^6 bytes, as in the paper."""
+"""Memory that a strategy keeps and a run uses, counted from live tensors. MB are 10^6 bytes, as in the paper."""
 
 import resource
 from collections.abc import Iterable, Iterator
@@ -17,14 +17,14 @@ MB = 10**6
 
 
 def measure(strategy: Strategy) -> dict[str, float]:
-    """The footprint of what a strategy keeps, in MB.
+    """The footprint of a strategy, in MB.
 
     Returns:
-        architecture_mb: weights of all networks, whole, as the paper counts them; the running statistics of
-            normalisation layers that are trained are a part of them;
-        executed_mb: the part of them that runs;
-        additional_mb: what is kept beside networks: the detector's buffers (banks, statistics), wherever in it they are
-            registered, and the strategy's own tensors (stored images, copies of weights).
+        architecture_mb: weights of all networks, 4 bytes each, with the running statistics of normalisation layers that
+            are trained. A network counts whole, as in the paper, even where only its first levels run.
+        executed_mb: those that run.
+        additional_mb: what is kept besides networks: the detector's buffers (banks, statistics), of its submodules
+            too, and the strategy's own tensors (stored images, copies of weights).
     """
     detector = strategy.detector
     pyramids = [module for module in detector.modules() if isinstance(module, FeaturePyramid)]
@@ -55,22 +55,26 @@ def measure(strategy: Strategy) -> dict[str, float]:
 
 
 def _bytes(tensors: Iterable[Tensor | nn.Parameter]) -> int:
+    """The bytes that tensors take, all together."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def reset_peak(device: torch.device) -> None:
-    """Count the peak from here on."""
+    """Measure `peak` from now on: on a GPU or on Linux; elsewhere the peak is that of the process since its start."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
-        pass  # elsewhere than on Linux the peak is that of the process so far
+        pass  # this is not Linux
 
 
 def peak(device: torch.device) -> int:
-    """Peak bytes since `reset_peak`: allocated on the GPU, or resident in this process (libraries and mapped images included)."""
+    """The most bytes used at a time since `reset_peak`: allocated on the GPU, or resident in this process.
+
+    A process counts with its libraries and with the images that are mapped into it.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:
@@ -82,10 +86,14 @@ def peak(device: torch.device) -> int:
 
 @contextmanager
 def memory_named(phase: str, setting: str) -> Iterator[None]:
-    """Inside, a GPU that runs out of memory is an error that names the phase and the setting to lower.
+    """Inside, a GPU that runs out of memory raises a UserError that names what to lower.
+
+    Args:
+        phase: what is being done, for the error.
+        setting: the config key to lower first.
 
     Raises:
-        UserError: it did.
+        UserError: the GPU's memory was not enough.
     """
     try:
         yield

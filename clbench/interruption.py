@@ -1,4 +1,4 @@
-"""Being asked to stop. Signals become a wish, which long work looks for where it can be left without a loss."""
+"""Signals that ask a run to stop or to save: they wait until the run is where it can do so without a loss."""
 
 import signal
 import sys
@@ -13,9 +13,12 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
 
 
 class Stopped(BaseException):
-    """A run was left because a signal asked for it; what it had is saved.
+    """A run stopped because a signal asked for it; what it had is saved.
 
-    Not an Exception: nobody who isolates failures is to take it for one.
+    It is no Exception, so that code which catches the failures of a run does not take it for one.
+
+    Args:
+        number: the signal's.
     """
 
     def __init__(self, number: int):
@@ -23,27 +26,26 @@ class Stopped(BaseException):
         self.number = number
 
     def hand_on(self) -> None:
-        """Send the signal again, to whatever handled it before: submitit's requeueing, or the system."""
+        """Send the signal to this process again, for what handled it before: submitit's requeueing, or the system."""
         sys.stdout.flush()
         signal.raise_signal(self.number)
 
 
 class Interruption:
-    """Inside, SIGINT, SIGTERM and SIGUSR2 wait until the work can be left; a second Ctrl-C does not.
+    """Inside, SIGINT, SIGTERM and SIGUSR2 wait until the run can stop; a second Ctrl-C stops it at once.
 
-    Where something else handles SIGTERM already, as submitit does, which waits for what follows it, it only
-    asks to save: on a cluster it comes before a job is preempted, and a job that ended then would not be
-    started again.
+    Where another handler of SIGTERM is there already, as in a job of submitit, the signal only asks to save: a cluster
+    sends it before it preempts a job, and would not start a job again that had ended by itself.
     """
 
     def __init__(self) -> None:
-        self._stop: int | None = None  # the signal that asked
+        self._stop: int | None = None  # the signal that asked to stop
         self._save = False
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            # What is ignored already, as Ctrl-C in a script's background, stays ignored.
+            # A signal that is ignored already, as Ctrl-C in a script's background, stays ignored.
             heard = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
             self._before = {number: signal.signal(number, self._asked) for number in heard}
         return self
@@ -63,20 +65,23 @@ class Interruption:
             self._stop = number
 
     def urgent(self) -> bool:
-        """Whether to save now."""
+        """Whether a signal has asked to save now."""
         return self._save or self._stop is not None
 
     def saved(self) -> None:
-        """All is saved: go on, or stop.
+        """To be called once all is saved: the run goes on, or stops here.
 
         Raises:
-            Stopped: a signal asked for it.
+            Stopped: a signal asked to stop.
         """
         self._save = False
         self.check()
 
     def watching(self, progress: Callable[..., None]) -> Callable[..., None]:
-        """A progress that also is a place where the work can be left."""
+        """A progress function that calls `progress` and then `check`, so that the run can stop there.
+
+        The function raises Stopped where a signal asked to stop.
+        """
 
         def checked(*report: Any) -> None:
             progress(*report)
@@ -85,10 +90,10 @@ class Interruption:
         return checked
 
     def check(self) -> None:
-        """Stop here, where that was asked for.
+        """Stop the run here, if a signal asked to.
 
         Raises:
-            Stopped: a signal asked for it.
+            Stopped: a signal asked to stop.
         """
         if self._stop is not None:
             raise Stopped(self._stop)

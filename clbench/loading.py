@@ -227,7 +227,7 @@ def load(
         strategy.detector_for(tasks.index(task)).eval(),
         geometry,
         (size[0], size[1]) if size else None,
-        thresholds.read(found, task) if found else None,
+        thresholds.for_task(found, task) if found else None,
     )
 
 

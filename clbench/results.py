@@ -1,4 +1,4 @@
-"""R by stage, category and metric: everything that a run's evaluations gave, and what it comes to."""
+"""R by stage, category and metric: what the evaluations of a run gave, and means, forgetting and transfer over it."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -20,12 +20,12 @@ class Results:
 
     Args:
         tasks: the categories of each task, in the order of the stream.
-        stages: the tasks that each stage learns.
+        stages: the indices of the tasks that each stage learns.
 
     Attributes:
-        categories: the names of all tasks' categories, in order: the columns of R.
-        task_of: the task of each category.
-        learned: the stage that learns each category.
+        categories: the names of the categories of all tasks, in order: the columns of R.
+        task_of: the index of each category's task.
+        learned: the stage that learns each category, 0-based.
     """
 
     def __init__(self, tasks: Sequence[Sequence[str]], stages: Sequence[Sequence[int]]):
@@ -34,18 +34,23 @@ class Results:
         stage_of = {task: stage for stage, learning in enumerate(stages) for task in learning}
         self.learned = [stage_of[task] for task in self.task_of]
         self._evaluated = np.zeros((len(stages), len(self.categories)), dtype=bool)
-        self._R = {m: np.full(self._evaluated.shape, np.nan) for m in METRICS}  # not a number: undefined
-        self._best, self._best_until = self._none_yet(), 0  # over the stages before that one
+        self._R = {
+            m: np.full(self._evaluated.shape, np.nan) for m in METRICS
+        }  # NaN: undefined, or not evaluated
+        self._best, self._best_until = (
+            self._none_yet(),
+            0,
+        )  # metric -> best of each category before that stage
 
     def add(self, stage: int, category: int, values: Values) -> None:
-        """Take what an evaluation of a category after a stage gave."""
+        """Set the metrics of a category after a stage; a category that was evaluated before gets these."""
         self._evaluated[stage, category] = True
         for metric, R in self._R.items():
             value = values[metric]
             R[stage, category] = np.nan if value is None else value
 
     def get(self, stage: int, category: int) -> Values | None:
-        """What the evaluation of a category after a stage gave; None where there was none."""
+        """The metrics of a category after a stage; None where it was not evaluated."""
         if not self._evaluated[stage, category]:
             return None
         return {metric: _value(R[stage, category]) for metric, R in self._R.items()}
@@ -55,13 +60,15 @@ class Results:
         return [list(map(_value, row)) for row in self._R[metric]]
 
     def seen(self, stage: int) -> list[int]:
-        """The categories learned up to a stage."""
+        """The indices of the categories learned up to a stage, this one included."""
         return [category for category, learned in enumerate(self.learned) if learned <= stage]
 
     def after(self, stage: int) -> dict[str, Values]:
-        """A stage's results: name (a category, `mean` over those seen, or `forgetting`) -> metric -> value.
+        """The results of a stage: name -> metric -> value.
 
-        Asked for in the order of stages, each costs as much as it has categories.
+        Names are those of the categories evaluated after it; `mean`, over the categories learned so far; and
+        `forgetting`, what they have lost on average against their best of earlier stages. The best values so far are
+        remembered, so that asking stage after stage costs the same for each.
         """
         found: dict[str, Values] = {}
         for category in np.flatnonzero(self._evaluated[stage]).tolist():
@@ -75,7 +82,10 @@ class Results:
         return found
 
     def _best_before(self, stage: int) -> dict[str, np.ndarray]:
-        """For each metric, the best value of each category from the stage that learned it to the one before this."""
+        """Metric -> float64 [categories]: the best value of each, from the stage that learned it to the one before.
+
+        NaN where a category was not learned before this stage.
+        """
         if stage < self._best_until:
             self._best, self._best_until = self._none_yet(), 0
         for earlier in range(self._best_until, stage):
@@ -86,6 +96,7 @@ class Results:
         return self._best
 
     def _none_yet(self) -> dict[str, np.ndarray]:
+        """Best values before any stage: metric -> float64 [categories], all NaN."""
         return {metric: np.full(len(self.categories), np.nan) for metric in METRICS}
 
     def just_learned(self, metric: str) -> list[float | None]:
@@ -93,7 +104,7 @@ class Results:
         return [_value(self._R[metric][stage, category]) for category, stage in enumerate(self.learned)]
 
     def summary(self) -> dict[str, Any]:
-        """What summary.json says of R: final means, forgetting and transfer, over categories."""
+        """The means of R in summary.json: final values, forgetting and transfer, each over the categories."""
         R = {metric: self.matrix(metric) for metric in METRICS}
         return {
             "final": {metric: continual.final_mean(R[metric]) for metric in METRICS},
@@ -105,4 +116,5 @@ class Results:
 
 
 def _value(number: float) -> float | None:
+    """An entry of R as plain data: None for NaN."""
     return None if np.isnan(number) else float(number)

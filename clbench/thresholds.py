@@ -167,6 +167,18 @@ def _normal(strategy: Strategy, tasks: list[Task], stage: int, enough: int) -> t
     return images[order[: max(enough, 1)].sort().values], False
 
 
-def read(stored: Mapping[str, Any], task: str) -> Thresholds:
-    """The thresholds, of those that thresholds.json holds, for images of a task."""
-    return next(Thresholds(**model) for model in stored["models"] if task in model["tasks"])
+def for_task(stored: Mapping[str, Any], task: str) -> Thresholds:
+    """The thresholds for images of a task.
+
+    Args:
+        stored: what thresholds.json holds.
+        task: its name.
+
+    Raises:
+        UserError: no model has learned a task of this name.
+    """
+    for model in stored["models"]:
+        if task in model["tasks"]:
+            return Thresholds(**model)
+    names = [name for model in stored["models"] for name in model["tasks"]]
+    raise UserError(f"thresholds.json has none for task '{task}'; give one of {', '.join(names)}")

@@ -1,4 +1,4 @@
-"""The one training loop: steps over a task's images, epoch by epoch, stopped early on normal ones held out."""
+"""The one training loop: steps over a stage's images, epoch by epoch, until a held-out loss stops falling."""
 
 import itertools
 import math
@@ -18,27 +18,40 @@ _LOOK_S = 0.5  # seconds between two looks at the loss, each of which waits for 
 
 
 class Diverged(UserError):
-    """The loss is no number any more."""
+    """The loss, a weight or an anomaly map is not finite."""
 
 
-def calmer(detector: Detector) -> str:
-    """What to do where numbers are none any more."""
+def advice_on_divergence(detector: Detector) -> str:
+    """What to try where a detector diverged, as the end of an error message."""
     return "lower method.learning_rate" + (", or set gpu.precision=fp32" if detector.precision else "")
 
 
 class Bookmark(Protocol):
-    """Where trainings under way are kept, so that another process can go on with them."""
+    """Where the state of a stage that is being learned is kept, so that another process can continue it."""
 
     def find(self, stage: int) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """The tensors and data that `place` was given last for this stage, or None."""
+        """What `place` was last given for this stage, name -> tensor and plain data; None where there is nothing."""
         ...
 
     def due(self, epoch_ended: bool) -> bool:
-        """Whether it is time for `place`."""
+        """Whether `place` should be called now.
+
+        Args:
+            epoch_ended: whether an epoch has just ended, where less is to be saved than within one.
+        """
         ...
 
     def place(self, stage: int, tensors: dict[str, Tensor], data: dict[str, Any]) -> None:
-        """Keep a training that is under way; may raise, to end the run there."""
+        """Keep the state of a stage that is being learned.
+
+        Args:
+            stage: 0-based.
+            tensors: name -> tensor.
+            data: what JSON can hold.
+
+        Raises:
+            Stopped: the run is to end here; what was given is kept.
+        """
         ...
 
 
@@ -49,9 +62,9 @@ class Batch:
     Attributes:
         images: uint8 [B, 3, H, W], on the detector's device: images of this stage, then replayed ones.
         stages: int64 [B], on the CPU: the stage that each image was first learned in.
-        rows: int64 [B], on the CPU: its number among the images of this stage that are learned from, or, of a
-            replayed one, among the stored images of its stage.
-        stage: the stage being learned.
+        rows: int64 [B], on the CPU: the index of each image among those of this stage that are learned from, or, where
+            it is replayed, among the stored images of its stage.
+        stage: the stage being learned, 0-based.
     """
 
     images: Tensor
@@ -61,29 +74,29 @@ class Batch:
 
     @property
     def replayed(self) -> Tensor:
-        """Which of the images are replayed, bool [B], on the CPU."""
+        """Whether each image is replayed, bool [B], on the CPU."""
         return self.stages != self.stage
 
 
 class Hooks:
-    """What a strategy does inside the training loop; this one does nothing. See `Strategy`, which is one."""
+    """What a strategy does inside the training loop. These methods do nothing; `Strategy` inherits them."""
 
     def penalty(self, detector: Detector, batch: Batch) -> Tensor | None:
-        """A scalar to add to the method's loss of a batch, or None. Called under the same autocast as the loss."""
+        """A scalar to add to the method's loss of a batch; None for nothing. Computed in the loss's precision."""
         return None
 
     def after_backward(self, gradients: Mapping[str, Tensor]) -> None:
-        """Look at, or change in place, the gradients of a step: parameter name -> gradient, before clipping."""
+        """Read a step's gradients, name of the parameter -> gradient, or change them in place; clipping comes after."""
 
     def after_step(self) -> None:
-        """Called once the optimizer has moved the weights."""
+        """Called after the optimizer has changed the weights."""
 
     def kept(self) -> dict[str, Tensor]:
-        """The tensors that are kept from step to step and from stage to stage: name -> tensor."""
+        """The tensors that the strategy keeps, name -> tensor: checkpoints hold them and the footprint counts them."""
         return {}
 
     def restore_kept(self, tensors: dict[str, Tensor]) -> None:
-        """Take over what `kept` gave in another process."""
+        """Take what `kept` gave, in this process or in an earlier one."""
 
 
 def train(
@@ -96,32 +109,39 @@ def train(
     on_epoch: Callable[[int, int, float], None] = lambda stage, epoch, loss: None,
     hooks: Hooks | None = None,
 ) -> None:
-    """Teach a detector a stage, from the start of its task, or from where it was left, to the end.
+    """Teach a detector a stage, from its beginning, or from where an earlier process left it, to its end.
 
-    All randomness inside a step comes from torch's own generators, seeded anew before every step and every
-    validation from what it is for: so a continued training is the training.
+    The share `detector.held_out` of the images is held out: no step sees them, and they stop the training early.
+    Torch's own generators are seeded anew before every step and every validation, by the seed, the stage and the
+    step: a training that is continued draws what it would have drawn.
 
     Args:
+        detector: on its device.
         stage: 0-based.
-        images: the stage's, uint8 [N, 3, H, W].
+        images: the stage's images, uint8 [N, 3, H, W], on that device.
         stored: for each earlier stage, two tensors uint8 [M, 3, H, W]: images that it was learned from, which are
-            replayed, one with every current image; and images that were held out of it, and stay held out.
-        bookmark: where a training is left and continued from; methods that only collect begin anew.
-        on_epoch: called with stage, epoch (0-based) and the mean loss of each; again, where one is continued.
-        hooks: the strategy's part in the loop, if it has one.
+            replayed, one with every new image; and images that were held out of it, and stay held out.
+        seed: the run's.
+        bookmark: where the state is kept and looked for; None for nowhere. Methods that only collect begin anew.
+        on_epoch: called after each epoch with the stage, the epoch (0-based) and its mean loss. A process that
+            continues calls it again for epochs after the checkpoint.
+        hooks: what the strategy does inside the loop; None for nothing.
 
     Raises:
-        Diverged: the loss, or a weight, became infinite or not a number.
+        Diverged: the loss or a weight is not finite.
+        Stopped: a signal asked for it; the bookmark has the state.
+        UserError: a batch has one image, which batch normalisation cannot learn from, or a checkpoint cannot be
+            written.
     """
     current, validation = split(images, detector.held_out, seed, stage)
-    parts = {stage: current, **{earlier: part for earlier, (part, _) in enumerate(stored) if len(part)}}
-    past = [part for owner, part in parts.items() if owner != stage]
+    learned = {stage: current, **{earlier: some for earlier, (some, _) in enumerate(stored) if len(some)}}
+    past = [some for owner, some in learned.items() if owner != stage]
     unseen = torch.cat([validation, *(held for _, held in stored)])
     with detector.learning():
         detector.train()
         detector.prepare(current)
-        left = bookmark.find(stage) if bookmark else None
-        if left is None:
+        saved = bookmark.find(stage) if bookmark else None
+        if saved is None:
             with torch.no_grad():
                 detector.start_task(stage, current, torch.cat(past) if past else current[:0])
         optimizer = detector.optimizer()
@@ -129,9 +149,9 @@ def train(
             _collect(detector, torch.cat([current, *past]) if past else current)
         else:
             descent = Descent(detector, optimizer, stage, seed, bookmark, on_epoch, hooks or Hooks())
-            if left is not None:
-                descent.restore(*left)
-            descent.run(parts, unseen)
+            if saved is not None:
+                descent.restore(*saved)
+            descent.run(learned, unseen)
         detector.eval()
         with torch.no_grad():
             detector.finish_task(unseen if len(unseen) else current)
@@ -139,16 +159,26 @@ def train(
 
 @torch.no_grad()
 def _collect(detector: Detector, images: Tensor) -> None:
-    """Show the detector every image once."""
+    """Show every image, uint8 [N, 3, H, W], to the detector once."""
     for begin in range(0, len(images), detector.batch_size):
         detector.training_step(images[begin : begin + detector.batch_size])
         detector.progress("learning", min(begin + detector.batch_size, len(images)), len(images))
 
 
 class Descent:
-    """Minimises a detector's loss for its `epochs` (or `step_budget`), or until `patience` epochs have not bettered the best.
+    """Minimises a detector's loss for its `epochs` or `step_budget`, or until the held-out loss stops falling.
 
-    Its attributes are all that changes from step to step: what `state` gives and `restore` takes.
+    Args:
+        detector: on its device.
+        optimizer: of the detector's parameters.
+        stage, seed, bookmark, on_epoch, hooks: as for `train`.
+
+    Attributes:
+        epoch, step: the next ones, 0-based; the step within its epoch.
+        losses: float32 [steps], of the current epoch; NaN where a step is yet to come.
+        best: the detector's state with the lowest held-out loss, name -> tensor; None before the first validation.
+        best_loss: that loss.
+        since: epochs since then.
     """
 
     def __init__(
@@ -171,26 +201,32 @@ class Descent:
         self.trained = {names[id(parameter)]: parameter for parameter in self._parameters()}
         self.watched = type(hooks).after_backward is not Hooks.after_backward
         self.kept_before = {name: (tensor, tensor._version) for name, tensor in hooks.kept().items()}
-        self.epoch, self.step = 0, 0  # the next one's
-        self.losses = torch.empty(0)  # of the epoch's steps
+        self.epoch, self.step = 0, 0
+        self.losses = torch.empty(0)
         self.best: Mapping[str, Tensor] | None = None
-        self.best_loss, self.since = math.inf, 0  # and epochs since then
+        self.best_loss, self.since = math.inf, 0
 
-    def run(self, parts: Mapping[int, Tensor], unseen: Tensor) -> None:
-        """Train on this stage's images and on replayed ones, and stop early on the unseen ones.
+    def run(self, learned: Mapping[int, Tensor], unseen: Tensor) -> None:
+        """Train from the current epoch and step to the end, and leave the best weights in the detector.
 
         Args:
-            parts: stage -> uint8 [N, 3, H, W]; first the stage that is learned.
+            learned: images to learn from, stage -> uint8 [N, 3, H, W]: first those of the stage itself, then the
+                replayed ones of each earlier stage.
+            unseen: held-out images for early stopping, uint8 [V, 3, H, W]; there may be none.
+
+        Raises:
+            Diverged: a loss or weight is not finite.
+            Stopped, UserError: as `train`.
         """
         detector = self.detector
-        images = torch.cat(list(parts.values())) if len(parts) > 1 else parts[self.stage]
-        per_epoch = math.ceil(len(parts[self.stage]) / detector.batch_size)
+        images = torch.cat(list(learned.values())) if len(learned) > 1 else learned[self.stage]
+        per_epoch = math.ceil(len(learned[self.stage]) / detector.batch_size)
         budget = detector.step_budget or detector.epochs * per_epoch
         stops_early = detector.patience is not None and len(unseen) > 0
         while self.epoch * per_epoch < budget:
             if stops_early and self.since >= (detector.patience or 0):
                 break
-            self._epoch(images, parts, per_epoch, budget)
+            self._epoch(images, [(owner, len(some)) for owner, some in learned.items()], per_epoch, budget)
             if stops_early:
                 self._validate(unseen)
             self.on_epoch(self.stage, self.epoch, float(self.losses.mean()))
@@ -199,25 +235,31 @@ class Descent:
         if self.best is not None:
             detector.restore(self.best)
         if not all(bool(parameter.isfinite().all()) for parameter in self.trained.values()):
-            raise Diverged(
-                f"weights became no numbers in the last step of epoch {self.epoch}: {calmer(self.detector)}"
-            )
+            advice = advice_on_divergence(detector)
+            raise Diverged(f"a weight is not finite after the last step of epoch {self.epoch}: {advice}")
 
-    def _epoch(self, images: Tensor, parts: Mapping[int, Tensor], per_epoch: int, budget: int) -> None:
-        """The steps of an epoch, from the next one on, and no more than the budget has left."""
+    def _epoch(self, images: Tensor, owners: Sequence[tuple[int, int]], per_epoch: int, budget: int) -> None:
+        """Take the steps of the current epoch, from `self.step` on.
+
+        Args:
+            images: all to learn from, uint8 [N, 3, H, W].
+            owners: which of them are whose, in their order: a stage, and how many are its own.
+            per_epoch: steps of a whole epoch.
+            budget: steps of the whole training.
+        """
         detector = self.detector
         detector.train()
-        before = self.epoch * per_epoch  # steps of the epochs before
+        before = self.epoch * per_epoch  # steps of earlier epochs
         steps = min(per_epoch, budget - before)
         if self.step == 0:
             self.losses = torch.full((steps,), math.nan, device=images.device)
         looked = time.perf_counter()
-        counts = [len(part) for part in parts.values()]
+        counts = [count for _, count in owners]
         batches = _batches(counts, detector.batch_size, self.stage, self.epoch, self.seed)[self.step : steps]
         rows = torch.cat([*batches, torch.empty(0, dtype=torch.int64)])
         starts = torch.tensor([0, *itertools.accumulate(counts)])
-        part = torch.bucketize(rows, starts, right=True) - 1
-        stages, own_rows = torch.tensor(list(parts))[part], rows - starts[part]
+        owner = torch.bucketize(rows, starts, right=True) - 1
+        stages, own_rows = torch.tensor([stage for stage, _ in owners])[owner], rows - starts[owner]
         # All of an epoch's rows go to the device together: a copy in every step would wait for the device.
         sizes = [len(batch) for batch in batches]
         columns = (values.split(sizes) for values in (rows.to(images.device), stages, own_rows))
@@ -232,7 +274,11 @@ class Descent:
                 looked = time.perf_counter()
 
     def _step(self, batch: Batch, done: float) -> None:
-        """One step, when this share of all steps is done."""
+        """Take one step.
+
+        Args:
+            done: share of the training's steps that are done, in [0, 1).
+        """
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * self.detector.learning_rate_factor(done)
         torch.manual_seed(seed_for(self.seed, "step", self.stage, self.epoch, self.step))
@@ -241,8 +287,8 @@ class Descent:
         self.scaler.scale(loss).backward()
         if self.watched or self.detector.gradient_clip is not None:
             self.scaler.unscale_(self.optimizer)
-            there = {name: p.grad for name, p in self.trained.items() if p.grad is not None}
-            self.hooks.after_backward(there)
+            gradients = {name: p.grad for name, p in self.trained.items() if p.grad is not None}
+            self.hooks.after_backward(gradients)
             if self.detector.gradient_clip is not None:
                 nn.utils.clip_grad_norm_(self.trained.values(), self.detector.gradient_clip)
         self.scaler.step(self.optimizer)
@@ -252,10 +298,10 @@ class Descent:
         self.step += 1
 
     def _loss(self, batch: Batch) -> Tensor:
-        """The method's loss, and what the strategy adds to it.
+        """The method's loss and the strategy's penalty together, a scalar.
 
         Raises:
-            UserError: a batch of one image leaves batch normalisation a single position.
+            UserError: batch normalisation cannot learn from a batch of one image.
         """
         try:
             with self.autocast:
@@ -274,27 +320,30 @@ class Descent:
             ) from error
 
     def _check(self) -> None:
-        """Look at the epoch's losses so far.
+        """Check the losses of the epoch so far; this waits for the device.
 
         Raises:
-            Diverged: one is no number.
+            Diverged: one is not finite.
         """
         bad = (~self.losses[: self.step].isfinite()).nonzero().flatten()
         if len(bad):
             step = int(bad[0])
             raise Diverged(
                 f"the loss became {float(self.losses[step])} in epoch {self.epoch + 1}, step {step + 1}: "
-                f"{calmer(self.detector)}"
+                f"{advice_on_divergence(self.detector)}"
             )
 
     @torch.no_grad()
     def _validate(self, unseen: Tensor) -> None:
-        """The mean loss over the held-out images, under the same draws after every epoch; the best is kept."""
+        """Compute the mean loss of held-out images, uint8 [V, 3, H, W], and keep the weights if it is the lowest.
+
+        The same random numbers are drawn after every epoch.
+        """
         detector = self.detector
         detector.eval()
         torch.manual_seed(seed_for(self.seed, "validation", self.stage))
-        parts = unseen.split(detector.batch_size)
-        total = sum(len(part) * detector.validation_loss(part).double() for part in parts)
+        batches = unseen.split(detector.batch_size)
+        total = sum(len(batch) * detector.validation_loss(batch).double() for batch in batches)
         loss = float(total) / len(unseen)
         if loss < self.best_loss:
             self.best = {name: tensor.clone() for name, tensor in kept_state(detector).items()}
@@ -303,22 +352,23 @@ class Descent:
             self.since += 1
 
     def _keep(self, epoch_ended: bool) -> None:
+        """Give the state to the bookmark where that is due."""
         if self.bookmark and self.bookmark.due(epoch_ended):
             self._check()
             self.bookmark.place(self.stage, *self.state())
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """All that a step depends on beside the images: tensors by name, and plain data."""
+        """All that the steps to come depend on besides the images: name -> tensor, and plain data for JSON."""
         tensors = {f"detector.{name}": tensor for name, tensor in kept_state(self.detector).items()}
         tensors |= {f"best.{name}": tensor for name, tensor in (self.best or {}).items()}
         kept = self.hooks.kept()
-        for name, tensor in kept.items():  # what the stage began with, it begins with again
+        for name, tensor in kept.items():  # the others are there again when a process begins the stage again
             before, version = self.kept_before.get(name, (None, 0))
             if tensor is not before or tensor._version != version:
                 tensors[f"kept.{name}"] = tensor
         for index, parameter in enumerate(self._parameters()):
             for name, value in self.optimizer.state[parameter].items():
-                if value is not None:  # momentum, where there is none
+                if value is not None:  # SGD without momentum has an entry that is None
                     tensors[f"optimizer.{index}.{name}"] = value
         data = {
             "epoch": self.epoch,
@@ -331,21 +381,16 @@ class Descent:
         return {**tensors, "losses": self.losses}, data
 
     def restore(self, tensors: Mapping[str, Tensor], data: Mapping[str, Any]) -> None:
-        """Go on from what `state` gave."""
-        parts: dict[str, dict[str, Tensor]] = {"detector": {}, "best": {}, "optimizer": {}, "kept": {}}
-        for name, tensor in tensors.items():
-            owner, _, rest = name.partition(".")
-            if owner in parts:
-                parts[owner][rest] = tensor
-        self.detector.restore(parts["detector"])
-        self.best = parts["best"] or None
-        kept = {**self.hooks.kept(), **parts["kept"]}
+        """Continue from what `state` gave."""
+        self.detector.restore(with_prefix(tensors, "detector."))
+        self.best = with_prefix(tensors, "best.") or None
+        kept = {**self.hooks.kept(), **with_prefix(tensors, "kept.")}
         self.hooks.restore_kept({name: kept[name] for name in data["kept"]})
         parameters = self._parameters()
-        for name, tensor in parts["optimizer"].items():
+        for name, tensor in with_prefix(tensors, "optimizer.").items():
             index, _, key = name.partition(".")
             parameter = parameters[int(index)]
-            # Fused optimizers go through memory as the parameter lies there, which may be channels last.
+            # Fused optimizers expect their state in the memory layout of the parameter, which may be channels last.
             same = tensor.shape == parameter.shape
             value = torch.empty_like(parameter, dtype=tensor.dtype).copy_(tensor) if same else tensor
             self.optimizer.state[parameter][key] = value
@@ -355,14 +400,21 @@ class Descent:
         self.scaler.load_state_dict(data["scaler"])
 
     def _parameters(self) -> list[Tensor]:
+        """The parameters that the optimizer trains, in its order."""
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
 
+def with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names begin with `prefix`, under names without it."""
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
 def _batches(counts: Sequence[int], size: int, stage: int, epoch: int, seed: int) -> list[Tensor]:
-    """Rows of an epoch's batches: the current images in random order, and as many of the past tasks'.
+    """Rows of the batches of an epoch, int64 [up to 2 * size] each: new images in random order, and as many replayed.
 
     Args:
-        counts: of the current images, and of each past task's, which lie one after the other.
+        counts: number of new images, then of the images of each past stage; rows count through all in this order.
+        size: new images of a batch.
     """
     current, *past = counts
     starts = list(itertools.accumulate(counts))
@@ -370,7 +422,7 @@ def _batches(counts: Sequence[int], size: int, stage: int, epoch: int, seed: int
     order = torch.randperm(current, generator=generator(seed, "order", stage, epoch))
     for step, rows in enumerate(order.split(size)):
         random = generator(seed, "replay batch", stage, epoch, step)
-        # Evenly over the past tasks: rounds of all of them, in an order of each batch's own.
+        # Past stages take turns, in an order that each batch draws anew, so that all are replayed equally often.
         rounds = math.ceil(len(rows) / len(past)) if past else 0
         tasks = torch.randperm(len(past), generator=random).repeat(rounds)[: len(rows)].tolist()
         drawn = [starts[task] + int(torch.randint(past[task], (), generator=random)) for task in tasks]
@@ -379,7 +431,10 @@ def _batches(counts: Sequence[int], size: int, stage: int, epoch: int, seed: int
 
 
 def split(images: Tensor, share: float, seed: int, stage: int) -> tuple[Tensor, Tensor]:
-    """A stage's images to learn from, and those held out: at least one of each, where there are two and a share."""
+    """A stage's images, uint8 [N, 3, H, W], to learn from, and those held out.
+
+    At least one is learned from; of two or more at least one is held out where the share is not 0.
+    """
     learned, held = split_rows(len(images), share, seed, stage)
     if not len(held):
         return images, images[:0]
@@ -387,12 +442,12 @@ def split(images: Tensor, share: float, seed: int, stage: int) -> tuple[Tensor, 
 
 
 def split_rows(count: int, share: float, seed: int, stage: int) -> tuple[Tensor, Tensor]:
-    """Which of a stage's images are learned from, and which are held out: both ascending."""
+    """The indices of a stage's images to learn from, and of those held out, each int64 and ascending."""
     size = held_out(count, share)
     order = torch.randperm(count, generator=generator(seed, "held out", stage))
     return order[size:].sort().values, order[:size].sort().values
 
 
 def held_out(count: int, share: float) -> int:
-    """How many of so many images are held out."""
+    """How many of `count` images are held out: the share, rounded up, but never all."""
     return min(math.ceil(share * count), count - 1)

@@ -23,6 +23,7 @@ from clbench.data.files import read_image, read_mask
 from clbench.data.images import ImageSet
 from clbench.data.mvtec import MVTec
 from clbench.data.samples import GOOD, Geometry, Sample
+from clbench.data.stream import Category, Task
 from clbench.errors import UserError
 
 REPOSITORY = Path(__file__).parent.parent
@@ -486,6 +487,28 @@ def test_sets_are_joined_in_order(root: Path, tmp_path: Path) -> None:
     small = load(samples_of(root, "test"), Geometry(8), tmp_path / "cache")
     with pytest.raises(UserError, match=r"40x40 but .* is 8x8.*dataset.resize="):
         ImageSet.concatenate([train, small])
+
+
+@pytest.mark.parametrize("part", ["train", "test"])
+def test_a_fingerprint_changes_with_any_pixel_of_any_image_or_mask(part: str) -> None:
+    def task() -> Task:
+        images = torch.arange(40, dtype=torch.uint8).reshape(40, 1, 1, 1).repeat(1, 3, 5, 6)
+        masks = torch.zeros(40, 5, 6, dtype=torch.bool)
+        names = [f"{number:03d}" for number in range(40)]
+        train, test = (
+            ImageSet(images.clone(), masks.clone(), [GOOD] * 40, names, unknown=[]) for _ in range(2)
+        )
+        return Task("brick", train, (Category("brick", test),))
+
+    seen = {task().fingerprint(), task().fingerprint()}
+    for number in range(40):
+        for tensor in ("images", "masks"):
+            changed = task()
+            images = changed.train if part == "train" else changed.categories[0].test
+            getattr(images, tensor)[number, ..., 4, 5] = 1
+            seen.add(changed.fingerprint())
+    # As the files are, and 80 changes, of which one gives image 1 the value that it had.
+    assert len(seen) == 80
 
 
 def test_decoding_holds_few_images_at_a_time(tmp_path: Path) -> None:

@@ -97,18 +97,18 @@ REFUSED = [
 
 @pytest.mark.parametrize(("overrides", "said"), REFUSED, ids=[" ".join(given) for given, _ in REFUSED])
 def test_a_strategy_s_own_settings_are_checked_before_anything_starts(
-    own: Path, here: Train, tmp_path: Path, overrides: list[str], said: str
+    own: Path, train: Train, tmp_path: Path, overrides: list[str], said: str
 ) -> None:
-    result = here(f"--config-dir={own}", "method=stfpm", *overrides)
+    result = train(f"--config-dir={own}", "method=stfpm", *overrides)
     assert result.returncode == 2 and said in result.stderr and result.stderr.count("\n") == 1, result.stderr
     assert not (tmp_path / "outputs").exists()
 
 
 def test_a_third_benchmark_and_a_sweep_of_it_are_found_and_departures_are_from_it(
-    own: Path, here: Train, tmp_path: Path
+    own: Path, train: Train, tmp_path: Path
 ) -> None:
     """The sweep's method is the benchmark's, but for what the command line says; it is stored with the run."""
-    result = here(f"--config-dir={own}", "sweep=mine", "strategy.weight=3.0", "method.patience=1")
+    result = train(f"--config-dir={own}", "sweep=mine", "strategy.weight=3.0", "method.patience=1")
     assert result.returncode == 0, result.stderr
     stored = [
         yaml.safe_load((path / "config.yaml").read_text()) for path in run_directories(tmp_path, "swept")
@@ -126,11 +126,11 @@ def test_a_third_benchmark_and_a_sweep_of_it_are_found_and_departures_are_from_i
 
 
 def test_finished_runs_are_composed_again_when_a_config_of_the_user_s_own_changed(
-    own: Path, here: Train, tmp_path: Path
+    own: Path, train: Train, tmp_path: Path
 ) -> None:
     given = (f"--config-dir={own}", "benchmark=mine", "method=stfpm", "strategy=finetune")
-    assert here(*given).returncode == 0
-    assert "finished already" in here(*given).stdout
+    assert train(*given).returncode == 0
+    assert "finished already" in train(*given).stdout
     (own / "benchmark" / "mine" / "stfpm.yaml").write_text("epochs: 1\nbatch_size: 3\n")
-    refused = here(*given)
+    refused = train(*given)
     assert refused.returncode == 2 and "method.epochs: 2 -> 1" in refused.stderr

@@ -14,13 +14,17 @@ from clbench.data.samples import Dataset, Geometry
 from clbench.errors import UserError
 from clbench.randomness import generator
 
-_TAKEN = ("mean", "forgetting", "maps")  # what results are filed under beside categories
-_LOOKED_AT = 16  # images of a set, at most, whose pixels tell whether it is the same
+_TAKEN = ("mean", "forgetting", "maps")  # names that results are filed under beside those of categories
 
 
 @dataclass(frozen=True)
 class Category:
-    """One product: what metrics are of."""
+    """A kind of product: what metrics are measured for.
+
+    Attributes:
+        name: its name in the dataset.
+        test: the images that it is evaluated on.
+    """
 
     name: str
     test: ImageSet
@@ -41,27 +45,32 @@ class Task:
     categories: tuple[Category, ...]
 
     def fingerprint(self) -> str:
-        """A digest that is the same wherever the files lie, and another where images joined, left or changed: of names,
-        kinds and sizes of all, and pixels and masks of some."""
+        """A text that changes where an image joins, leaves or changes, and not where its file is moved.
+
+        It is a digest of the names, kinds, pixels and masks of all images: a quarter of a second for 1,000 images of
+        224 x 224 pixels.
+        """
         digest = hashlib.sha256()
         for images in (self.train, *(category.test for category in self.categories)):
-            digest.update(json.dumps([images.names, images.kinds, images.images.shape]).encode())
-            step = -(-len(images) // _LOOKED_AT)
-            for tensor in (images.images[::step], images.masks[::step]):
+            about = [images.names, images.kinds, images.unknown, images.images.shape]
+            digest.update(json.dumps(about).encode())
+            for tensor in (images.images, images.masks):
                 digest.update(tensor.contiguous().numpy().data)
         return digest.hexdigest()[:16]
 
 
 def order(dataset: Dataset, kind: str, tasks: list | None, seed: int) -> list[list[str]]:
-    """The categories of each task.
+    """The names of the categories of each task, in the stream's order.
 
     Args:
-        kind: `listed`, `alphabetical` or `random` (by seed).
-        tasks: for `listed`: categories, or lists of categories that arrive together.
+        kind: looked at where `tasks` is None: `random`, or else alphabetical.
+        tasks: names of categories, and lists of names of those that arrive together; None for each category of the
+            dataset as a task of its own.
+        seed: of a random order.
 
     Raises:
-        UserError: the list names a category twice, or one that the dataset does not have; a category has a name that
-            results need for themselves.
+        UserError: the list is empty, has an empty task, or names a category twice or one that the dataset does not
+            have; or a category has a name that results need for themselves.
     """
     grouped = _grouped(dataset, kind, tasks, seed)
     for name in (name for group in grouped for name in group):
@@ -73,6 +82,7 @@ def order(dataset: Dataset, kind: str, tasks: list | None, seed: int) -> list[li
 
 
 def _grouped(dataset: Dataset, kind: str, tasks: list | None, seed: int) -> list[list[str]]:
+    """As `order`, whatever the categories are called."""
     if tasks is None:
         names = sorted(dataset.categories)
         if kind == "random":
@@ -101,15 +111,16 @@ def load(
     directory: Path,
     progress: Callable[[str, int, int], None],
 ) -> list[Task]:
-    """Load the tasks of a stream, reading every image once: no bad file is found after training.
+    """The tasks of a stream. Every file is read now, so that a bad one is found before training.
 
     Args:
-        categories: the names of each task's.
-        directory: of the decoded-image cache.
-        progress: called with the phase, images read and images in all.
+        categories: names of the categories of each task, as `order` gives them.
+        geometry: the size that images and masks are brought to.
+        directory: folder of the cache of decoded images.
+        progress: called with the phase, the number of images read, and of all.
 
     Raises:
-        UserError: a file is unreadable, or images differ in size.
+        UserError: a file is unreadable, images differ in size, or the cache cannot be written.
     """
     found = {
         (name, split): dataset.samples(name, split)

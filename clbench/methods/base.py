@@ -15,17 +15,17 @@ from clbench.backbones import FeaturePyramid
 from clbench.errors import UserError
 from clbench.feature_store import FeatureStore
 
-Share = Annotated[float, Ge(0), Lt(1)]  # of a whole that is never all of it
+Share = Annotated[float, Ge(0), Lt(1)]  # a share of a whole, less than all of it
 
 
 class Progress(Protocol):
-    """How far a phase is, and a word on how it goes."""
+    """Called as a phase goes on: `done` of `total` steps, and a note on how it goes."""
 
     def __call__(self, phase: str, done: int, total: int, note: str = "") -> None: ...
 
 
 def silent(phase: str, done: int, total: int, note: str = "") -> None:
-    """Progress that nobody watches."""
+    """A `Progress` that does nothing."""
 
 
 class Prediction(NamedTuple):
@@ -36,24 +36,26 @@ class Prediction(NamedTuple):
 
 
 class Detector(nn.Module):
-    """A method's model. It learns a task by `prepare`, `start_task`, `training_step`s and `finish_task`.
-    A training that is continued goes through `prepare` again, and not through `start_task`.
+    """A method's model: images in, anomaly maps and image scores out.
 
-    What it keeps between tasks (banks, statistics) are buffers registered on the detector itself; networks
-    are its submodules. So `state_dict` is the whole detector, and the footprint counts itself.
+    It learns a task by `prepare`, `start_task`, one `training_step` for each batch, and `finish_task`. A process that
+    continues within a task calls `prepare` again, but not `start_task`.
+
+    What it keeps between tasks (banks, statistics) is registered as buffers, and networks are submodules: `state_dict`
+    is the whole detector, and the footprint counts what is there.
 
     Attributes:
-        native: whether the method updates what it keeps task by task, which is what `strategy=native` needs.
-        rebuilt_by_replay: whether replay makes banks and statistics anew from current and stored images, or
-            leaves them to the method's own update.
+        native: whether the method has its own update of what it keeps, task by task; `strategy=native` needs it.
+        rebuilt_by_replay: whether replay drops banks and statistics and makes them from new and stored images; if not,
+            the method's own update goes on.
         epochs: passes over a task's images; 1 for methods that only collect.
-        step_budget: optimizer steps of a task, in place of epochs; None where epochs count.
-        batch_size: images of a training step, and as many replayed ones.
-        held_out: share of a task's normal images that no step sees, for early stopping and thresholds.
-        patience: epochs without a better loss on the held-out images before training stops; None for never.
-        gradient_clip: largest norm of all gradients together; None to leave them as they are.
-        precision: of mixed-precision training; None for single precision.
-        progress: called with (phase, done, total) during long phases.
+        step_budget: optimizer steps for a task, in place of `epochs`; None where `epochs` counts.
+        batch_size: number of new images of a training step, which has as many replayed ones.
+        held_out: share of a task's normal images that no step sees: early stopping and thresholds use them.
+        patience: epochs without a lower loss on held-out images before training stops; None: it never stops early.
+        gradient_clip: largest norm of all gradients together; larger ones are scaled down. None: they are left alone.
+        precision: type of mixed-precision training; None for single precision.
+        progress: called with (phase, done, total, note) during long phases.
     """
 
     native = False
@@ -72,7 +74,7 @@ class Detector(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where it is: the CPU, while it has neither parameters nor buffers."""
+        """The device of its parameters and buffers; the CPU where it has none yet."""
         tensors = chain(self.parameters(), self.buffers())
         return next((tensor.device for tensor in tensors), torch.device("cpu"))
 
@@ -80,60 +82,81 @@ class Detector(nn.Module):
         """Drop banks and statistics of earlier tasks, so that the next task replaces them."""
 
     def prepare(self, images: Tensor) -> None:
-        """Load what steps need beside images like these, uint8 [N, 3, H, W], and give weights that depend on
-        their size that size; what is loaded is no part of the state."""
+        """Load what steps need besides the images, and bring weights that depend on the image size to their size.
+
+        Called before every training, new or continued. What it loads is not part of the state.
+
+        Args:
+            images: images of the size to come, uint8 [N, 3, H, W].
+
+        Raises:
+            UserError: a file that the method needs cannot be read.
+        """
 
     def start_task(self, task: int, images: Tensor, stored: Tensor) -> None:
-        """Begin a task with its images and stored ones of earlier tasks, both uint8 [N, 3, H, W]."""
+        """Begin a task.
+
+        Args:
+            task: the stage, 0-based.
+            images: the images to learn from, uint8 [N, 3, H, W].
+            stored: images of earlier tasks that are replayed, uint8 [M, 3, H, W]; none without replay.
+        """
 
     def training_step(self, images: Tensor) -> Tensor | None:
-        """Images uint8 [B, 3, H, W] -> the loss, or None from methods that only collect."""
+        """Images, uint8 [B, 3, H, W] -> the loss, a scalar; None from methods that only collect."""
         raise NotImplementedError
 
     def optimizer(self) -> torch.optim.Optimizer | None:
-        """A fresh one for a task; None for methods that only collect."""
+        """A new optimizer for a task; None for methods that only collect."""
         return None
 
     @classmethod
     def has_gradients(cls) -> bool:
-        """Whether it is trained by an optimizer, or only collects."""
+        """Whether the method is trained by an optimizer; if not, it only collects."""
         return cls.optimizer is not Detector.optimizer
 
     def learning_rate_factor(self, done: float) -> float:
-        """What the optimizer's learning rates are multiplied with when this share of the steps is done."""
+        """What learning rates are multiplied by once the share `done`, in [0, 1), of a task's steps is done."""
         return 1.0
 
     def validation_loss(self, images: Tensor) -> Tensor:
-        """Held-out images uint8 [B, 3, H, W] -> the loss that early stopping watches."""
+        """Held-out images, uint8 [B, 3, H, W] -> the loss, a scalar, that early stopping compares."""
         loss = self.training_step(images)
         assert loss is not None
         return loss
 
     def outputs(self, images: Tensor) -> list[Tensor]:
-        """Images uint8 [B, 3, H, W] -> the trained outputs, with gradients, that distillation and replay of stored
-        outputs compare: float tensors [B, ...], always as many and in the same order; none where nothing is trained."""
+        """Images, uint8 [B, 3, H, W] -> the outputs of what is trained, with gradients: float tensors [B, ...].
+
+        Strategies compare them with those of an earlier model, or with stored ones: there are always as many, in the
+        same order. None of them where nothing is trained.
+        """
         return []
 
     def finish_task(self, images: Tensor) -> None:
-        """Consolidate what the task's steps left; normal images [N, 3, H, W], held out where some are."""
+        """Turn what a task's steps collected or learned into what is kept.
+
+        Args:
+            images: normal images, uint8 [N, 3, H, W]: those held out, or those learned from where none were.
+        """
 
     def forward(self, images: Tensor) -> Prediction:
-        """Images, uint8 or float in [0, 1], [B, 3, H, W] -> maps [B, H, W] and scores [B], no task given."""
+        """Images [B, 3, H, W], uint8 or float in [0, 1] -> maps [B, H, W] and scores [B]. No task is given."""
         raise NotImplementedError
 
     def lay_out(self) -> None:
-        """Bring weights into the memory layout that is fastest: channels last, where convolutions are trained."""
+        """Bring weights into the fastest memory layout: channels last, where convolutions are trained."""
         if self.optimizer() is not None and not any(map(_overruns, self.modules())):
             self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # absent from torch's stubs
 
     def for_export(self) -> None:
-        """Bring what was learned into the form that a traced `forward` takes; nothing more is learned after it."""
+        """Bring what was learned into the form that a traced `forward` uses. Nothing can be learned after it."""
 
     def check(self, images: Tensor) -> None:
-        """Try an image, uint8 [1, 3, H, W], before anything is learned.
+        """Try one image, uint8 [1, 3, H, W], before anything is learned.
 
         Raises:
-            UserError: a network takes no images of this size.
+            UserError: the detector takes no images of this size.
         """
         for module in self.modules():
             if isinstance(module, FeaturePyramid):
@@ -145,7 +168,7 @@ class Detector(nn.Module):
 
     @contextmanager
     def uncached(self) -> Iterator[None]:
-        """Inside, frozen networks see every image anew: for measuring time."""
+        """Inside, frozen networks compute every image anew: to measure time, or to keep nothing."""
         for store in self.stores():
             store.paused = True
         try:
@@ -156,7 +179,7 @@ class Detector(nn.Module):
 
     @contextmanager
     def learning(self) -> Iterator[None]:
-        """Inside, the images that frozen networks see are training images: see `release`."""
+        """Inside, images that frozen networks see are training images, whose features `release` drops."""
         for store in self.stores():
             store.learning = True
         try:
@@ -166,12 +189,16 @@ class Detector(nn.Module):
                 store.learning = False
 
     def release(self, keep: Tensor | None) -> None:
-        """Let go of the features of training images, but for those that will be learned again."""
+        """Drop the features of training images.
+
+        Args:
+            keep: images that will be learned again and whose features stay, uint8 [M, 3, H, W]; None for none.
+        """
         for store in self.stores():
             store.release(keep)
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Take over what `kept_state` of another detector gave; what it keeps may have other sizes here."""
+        """Take what `kept_state` gave, name -> tensor; buffers and parameters take the sizes that they have there."""
         for name, tensor in state.items():
             owner_name, _, leaf = name.rpartition(".")
             owner = self.get_submodule(owner_name)
@@ -188,7 +215,7 @@ class Detector(nn.Module):
 
 
 def frozen_digest(detector: Detector) -> str:
-    """Of the weights of frozen networks, which no checkpoint holds: to know whether they are still the same."""
+    """SHA-256 of the weights of frozen networks, which checkpoints leave out: to tell whether they changed."""
     digest = hashlib.sha256()
     for pyramid in (module for module in detector.modules() if isinstance(module, FeaturePyramid)):
         for tensor in pyramid.state_dict().values():
@@ -197,13 +224,15 @@ def frozen_digest(detector: Detector) -> str:
 
 
 def check_frozen(before: str | None, now: str, run: Path) -> None:
-    """Whether a run that is continued or used has the frozen networks that it was begun with.
+    """Check that a run is continued or used with the frozen weights that it was begun with.
 
     Args:
-        before, now: what `frozen_digest` gave; None from a run that did not keep it yet.
+        before: what `frozen_digest` gave when the run was begun; None for runs that did not store it.
+        now: what it gives now.
+        run: the run's directory, for the error.
 
     Raises:
-        UserError: it has others.
+        UserError: the weights differ.
     """
     if before not in (None, now):
         raise UserError(
@@ -213,7 +242,7 @@ def check_frozen(before: str | None, now: str, run: Path) -> None:
 
 
 def kept_state(detector: Detector) -> dict[str, Tensor]:
-    """A detector's state but for frozen networks, which the config brings back."""
+    """A detector's state without frozen networks, which are made from the config: name -> tensor."""
     frozen = tuple(
         f"{name}." for name, module in detector.named_modules() if isinstance(module, FeaturePyramid)
     )
@@ -221,7 +250,7 @@ def kept_state(detector: Detector) -> dict[str, Tensor]:
 
 
 def _overruns(module: nn.Module) -> bool:
-    """Whether its gradient, channels last, is written beyond its memory on a CPU (oneDNN, issue 6035)."""
+    """Whether oneDNN writes the gradient of this convolution, channels last, beyond its memory (oneDNN issue 6035)."""
     return (
         isinstance(module, nn.Conv2d)
         and module.in_channels < 16

@@ -92,16 +92,16 @@ class Checkpoints:
         self.saved()
 
     def find(self, stage: int) -> Saved | None:
-        """The newest undamaged checkpoint of a training of this stage, or None."""
+        """The tensors and data of the newest undamaged checkpoint of a stage that is being learned; None without one."""
         for path in self._newest_first(f"learning-{stage:04d}"):
             if (saved := self._load(path.stem)) is not None:
                 return saved
         return None
 
     def peek(self, stage: int) -> dict[str, Any] | None:
-        """The data of the newest checkpoint of a training of this stage, or None where there is none."""
+        """The data that `find` would give; the tensors' file is checked, but no tensor is loaded."""
         for path in self._newest_first(f"learning-{stage:04d}"):
-            if (data := self._read_data(path.stem)) is not None:
+            if (data := self._checked_data(path.stem)) is not None:
                 return data
         return None
 
@@ -115,7 +115,7 @@ class Checkpoints:
                 save_file(contiguous, part)
             except SafetensorError as error:
                 raise OSError(str(error)) from error
-            digest = _digest(part)
+            digest = _file_digest(part)
 
         write_whole(self._path(name, "safetensors"), write)
         # Names, because safetensors keeps no order.
@@ -125,26 +125,24 @@ class Checkpoints:
         write_whole(self._path(name, "json"), lambda part: part.write_text(f"{check}\n{text}\n"))
 
     def _load(self, name: str) -> Saved | None:
-        """A pair's tensors and data, or None where it is damaged."""
-        if (data := self._read_data(name)) is None:
+        """The tensors and data of a checkpoint; None where it is damaged."""
+        if (data := self._checked_data(name)) is None:
             return None
-        try:
-            if _digest(self._path(name, "safetensors")) != data.pop("tensors"):
-                return None
-            with safe_open(self._path(name, "safetensors"), framework="pt", device=self.device) as file:
-                names = data.pop("names", None) or file.keys()  # earlier versions kept no order
-                tensors = {key: file.get_tensor(key) for key in names}
-        except (SafetensorError, OSError):
-            return None  # damaged; the one before is as good a place to continue from
-        return tensors, data
+        names = data.pop("names", None)
+        with safe_open(self._path(name, "safetensors"), framework="pt", device=self.device) as file:
+            # Earlier versions kept no order.
+            return {key: file.get_tensor(key) for key in names or file.keys()}, data
 
-    def _read_data(self, name: str) -> dict[str, Any] | None:
-        """A pair's data, or None where it is damaged."""
+    def _checked_data(self, name: str) -> dict[str, Any] | None:
+        """The data of a checkpoint; None where one of its two files is damaged: the one before takes its place."""
         try:
             digest, text, _ = self._path(name, "json").read_text().split("\n")
+            if hashlib.sha256(text.encode()).hexdigest() != digest:
+                return None
+            data = json.loads(text)
+            return data if _file_digest(self._path(name, "safetensors")) == data.pop("tensors") else None
         except (OSError, ValueError):
             return None
-        return json.loads(text) if hashlib.sha256(text.encode()).hexdigest() == digest else None
 
     def _path(self, name: str, kind: str) -> Path:
         return self.directory / f"{name}.{kind}"
@@ -158,9 +156,10 @@ class Checkpoints:
                 self._path(name, kind).unlink(missing_ok=True)
 
 
-def _digest(path: Path) -> str:
+def _file_digest(path: Path) -> str:
+    """SHA-256 of a file's content, in hexadecimal."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while part := file.read(2**20):
-            digest.update(part)
+        while block := file.read(2**20):
+            digest.update(block)
     return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""How a detector meets the stream: which images a task's steps see, what is added to its loss, and what is kept."""
+"""How a detector meets the stream: which images it sees at a stage, what is added to its loss, and what is kept."""
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
@@ -10,35 +10,37 @@ from clbench.backbones import FeaturePyramid
 from clbench.data.stream import Task
 from clbench.errors import UserError
 from clbench.methods.base import Detector, Prediction, kept_state
-from clbench.training import Bookmark, Hooks, held_out, train
+from clbench.training import Bookmark, Hooks, held_out, train, with_prefix
 
 
 class Strategy(Hooks):
     """Learns the stages of a stream with a detector, and predicts with what was learned.
 
-    What a strategy can do is said on its class; configuration, footprint, recording and report look there and never
-    at its name. Its further constructor arguments are the settings of its file in `conf/strategy/`, checked against
-    their annotations when a run is composed. It takes part through hooks: `begin_stage` and `end_stage` here, and inside
-    the training loop `penalty`, `after_backward` and `after_step` (see `Hooks`). All that it draws is drawn from
-    `clbench.randomness.generator(self.seed, purpose, ...)`, so that a run that is killed and continued is the run.
+    Class attributes say what a strategy can do; config, footprint, recording and report look there and never at
+    its name. A subclass's further constructor arguments are the settings of its file in `conf/strategy/`, checked
+    against their annotations when a run is composed. It takes part through hooks: `begin_stage` and `end_stage`
+    here, and inside the training loop `penalty`, `after_backward` and `after_step` (see `Hooks`). Random numbers
+    are drawn from `clbench.randomness.generator(self.seed, purpose, ...)`: a run that is killed and continued draws
+    the same.
 
     Args:
-        detector: fresh.
-        seed: of what the strategy draws.
+        detector: a detector that has learned nothing yet.
+        seed: seed of the random numbers that the strategy draws.
 
     Attributes:
-        has_buffer: whether it keeps images of earlier tasks: the settings of the `replay` group are for it, and its
-            constructor takes them, each after `replay_`.
+        has_buffer: whether it keeps images of earlier tasks. Then its constructor takes the settings of the `replay`
+            group, under names that begin with `replay_`.
         joint: whether one stage learns all tasks.
         task_known: whether an image comes with its task, so that each task has a model of its own.
-        continual: whether it learns task by task and judges without being told the task: it counts in best marks and
-            Pareto fronts, and the others are bounds to compare with.
-        needs_gradients: whether it works on the steps of an optimizer, and so makes no sense for a detector without.
+        continual: whether it learns task by task and predicts without being told the task. Reports mark the best among
+            such strategies and put them into Pareto fronts; the others are bounds to compare with.
+        needs_gradients: whether it works on an optimizer's steps, so that it makes no sense for a detector without one.
         needs_native_update: whether it relies on the method's own update of banks and statistics.
-        why_no_buffer: said to who gives it a buffer.
-        memory: tensors that it keeps, by name: what `kept` gives and `restore_kept` takes, unless a class overrides both.
-        bookmark: where a training under way is kept and continued from, if anywhere.
-        on_epoch: called after every epoch with stage, epoch and mean loss.
+        why_no_buffer: the reason given in the error where a buffer is asked for.
+        memory: tensors that it keeps, by name: what `kept` gives and `restore_kept` takes, unless a class overrides
+            both.
+        bookmark: where a stage that is being learned is kept and continued from; None for nowhere.
+        on_epoch: called after each epoch with the stage, the epoch, both 0-based, and the mean loss.
     """
 
     has_buffer = False
@@ -58,19 +60,19 @@ class Strategy(Hooks):
 
     @classmethod
     def flags(cls) -> dict[str, bool]:
-        """What it can do, for summary.json."""
+        """The class attributes that summary.json holds and reports read: name -> value."""
         names = ("has_buffer", "joint", "task_known", "continual", "needs_gradients")
         return {name: getattr(cls, name) for name in names}
 
     def stages(self, tasks: int) -> list[list[int]]:
-        """The tasks that each stage learns: one a stage, or all in one where training is joint."""
+        """The indices of the tasks that each stage learns: one task a stage, or all in one where training is joint."""
         return [list(range(tasks))] if self.joint else [[task] for task in range(tasks)]
 
     def check(self, tasks: Sequence[Task]) -> None:
-        """Whether the detector can learn and judge these tasks, before it begins to.
+        """Check, before training, that the detector can learn and predict images of these tasks.
 
         Raises:
-            UserError: a network takes no images of their size, or a batch is larger than a task.
+            UserError: the detector takes no images of their size, or a batch is larger than a task.
         """
         detector = self.detector
         detector.check(tasks[0].train.images[:1].to(detector.device))
@@ -78,42 +80,37 @@ class Strategy(Hooks):
             return
         for stage in self.stages(len(tasks)):
             count = sum(len(tasks[task].train) for task in stage)
-            left = count - held_out(count, detector.held_out)
-            if detector.batch_size > left:
+            learned = count - held_out(count, detector.held_out)
+            if detector.batch_size > learned:
                 name = "+".join(tasks[task].name for task in stage)
                 raise UserError(
-                    f"method.batch_size={detector.batch_size} is larger than the {left} images of task '{name}' "
-                    f"that are learned from ({count - left} are held out): give at most {left}"
+                    f"method.batch_size={detector.batch_size} is larger than the {learned} images of task '{name}' "
+                    f"that are learned from ({count - learned} are held out): give at most {learned}"
                 )
 
     def learn(self, stage: int, images: Tensor) -> None:
-        """Learn a stage from its images, uint8 [N, 3, H, W].
+        """Learn a stage, 0-based, from its images, uint8 [N, 3, H, W], on the detector's device.
 
-        In a continued run, `begin_stage` is called again for the stage that was left, with what was kept after the one
-        before; training then goes on from its last checkpoint.
+        A process that continues within a stage calls `begin_stage` again, with what was kept after the stage before;
+        training then continues from the stage's own checkpoint.
+
+        Raises:
+            Diverged, Stopped, UserError: as `clbench.training.train`.
         """
         self.begin_stage(stage, images)
-        train(
-            self.detector,
-            stage,
-            images,
-            self.replayed(),
-            self.seed,
-            self.bookmark,
-            self.on_epoch,
-            self,
-        )
+        stored = self.replayed()
+        train(self.detector, stage, images, stored, self.seed, self.bookmark, self.on_epoch, self)
         self.end_stage(stage, images)
 
     def begin_stage(self, stage: int, images: Tensor) -> None:
         """Called before a stage is learned from its images, uint8 [N, 3, H, W]."""
 
     def end_stage(self, stage: int, images: Tensor) -> None:
-        """Called once a stage is learned from its images, uint8 [N, 3, H, W]."""
+        """Called after a stage was learned from its images, uint8 [N, 3, H, W]."""
 
     def replayed(self) -> Sequence[tuple[Tensor, Tensor]]:
-        """For each earlier stage, the stored images that it was learned from, to be learned again, and those that were
-        held out of it, to be held out again: both uint8 [M, 3, H, W]."""
+        """Stored images of each earlier stage, both uint8 [M, 3, H, W]: those that are learned again, and those that
+        were held out and stay so. Nothing where there is no buffer."""
         return ()
 
     def kept(self) -> dict[str, Tensor]:
@@ -123,50 +120,53 @@ class Strategy(Hooks):
         self.memory = dict(tensors)
 
     def detector_for(self, task: int) -> Detector:
-        """The detector that predicts a task's images; only a strategy with `task_known` may look at which it is."""
+        """The detector that predicts images of a task, 0-based. Only strategies with `task_known` may use the task."""
         return self.detector
 
     def predict(self, images: Tensor, task: int) -> Prediction:
-        """Predict images, uint8 [B, 3, H, W], of a task."""
+        """Images of a task, uint8 [B, 3, H, W] -> maps [B, H, W] and scores [B]."""
         return self.detector_for(task)(images)
 
     def unchanged(self, stage: int, learned: int) -> bool:
-        """Whether the predictions for a task learned at stage `learned` are still those of stage - 1."""
+        """Whether predictions for a task are the same after a stage as after the one before.
+
+        Args:
+            stage: the stage that has just been learned, at least 1.
+            learned: the stage that learned the task.
+        """
         return False
 
     def stored_images(self) -> Tensor | None:
         """All images kept for replay, uint8 [M, 3, H, W]; None where there are none."""
-        parts = [images for pair in self.replayed() for images in pair]
-        return torch.cat(parts) if parts else None
+        stored = [images for pair in self.replayed() for images in pair]
+        return torch.cat(stored) if stored else None
 
     def detectors(self) -> Sequence[Mapping[str, Tensor]]:
-        """The states of all detectors kept, without frozen networks: one, unless the task is known."""
+        """The state of each detector that is kept, name -> tensor, without frozen networks.
+
+        There is one, or with `task_known` one for each task.
+        """
         return [kept_state(self.detector)]
 
     def state(self) -> dict[str, Tensor]:
-        """All that a new process needs to continue after this stage: name -> tensor."""
+        """Tensors to save so that a new process continues after this stage: name -> tensor."""
         return {**self.detector_state(), **{f"kept.{name}": tensor for name, tensor in self.kept().items()}}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Continue from what `state` gave."""
+        """Take what `state` gave, to continue after that stage."""
         self.restore_detector(state)
-        self.restore_kept(part(state, "kept."))
+        self.restore_kept(with_prefix(state, "kept."))
 
     def detector_state(self) -> dict[str, Tensor]:
-        """The part of `state` that predicting needs."""
+        """The tensors of `state` that predicting needs: name -> tensor."""
         return {f"detector.{name}": tensor for name, tensor in kept_state(self.detector).items()}
 
     def restore_detector(self, state: Mapping[str, Tensor]) -> None:
-        """Predict as the strategy did that gave this `state`."""
-        self.detector.restore(part(state, "detector."))
+        """Take what predicting needs out of what `state` gave."""
+        self.detector.restore(with_prefix(state, "detector."))
 
 
-def part(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The entries under a prefix, without it."""
-    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-
-
-def fresh(detector: Detector) -> Detector:
-    """A copy that shares the frozen networks and nothing else."""
+def copy_of(detector: Detector) -> Detector:
+    """A copy of a detector that shares its frozen networks and nothing else."""
     shared = {id(module): module for module in detector.modules() if isinstance(module, FeaturePyramid)}
     return copy.deepcopy(detector, shared)

@@ -1,4 +1,4 @@
-"""Joint training: all tasks at once; the upper bound for one model."""
+"""Joint training: one stage with the images of all tasks; the upper bound for a single model."""
 
 from clbench.strategies.base import Strategy
 

@@ -12,11 +12,14 @@ from clbench.training import split
 
 
 class Replay(Strategy):
-    """Each stage sees its own images and the buffer's; banks and statistics are rebuilt from both (but CFA's centroids,
-    which its paper averages under replay too).
+    """Each stage sees the images of its tasks and of the buffer; banks and statistics are rebuilt from both.
+
+    Exception: detectors with `rebuilt_by_replay = False` keep theirs and update them, as CFA its centroids (supplement,
+    Algorithm 3).
 
     Args:
-        replay_size: images of the buffer, see `Buffer`.
+        detector, seed: as for `Strategy`.
+        replay_size: number of images in the buffer, see `Buffer`.
     """
 
     has_buffer = True
@@ -30,7 +33,7 @@ class Replay(Strategy):
             self.detector.forget()
 
     def replayed(self) -> Sequence[tuple[Tensor, Tensor]]:
-        return self.buffer.parts
+        return self.buffer.shares
 
     def end_stage(self, stage: int, images: Tensor) -> None:
         self.buffer.add(stage, *split(images, self.detector.held_out, self.seed, stage))

@@ -1,15 +1,16 @@
-"""Single: a model for each task, and the task known at test time."""
+"""Single: a model of its own for each task, and the task of an image is known."""
 
 from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
 from clbench.methods.base import Detector, kept_state
-from clbench.strategies.base import Strategy, fresh, part
+from clbench.strategies.base import Strategy, copy_of
+from clbench.training import with_prefix
 
 
 class Single(Strategy):
-    """Each stage learns a fresh detector of its own; only the frozen networks are shared."""
+    """Each stage learns a new detector; only frozen networks are shared."""
 
     task_known = True
     continual = False
@@ -17,13 +18,13 @@ class Single(Strategy):
 
     def __init__(self, detector: Detector, *, seed: int = 0):
         super().__init__(detector, seed=seed)
-        self._untrained = fresh(detector)
-        self._learned: list[Mapping[str, Tensor]] = []
-        self._loaded: int | None = None
+        self._untrained = copy_of(detector)
+        self._learned: list[Mapping[str, Tensor]] = []  # the state of each stage's detector
+        self._loaded: int | None = None  # the stage whose state `self.detector` has now
 
     def begin_stage(self, stage: int, images: Tensor) -> None:
         progress = self.detector.progress
-        self.detector = fresh(self._untrained)
+        self.detector = copy_of(self._untrained)
         self.detector.progress = progress
 
     def end_stage(self, stage: int, images: Tensor) -> None:
@@ -52,5 +53,5 @@ class Single(Strategy):
 
     def restore_detector(self, state: Mapping[str, Tensor]) -> None:
         tasks = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("detectors."))
-        self._learned = [part(state, f"detectors.{task}.") for task in range(tasks)]
+        self._learned = [with_prefix(state, f"detectors.{task}.") for task in range(tasks)]
         self._loaded = None
