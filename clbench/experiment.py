@@ -19,7 +19,7 @@ from clbench.metrics.curves import METRICS
 from clbench.recording import heat_maps
 from clbench.recording.checkpoint import Checkpoints
 from clbench.recording.recorder import Recorder
-from clbench.recording.run_directory import Row, RunDirectory
+from clbench.recording.run_directory import MetricRow, RunDirectory
 from clbench.results import Results, Values
 from clbench.spent import Spent
 from clbench.terminal import Display, number, run_table
@@ -285,7 +285,7 @@ class Course:
             return "all tasks"
         return f"task {stage + 1}/{len(self.stages)} {self.tasks[stage].name}"
 
-    def _rows(self, stage: int, category: int) -> list[Row]:
+    def _rows(self, stage: int, category: int) -> list[MetricRow]:
         """The rows of metrics.csv for the evaluation of a category after a stage; none where there was none."""
         values = self.results.get(stage, category)
         task = self.results.task_of[category]

@@ -1,4 +1,4 @@
-"""A finished run's detector, for use elsewhere."""
+"""The detector that a run has trained, for use elsewhere."""
 
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -28,10 +28,12 @@ class Found:
 
     Args:
         path: the file.
-        score: of the image; higher is more anomalous.
+        score: score of the image; higher is more anomalous.
         anomalous: whether the score is above the image threshold; None where the run has no thresholds.
-        size: of the image, (H, W) in pixels.
+        size: size of the image, (H, W) in pixels.
         grid: the anomaly map at the run's size, float32 [h, w].
+        geometry: how images are brought to the run's size.
+        threshold: threshold of maps; None where the run has no thresholds.
     """
 
     path: Path
@@ -44,7 +46,7 @@ class Found:
 
     @property
     def map(self) -> np.ndarray:
-        """The anomaly map on the image's own pixels, float32 [H, W]; NaN outside the run's centre crop."""
+        """The anomaly map at the image's own size, float32 [H, W]; NaN outside of the run's center crop."""
         return self.geometry.restore(self.grid, self.size)
 
     @property
@@ -69,10 +71,12 @@ class TrainedDetector:
     """A trained detector: call it on images of the run's size, or let it `predict` files of any size.
 
     Attributes:
-        detector: itself, in evaluation mode.
+        detector: the detector itself, in evaluation mode.
         geometry: how images are brought to the run's size.
-        image_size: that size, (H, W); None where the run kept its files' size and is of an older clbench.
-        thresholds: of its maps and scores; None where the run has not ended.
+        image_size: the run's size, (H, W) in pixels; None where images kept their own size and the run was made by an
+            older clbench.
+        thresholds: thresholds of maps and scores; None where the run has not ended.
+        device: where the detector is.
     """
 
     def __init__(
@@ -90,7 +94,7 @@ class TrainedDetector:
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Prediction:
-        """Images, uint8 or float in [0, 1], [B, 3, H, W] of the run's size -> maps [B, H, W] and scores [B]."""
+        """Images [B, 3, H, W] of the run's size, uint8 or float in [0, 1] -> maps [B, H, W] and scores [B]."""
         with self.detector.uncached():
             return self.detector(images.to(self.device))
 
@@ -103,15 +107,18 @@ class TrainedDetector:
         batch_size: int = BATCH_SIZE,
         unreadable: Callable[[Path, UserError], None] | None = None,
     ) -> Iterator[Found]:
-        """What it finds in each image; few are in memory at a time.
+        """Predict image files of any size, a batch at a time.
 
         Args:
             images: files, folders (with those inside them) and patterns such as `parts/*.png`.
             false_positive_rate: share of normal pixels that masks may mark.
-            image_false_positive_rate: share of normal images that may be called anomalous; None: the same.
-            batch_size: images at a time.
-            unreadable: told of each file that is no image or has the wrong size, which is passed over then;
-                None: it raises.
+            image_false_positive_rate: share of normal images that may be called anomalous; None for the same rate.
+            batch_size: number of images predicted at a time.
+            unreadable: called with each file that is no image or has the wrong size, and its error; the file is then
+                passed over. None: the error is raised.
+
+        Yields:
+            What was found in each image, in order.
 
         Raises:
             UserError: a file cannot be read, or a rate is out of range.
@@ -142,9 +149,8 @@ class TrainedDetector:
                 if not read:
                     continue
                 maps, scores = self(torch.from_numpy(np.stack([pixels for _, pixels, _ in read])))
-                for (path, _, size), grid, score in zip(
-                    read, maps.cpu().numpy(), scores.tolist(), strict=True
-                ):
+                grids = maps.cpu().numpy()
+                for (path, _, size), grid, score in zip(read, grids, scores.tolist(), strict=True):
                     anomalous = None if image is None else score > image
                     yield Found(path, score, anomalous, size, grid, self.geometry, pixel)
 
@@ -176,23 +182,25 @@ def load(
     device: str = "auto",
     gpu: dict[str, Any] | None = None,
 ) -> TrainedDetector:
-    """The detector that a run has trained so far, to call on images or to `predict` files.
+    """The detector that a run has trained so far.
 
     Args:
         run_directory: outputs/<experiment>/<run>.
-        task: the task, or one of its categories, whose model to load, where a strategy has a model for each.
+        task: name of the task, or of one of its categories, whose model is wanted where there is a model for each task
+            (`strategy=single`); None otherwise.
         device: `auto`, `cpu`, `cuda` or `cuda:1`.
-        gpu: settings of the `gpu` group that replace the run's, such as `precision`.
+        gpu: settings of the `gpu` group to use in place of the run's, such as `precision`.
 
     Raises:
-        UserError: the directory holds no trained run, or the task is not one of its tasks.
+        UserError: the directory holds no trained run, a file in it is damaged, the task is not one of its tasks, the
+            frozen weights are not those that the run was begun with, or the device is not there.
     """
     directory = RunDirectory(run_directory)
     stored, summary = directory.config(), directory.summary()
     if stored is None or summary is None:
         raise _nothing_trained(directory)
     config = Config.stored(stored).changed("gpu", **(gpu or {}))
-    # A detector that was trained in fp16 judges on a CPU too, if slowly.
+    # The device is chosen as if for fp32: one trained in fp16 also runs on a CPU, slowly.
     settings = config.gpu.model_copy(update={"device": device, "precision": "fp32"})
     chosen = assembly.select_device(settings)
     saved = Checkpoints(directory.path / "checkpoint", str(chosen)).load_stage()
@@ -203,10 +211,8 @@ def load(
     stage, tensors, data = saved
     check_frozen(data.get("frozen"), frozen_digest(detector), directory.path)
     strategy.restore_detector(tensors)
-    learned = [
-        number for learning in strategy.stages(len(summary["tasks"]))[: stage + 1] for number in learning
-    ]
-    tasks = [summary["tasks"][number] for number in learned]
+    learned = strategy.stages(len(summary["tasks"]))[: stage + 1]
+    tasks = [summary["tasks"][number] for numbers in learned for number in numbers]
     if not strategy.task_known and task is None:
         task = tasks[0]
     for name, categories in zip(tasks, summary.get("categories", ()), strict=False):
@@ -232,6 +238,7 @@ def load(
 
 
 def _nothing_trained(directory: RunDirectory) -> UserError:
+    """The error for a directory without a run that has learned something."""
     return UserError(
         f"{directory.path} holds no trained detector (config.yaml, summary.json and checkpoint/): "
         "give the directory of a run, outputs/<experiment>/<run>"

@@ -1,4 +1,4 @@
-"""What a person sees while runs go on, and when they are over."""
+"""What is shown on the terminal while runs go on, and a table of the results when one is finished."""
 
 from __future__ import annotations
 
@@ -27,23 +27,25 @@ TITLES = {
     "aupro": "AU-PRO",
 }
 
-
-_BAR = 24  # columns
-_BESIDE = _BAR + 22  # columns of the bar, the count and the time that is left
-_SHORTEST = 16  # columns of a heading
+_BAR = 24  # columns of the bar
+_BESIDE = _BAR + 22  # columns that the bar, the count and the remaining time take
+_SHORTEST = 16  # columns of a heading, at least
 
 
 def console() -> Console:
-    """A console on standard output: as wide as its terminal, or 200 columns where that is a file or a pipe, since a
-    table folded to 80 cannot be read."""
+    """The console of standard output: as wide as the terminal, and 200 columns where output is no terminal.
+
+    A file or a pipe has no width, and a table folded to 80 columns cannot be read.
+    """
     return Console(width=None if sys.stdout.isatty() else 200)
 
 
 class Display:
-    """One bar that says what is happening now, and lines that stay. Plain lines where it is no terminal.
+    """A bar that shows what is happening now, and lines that stay. Only the lines where output is no terminal.
 
     Args:
-        run: named in plain lines when several runs share the output.
+        run: the run's name, which begins every line where several runs share the output.
+        alone: whether the output is this run's alone.
     """
 
     def __init__(self, run: str, *, alone: bool = True):
@@ -77,7 +79,7 @@ class Display:
         self._bar.update(self._row, description=self._described(""))
 
     def progress(self, phase: str, done: int, total: int, note: str = "") -> None:
-        """How far the current phase is, and how it goes."""
+        """Show how far a phase is: `done` of `total`, with a note on how it goes."""
         if phase != self._phase:
             self._phase = phase
             self._bar.reset(self._row, total=total)
@@ -85,16 +87,17 @@ class Display:
         self._bar.update(self._row, completed=done, total=total, description=description)
 
     def _described(self, phase: str) -> str:
-        """The phase whole, and as much of the heading as the terminal has room for beside it and the bar."""
+        """The heading and the phase in one line; the heading is cut to the room that the terminal has."""
         room = max(_SHORTEST, self.console.width - len(phase) - _BESIDE)
         heading = self._heading if len(self._heading) <= room else f"{self._heading[: room - 1]}…"
         return escape(heading + phase)
 
     def line(self, text: str) -> None:
-        """A line that stays."""
+        """Print a line that stays."""
         self.console.print(f"{self._prefix}{text}", markup=False, highlight=False, soft_wrap=True)
 
     def table(self, table: Table) -> None:
+        """Print a table that stays."""
         if self._prefix:  # a title is folded to the table's width, and names of runs can be long
             self.line(str(table.title))
             table.title = None
@@ -105,12 +108,17 @@ class Display:
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """A metric for people."""
+    """A metric as text with so many digits after the point; `undefined` for None."""
     return "undefined" if value is None else f"{round(value, digits) + 0.0:.{digits}f}"  # not -0.0
 
 
 def run_table(summary: Mapping[str, Any], results: Results) -> Table:
-    """A finished run: a row a category, each metric just after it was learned and after the last stage."""
+    """The results of a finished run: a row for each category, with each metric just learned and after the last stage.
+
+    Args:
+        summary: what summary.json holds.
+        results: the run's evaluations.
+    """
     alone = all(len(categories) == 1 for categories in summary["categories"])
     table = Table(
         title=f"{summary['method']}, {summary['strategy']}: just learned → final", title_justify="left"

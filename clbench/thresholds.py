@@ -1,7 +1,7 @@
-"""Where normal ends: thresholds of maps and scores, by the share of normal pixels and images that lie above them.
+"""Thresholds of maps and scores by false-positive rate: the share of normal pixels and images above them.
 
-They are set on normal training images, never on test images: on those that were held out of learning where some
-were (`method.held_out`), else on some that were learned from, which the detector finds more normal than new ones.
+They are set on normal training images, never on test images: on those held out of learning (`method.held_out`), or else
+on some that were learned from, which a detector finds more normal than new ones.
 """
 
 import bisect
@@ -21,21 +21,21 @@ from clbench.randomness import generator
 from clbench.strategies.base import Strategy
 from clbench.training import split_rows
 
-# 0.00001, 0.00002, ..., 0.1, 0.2
+# False-positive rates that thresholds are kept for: 0.00001, 0.00002, ..., 0.1, 0.2
 RATES = (*(digit / 10**places for places in (5, 4, 3, 2) for digit in range(1, 10)), 0.1, 0.2)
 
-_LEARNED_FROM = 100  # images of a model, at most, where none was held out: more would say as little
+_LEARNED_FROM = 100  # images that a model's thresholds are set on, at most, where none was held out
 
 
 @dataclass(frozen=True)
 class Thresholds:
-    """A model's thresholds: what is greater is anomalous.
+    """The thresholds of one model: greater values are anomalous.
 
     Args:
-        tasks: whose images they are for.
-        held_out: whether no step of learning saw the images that they were set on.
-        images, pixels: how many of each they rest on.
-        pixel, image: of maps and of image scores, one for each of RATES.
+        tasks: names of the tasks whose images they are for.
+        held_out: whether they were set on held-out images.
+        images, pixels: numbers of images and pixels that they were set on.
+        pixel, image: thresholds of maps and of image scores, one for each of `RATES`.
     """
 
     tasks: list[str]
@@ -46,15 +46,15 @@ class Thresholds:
     image: list[float]
 
     def at(self, rate: float, image_rate: float) -> tuple[float, float]:
-        """The thresholds of pixels and images for these false-positive rates, or for the next lower ones kept.
+        """The thresholds of maps and of image scores for these false-positive rates, or for the next lower of `RATES`.
 
         Raises:
-            UserError: a rate is out of range.
+            UserError: a rate is lower than the lowest or higher than the highest of `RATES`.
         """
-        return self.pixel[_place(rate)], self.image[_place(image_rate)]
+        return self.pixel[_rate_index(rate)], self.image[_rate_index(image_rate)]
 
     def by_rate(self) -> dict[str, Any]:
-        """All of it as plain data: false-positive rate -> threshold, of pixels and of images."""
+        """Everything as plain data, with thresholds as false-positive rate -> threshold."""
         rates = [f"{rate:.10f}".rstrip("0") for rate in RATES]
         return {
             **asdict(self),
@@ -64,11 +64,16 @@ class Thresholds:
 
     @property
     def finest(self) -> float:
-        """The lowest false-positive rate of images that so many can tell."""
+        """The lowest false-positive rate of images that a threshold set on so many images can hold."""
         return 1 / (self.images + 1)
 
 
-def _place(rate: float) -> int:
+def _rate_index(rate: float) -> int:
+    """The index in `RATES` of a rate, or of the next lower one.
+
+    Raises:
+        UserError: the rate is out of range.
+    """
     if not RATES[0] <= rate <= RATES[-1]:
         raise UserError(
             f"a false-positive rate of {rate:g} is out of range: give {RATES[0]:.5f} to {RATES[-1]}"
@@ -77,50 +82,60 @@ def _place(rate: float) -> int:
 
 
 class Tail:
-    """The upper tail of so many values, added in parts: as much of it as the largest rate needs, and no more."""
+    """The largest of `count` values, which are added a batch at a time: as many as the highest of `RATES` needs."""
 
     def __init__(self, count: int):
         self.count = count
         self._size = max(_rank(RATES[-1], count), 1)
         self._kept = torch.empty(0)
-        self._parts: list[Tensor] = []
-        self._least = -math.inf  # smaller ones are known to be outside
+        self._added: list[Tensor] = []
+        self._least = -math.inf  # smaller values cannot be among the largest
 
     def add(self, values: Tensor) -> None:
+        """Add values, float32 of any shape."""
         values = values.flatten()
-        self._parts.append(values[values > self._least])
-        if sum(len(part) for part in self._parts) >= self._size:
+        self._added.append(values[values > self._least])
+        if sum(len(values) for values in self._added) >= self._size:
             self._merge()
 
     def _merge(self) -> None:
-        together = torch.cat([self._kept, *self._parts])
+        together = torch.cat([self._kept, *self._added])
         self._kept = together.topk(min(self._size, len(together))).values
-        self._parts = []
+        self._added = []
         if len(self._kept) == self._size:
             self._least = float(self._kept[-1])
 
     def thresholds(self) -> list[float]:
-        """One for each of RATES.
+        """A threshold for each of `RATES`.
 
-        Of n values and a new one that could be any of the n + 1, the new one is above the k-th largest with a
-        probability of at most k / (n + 1): so k is the largest for which that is no more than the rate. Where
-        there is none, the values are too few for the rate, and the largest of them is all that they can say.
+        The rank of a new value among n old ones is uniform: it is above the k-th largest with a probability of at most
+        k / (n + 1). So k is the largest for which that is at most the rate. Where even k = 1 is too many, n is too small
+        for the rate, and the threshold is the largest value.
         """
         self._merge()
         return [float(self._kept[max(_rank(rate, self.count), 1) - 1]) for rate in RATES]
 
 
 def _rank(rate: float, count: int) -> int:
+    """The largest k with k / (count + 1) <= rate."""
     return math.floor(rate * (count + 1) + 1e-9)
 
 
 def calibrate(
     strategy: Strategy, tasks: list[Task], device: torch.device, progress: Progress
 ) -> dict[str, Any]:
-    """What thresholds.json holds: the run's image size, and the thresholds of every model of a trained strategy.
+    """Set the thresholds of each model of a trained strategy.
+
+    Args:
+        tasks: the stream, in its order.
+        device: where the detector is.
+        progress: told after every batch.
+
+    Returns:
+        What thresholds.json holds: the image size (H, W), the false-positive rates, and the thresholds of each model.
 
     Raises:
-        Diverged: a map or score is no number.
+        Diverged: a map or score is not finite.
     """
     stages = strategy.stages(len(tasks))
     models = [[stage] for stage in range(len(stages))] if strategy.task_known else [list(range(len(stages)))]
@@ -136,10 +151,10 @@ def calibrate(
         done = 0
         with strategy.detector.uncached():
             for task, images in sets:
-                for part in evaluation.predictions(strategy, images, task, device):
-                    pixels.add(part.maps)
-                    scores.add(part.scores)
-                    done += len(part.scores)
+                for batch in evaluation.predictions(strategy, images, task, device):
+                    pixels.add(batch.maps)
+                    scores.add(batch.scores)
+                    done += len(batch.scores)
                     progress("setting thresholds", done, count)
         names = [tasks[task].name for stage in model for task in stages[stage]]
         found.append(
@@ -157,7 +172,11 @@ def calibrate(
 
 
 def _normal(strategy: Strategy, tasks: list[Task], stage: int, enough: int) -> tuple[Tensor, bool]:
-    """Normal images of a stage, uint8 [N, 3, H, W], and whether they are those held out, or only some learned from."""
+    """Normal images of a stage, uint8 [N, 3, H, W], and whether they were held out.
+
+    Args:
+        enough: number of images, at most, where none was held out and they are some that were learned from.
+    """
     sets = [tasks[task].train.images for task in strategy.stages(len(tasks))[stage]]
     images = torch.cat(sets) if len(sets) > 1 else sets[0]
     learned, held = split_rows(len(images), strategy.detector.held_out, strategy.seed, stage)

@@ -19,8 +19,8 @@ from clbench.strategies.native import Native
 from clbench.strategies.replay import Replay
 from clbench.strategies.single import Single
 from clbench.testing import DetectorContract, SmallDetector, StrategyContract
-from clbench.testing.detectors import Build as BuildDetector
-from clbench.testing.strategies import Build as BuildStrategy
+from clbench.testing.detectors import BuildDetector
+from clbench.testing.strategies import BuildStrategy
 
 
 def backbone() -> Backbone:

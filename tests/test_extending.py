@@ -68,12 +68,12 @@ def test_a_sweep_of_a_user_s_own_parts_is_run_counted_and_reported(
 
     # The footprint counts a strategy's copy of the weights, its stored images, and a bank in a submodule.
     (student,) = {a["memory"]["executed_mb"] for a in found.values() if a["strategy"] == "stay_close"}
-    image_mb = 48 * 48 * 3 / 1e6
+    image = 48 * 48 * 3
     (copied,) = kept["stfpm", "stay_close"]
     assert 0.3 * student < copied < 0.6 * student  # of two networks, it keeps the student's weights once more
-    assert kept["stfpm", "first_images"] == kept["stfpm", "replay"] == {6 * image_mb}
-    assert kept["mean_picture", "native"] == {pytest.approx(3 * 4 * image_mb)}
-    assert kept["mean_picture", "finetune"] == {pytest.approx(4 * image_mb)}
+    assert kept["stfpm", "first_images"] == kept["stfpm", "replay"] == {6 * image / 1e6}
+    assert kept["mean_picture", "native"] == {pytest.approx(3 * 4 * image / 1e6)}
+    assert kept["mean_picture", "finetune"] == {pytest.approx(4 * image / 1e6)}
     flags = {about["strategy"]: about["strategy_flags"] for about in found.values()}
     assert flags["stay_close"]["needs_gradients"] and flags["first_images"]["has_buffer"]
 

@@ -17,22 +17,16 @@ class Elastic(Strategy):
     needs_gradients = True
     why_no_buffer = "it keeps weights and no images"
 
-    def __init__(self, detector, *, weight: Annotated[float, Field(ge=0)] = 1.0, seed: int, replay_size=None):
-        super().__init__(detector, seed=seed, replay_size=replay_size)
+    def __init__(self, detector, *, weight: Annotated[float, Field(ge=0)] = 1.0, seed: int):
+        super().__init__(detector, seed=seed)
         self.weight = weight
-
-    def learn(self, stage, images):
-        self.fit(self.detector, stage, images)
 
 
 class Reservoir(Strategy):
     has_buffer = True
 
     def __init__(self, detector, *, replay_size: int, replay_draw: str = "uniform", **settings):
-        super().__init__(detector, replay_size=replay_size, **settings)
-
-    def learn(self, stage, images):
-        self.fit(self.detector, stage, images)
+        super().__init__(detector, **settings)
 """
 CONFIGS = {
     "strategy/elastic.yaml": "name: elastic\n_target_: own_strategies_of_a_test.Elastic\nweight: 1.0\n",

@@ -59,7 +59,7 @@ def test_a_tail_holds_no_more_than_the_largest_rate_needs() -> None:
     tail = Tail(100_000)
     for part in torch.randn(100_000, generator=torch.Generator().manual_seed(0)).split(1000):
         tail.add(part)
-        assert len(tail._kept) + sum(len(one) for one in tail._parts) <= 2 * 20_001 + 1000
+        assert len(tail._kept) + sum(len(one) for one in tail._added) <= 2 * 20_001 + 1000
 
 
 def test_a_rate_between_two_that_are_kept_takes_the_lower_one_and_one_outside_is_refused() -> None:

@@ -10,10 +10,7 @@ from importlib import import_module
 from typing import Any
 
 import yaml
-from hydra._internal.utils import (
-    _run_hydra,
-    get_args_parser,
-)  # what hydra.main is made of, for words of our own
+from hydra._internal.utils import _run_hydra, get_args_parser  # hydra.main, but with errors of our own
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
@@ -27,10 +24,16 @@ from clbench.errors import UserError
 
 
 def main(words: Sequence[str]) -> int:
-    """Do what a command line says, and give its exit status: 0, 1 where a run failed, 2 where it makes no sense.
+    """Run what a command line asks for.
 
     Args:
-        words: Hydra's flags, anywhere, and overrides.
+        words: the command line: Hydra's flags and overrides, in any order.
+
+    Returns:
+        The exit status: 0; 1 where a run failed; 2 where the command line or a config makes no sense.
+
+    Raises:
+        Exception: what is no fault of the command line.
     """
     parser = get_args_parser()
     try:
@@ -49,11 +52,12 @@ def main(words: Sequence[str]) -> int:
         return ended.code if isinstance(ended.code, int) else 1
     except (HydraException, OmegaConfBaseException) as error:
         return _refused(explain(error, given.overrides, given.config_dir))
-    except ValueError as error:  # Hydra's own, where a group is given a number
-        if "Config group override" not in str(error):
+    except ValueError as error:
+        # What Hydra says of replay=100, where a choice of a group is wanted and a number is given.
+        if not str(error).startswith("Config group override"):
             raise
         return _refused(explain(error, given.overrides, given.config_dir))
-    except yaml.YAMLError as error:  # in conf/, most likely in a conf/local.yaml of the user's own
+    except yaml.YAMLError as error:  # most likely in the user's own conf/local.yaml
         return _refused(UserError(f"a config cannot be read: {' '.join(str(error).split())}"))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -62,21 +66,22 @@ def main(words: Sequence[str]) -> int:
 
 
 def _refused(error: UserError) -> int:
+    """Print why a command line is refused, and give the exit status for it."""
     print(f"error: {error}", file=sys.stderr)
     return 2
 
 
 @contextmanager
 def _fresh_hydra() -> Iterator[None]:
-    """Inside, Hydra knows our configs and parts, and hands errors on; afterwards it is as it was."""
+    """Inside, Hydra knows this package's configs and plugins, and raises errors; afterwards it is as it was."""
     sources.read_again()
     read_again()
     register()
-    plugins = Plugins.instance()  # which finds those of hydra_plugins, but not in an editable install
+    plugins = Plugins.instance()  # in an editable install it does not find those of hydra_plugins by itself
     for plugin in import_module("hydra_plugins.clbench_sweeps").PLUGINS:
         plugins.register(plugin)
     composed, full = HydraConfig.instance().cfg, os.environ.get("HYDRA_FULL_ERROR")
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us, to be said in one line
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises errors, which `main` prints in one line
     try:
         with sources.app_put_aside():
             yield
@@ -89,18 +94,25 @@ def _fresh_hydra() -> Iterator[None]:
 
 
 def task(composed: DictConfig) -> None:
-    """One run, whose settings Hydra has composed."""
-    train(check(composed), HydraConfig.get())
+    """Check the config that Hydra composed, and do its run.
+
+    Raises:
+        UserError: as `check` and `run_one`.
+    """
+    run_one(check(composed), HydraConfig.get())
 
 
-def train(config: Config, hydra_config: Any) -> None:
-    """Take a method and a strategy through a stream.
+def run_one(config: Config, hydra_config: Any) -> None:
+    """Do one run, or what is left of it, in the directory that Hydra gives it; nothing where it is finished.
+
+    A signal that stopped the run is sent to this process again once all is saved.
 
     Args:
+        config: the run's.
         hydra_config: the `hydra` node of the composed config.
 
     Raises:
-        UserError: the run's images, weights or machine refuse it.
+        UserError: the directory holds another run or is in use, or the run's images, weights or machine refuse it.
     """
     from clbench import assembly, experiment
     from clbench.interruption import Interruption, Stopped

@@ -1,4 +1,4 @@
-"""A run's settings: their schema, their checks, and what is said where they make no sense. Imports no torch."""
+"""The settings of a run: their schema, their checks, and the messages for settings that make no sense. Imports no torch."""
 
 from clbench.config.checking import check, check_sweep
 from clbench.config.classes import class_of, takes

@@ -18,11 +18,11 @@ from clbench.errors import UserError, first_line
 
 
 def check(composed: DictConfig) -> Config:
-    """The typed config, once what was composed is known to make sense.
+    """The typed config of what Hydra composed, after checking that it makes sense.
 
     Raises:
-        UserError: an unknown key, a value of the wrong type or out of range, a class that cannot be imported, or a
-            combination that makes no sense.
+        UserError: a key is unknown, a value is missing, of the wrong type or out of range, a class cannot be imported,
+            or settings do not go together.
     """
     values = resolved(composed)
     try:
@@ -36,17 +36,17 @@ def check(composed: DictConfig) -> Config:
 
 
 def resolved(composed: DictConfig, allow_missing: bool = False) -> dict[str, Any]:
-    """A composed config's plain values without Hydra's own, every interpolation replaced by what it stands for.
+    """A composed config without its `hydra` node, as plain values with every interpolation resolved.
 
     Args:
-        allow_missing: leave ??? where a value must still be given.
+        allow_missing: leave ??? where a value must still be given, in place of an error.
 
     Raises:
         UserError: a value is missing, or an interpolation names a key that is not there.
     """
-    own = OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
+    settings = OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
     try:
-        plain = OmegaConf.to_container(own, resolve=True, throw_on_missing=not allow_missing)
+        plain = OmegaConf.to_container(settings, resolve=True, throw_on_missing=not allow_missing)
     except MissingMandatoryValue as error:
         raise UserError(f"{error.full_key} has no value: give {error.full_key}=...") from error
     except InterpolationKeyError as error:
@@ -71,7 +71,7 @@ def with_protocol_buffer(config: Config) -> Config:
     return config
 
 
-# Hydra's own settings of where runs go, which are this project's to say: key -> what conf/ has, and the way out.
+# Hydra's settings of where runs go, which conf/ sets and nobody may change: key -> value in conf/, and the way out.
 _PLACES = {
     "sweep.dir": ("${outputs}/${experiment}", "give outputs=FOLDER and experiment=NAME"),
     "sweep.subdir": ("${run_name:${hydra.overrides.task}}", "a run's settings name it; give experiment=NAME"),
@@ -81,13 +81,14 @@ _PLACES = {
 
 
 def check_sweep(composed: DictConfig, overrides: Sequence[str]) -> None:
-    """Whether the settings of a sweep itself make sense, which its finished runs are not composed to see.
+    """Check the settings that all runs of a sweep share. Its finished runs are not checked one by one.
 
     Args:
-        composed: with its `hydra` node.
+        composed: the sweep's own composed config, with its `hydra` node.
+        overrides: of the command line.
 
     Raises:
-        UserError: one does not.
+        UserError: one makes no sense.
     """
     for name, (usual, way_out) in _PLACES.items():
         group, _, key = name.partition(".")
@@ -109,25 +110,37 @@ def check_sweep(composed: DictConfig, overrides: Sequence[str]) -> None:
     for text in overrides:
         key, _, value = text.partition("=")
         if key in ("outputs", "only", "dry_run", "overwrite") and "," in value:
-            raise UserError(f"{text}: it is the whole sweep's, and has one value")
+            raise UserError(f"{text}: it is a setting of the whole sweep: give one value")
 
 
 def _strategy(config: Config) -> Any:
-    """The strategy's class."""
+    """The strategy's class.
+
+    Raises:
+        UserError: it cannot be imported, or is no strategy.
+    """
     from clbench.strategies.base import Strategy  # here, as it imports torch, which --help must not wait for
 
     return classes.class_of_kind("strategy", config.strategy.target, Strategy)
 
 
 def _detector(config: Config) -> Any:
-    """The method's class."""
+    """The method's class.
+
+    Raises:
+        UserError: it cannot be imported, or is no detector.
+    """
     from clbench.methods.base import Detector
 
     return classes.class_of_kind("method", config.method.target, Detector)
 
 
 def _check_settings(config: Config) -> None:
-    """Check what the classes are given against their constructors."""
+    """Check the settings of each node against the constructor of its class.
+
+    Raises:
+        UserError: a class cannot be imported, or a setting is unknown, missing, of the wrong type or out of range.
+    """
     classes.check_settings("method", _detector(config), config.method.settings, ("protocol",))
     dataset = classes.class_of_kind("dataset", config.dataset.target, Dataset)
     classes.check_settings("dataset", dataset, config.dataset.settings, ("resize", "crop"))
@@ -137,7 +150,11 @@ def _check_settings(config: Config) -> None:
 
 
 def _check_buffer(config: Config) -> None:
-    """Whether the strategy has a buffer where one is given, and one is given where it has one."""
+    """Check that a buffer is given where the strategy has one, and only there, and the other keys of `replay`.
+
+    Raises:
+        UserError: it is not so, or a key is unknown or has a wrong value.
+    """
     strategy, name, size = _strategy(config), config.strategy.name, config.replay.size
     if strategy.has_buffer and size is None:
         raise UserError(f"strategy={name} needs a buffer: give replay.size, e.g. replay.size=300")
@@ -158,7 +175,11 @@ def _check_buffer(config: Config) -> None:
 
 
 def _check_combinations(config: Config) -> None:
-    """Check what single values do not show: which settings go together."""
+    """Check which settings go together.
+
+    Raises:
+        UserError: two of them do not.
+    """
     strategy, detector = _strategy(config), _detector(config)
     combination = f"strategy={config.strategy.name} with method={config.method.name} makes no sense"
     _check_buffer(config)

@@ -1,4 +1,4 @@
-"""The classes that a config names: found, and their constructors held against the settings. Imports no torch."""
+"""The classes that a config names: importing them, and checking settings against their constructors. Imports no torch."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
 
 BACKBONE = "clbench.backbones.Backbone"
 
-# Arguments of constructors that the run gives, and no config.
+# Arguments of constructors that are given when a run is assembled, not by the config.
 FROM_THE_RUN: dict[str, tuple[str, ...]] = {
     "method": ("backbone", "seed", "cache"),
     "strategy": ("detector", "seed"),
     "dataset": (),
     "backbone": ("precision", "compile"),
 }
-BUFFER = "replay_"  # before the keys of the replay group, in the constructor of a strategy that has a buffer
+BUFFER = "replay_"  # what names of constructor arguments begin with that are settings of the `replay` group
 
 
 @dataclass(frozen=True)
@@ -45,20 +45,24 @@ def class_of(target: str) -> type:
     """
     try:
         return get_class(target)
-    except Exception as error:  # what a user's own file raises while it is imported, too
+    except Exception as error:  # also whatever a user's own file raises while it is imported
         cause = error.__cause__ or error
-        said = " ".join(str(cause).split()) or type(cause).__name__
+        message = " ".join(str(cause).split()) or type(cause).__name__
         raise UserError(
-            f"_target_={target} cannot be imported ({said}): put the folder that holds "
+            f"_target_={target} cannot be imported ({message}): put the folder that holds "
             f"{target.partition('.')[0]} on PYTHONPATH, or pip install its package"
         ) from error
 
 
 def class_of_kind(node: str, target: str, kind: type) -> type:
-    """The class that a node names, which must be of a kind.
+    """The class of a dotted path, which must be a subclass of `kind`.
+
+    Args:
+        node: name of the config's node, for errors.
+        target: the dotted path.
 
     Raises:
-        UserError: it cannot be imported, or is of another kind.
+        UserError: it cannot be imported, or is no such class.
     """
     found = class_of(target)
     if not issubclass(found, kind):
@@ -69,7 +73,9 @@ def class_of_kind(node: str, target: str, kind: type) -> type:
 
 
 def constructor(target: type) -> dict[str, Argument]:
-    """The arguments of a class's constructor: name -> argument; where it hands `**settings` on, its parents' too.
+    """The arguments of a class's constructor: name -> argument.
+
+    A constructor with `**settings` hands them to that of its parent, whose arguments count too.
 
     Raises:
         UserError: an annotation names something that is not there.
@@ -108,7 +114,7 @@ def takes(config: Config, node: Literal["method", "strategy", "dataset"], name: 
 
 
 def own_arguments(node: str, target: type) -> dict[str, Argument]:
-    """The arguments of a node's class that the config gives: name -> argument.
+    """The arguments of a class's constructor that the config's node gives: name -> argument.
 
     Raises:
         UserError: an annotation of the constructor names something that is not there.
@@ -126,17 +132,20 @@ def check_settings(
     """Check a node's settings against the constructor of the class that they are for.
 
     Args:
+        node: its name, for errors.
+        target: the class.
+        settings: name -> value.
         known_beside: keys of the node that are not for the constructor, to suggest where a name is unknown.
 
     Raises:
         UserError: an unknown name, a value of the wrong type or out of range, or one that is missing.
     """
-    own = own_arguments(node, target)
+    known = own_arguments(node, target)
     for name, value in settings.items():
-        if name not in own:
-            raise UnknownSetting(f"{node}.{name}", [f"{node}.{key}" for key in (*own, *known_beside)])
-        check_value(f"{node}.{name}", value, own[name])
-    for name, argument in own.items():
+        if name not in known:
+            raise UnknownSetting(f"{node}.{name}", [f"{node}.{key}" for key in (*known, *known_beside)])
+        check_value(f"{node}.{name}", value, known[name])
+    for name, argument in known.items():
         if argument.required and name not in settings:
             raise UserError(f"{node}.{name} has no value: give {node}.{name}=...")
 

@@ -1,4 +1,4 @@
-"""In what a run departs from its benchmark, found when the run is made: a later change of conf/ relabels nothing."""
+"""The settings in which a run departs from its benchmark. They are stored with the run, as conf/ may change later."""
 
 from __future__ import annotations
 
@@ -21,38 +21,45 @@ def departures(config: Config, hydra_config: Any) -> dict[str, Any]:
     """The settings in which a run differs from what its benchmark gives the same method, dataset and strategy.
 
     Args:
-        hydra_config: the `hydra` node of the run's composed config. The app that composed it must be running: its
-            configs, those of --config-dir too, say what is usual.
+        config: the run's.
+        hydra_config: the `hydra` node of the run's composed config. The Hydra app that composed it must be running, as
+            its configs are read again, those of --config-dir too.
 
     Returns:
-        Name in full -> the usual value: ABSENT where the benchmark has no such setting, ??? where it wants one given.
+        Flat key -> the benchmark's value: `ABSENT` where it has no such setting, ??? where one must be given.
+
+    Raises:
+        UserError: the benchmark's own settings cannot be resolved.
     """
     choices = hydra_config.runtime.choices
     names = {"method": config.method.name, "dataset": config.dataset.name, "strategy": config.strategy.name}
     overrides = (
         *(text for text in hydra_config.overrides.hydra if text.startswith("hydra.searchpath")),
         f"benchmark={choices['benchmark']}",
-        *(f"{group}={_choice(group, name, choices)}" for group, name in names.items()),
+        *(f"{group}={_choice_named(group, name, choices)}" for group, name in names.items()),
         f"seed={config.seed}",
     )
     sources = tuple(f"{source.schema}://{source.path}" for source in hydra_config.runtime.config_sources)
     usual = _usual(overrides, sources)
-    own = flat({key: value for key, value in config.plain().items() if key not in NOT_IN_RESULTS})
-    return {key: usual.get(key, ABSENT) for key, value in own if value != usual.get(key, ABSENT)}
+    given = flat({key: value for key, value in config.plain().items() if key not in NOT_IN_RESULTS})
+    return {key: usual.get(key, ABSENT) for key, value in given if value != usual.get(key, ABSENT)}
 
 
-def _choice(group: str, name: str, choices: Mapping[str, str]) -> str:
-    """The choice of a group that has a name, else the one that was made: variants have the name of what they vary."""
-    there = GlobalHydra.instance().config_loader().get_group_options(group)
-    return name if name in there else choices[group]
+def _choice_named(group: str, name: str, choices: Mapping[str, str]) -> str:
+    """The choice of a group that is called `name`; where there is none, the one that the run made.
+
+    A file of conf/ may vary another, and has its `name`: the other one is what is usual then.
+    """
+    available = GlobalHydra.instance().config_loader().get_group_options(group)
+    return name if name in available else choices[group]
 
 
 @lru_cache
 def _usual(overrides: tuple[str, ...], sources: tuple[str, ...]) -> dict[str, Any]:
-    """What these choices are composed to: name in full -> value.
+    """What overrides compose to: flat key -> value.
 
     Args:
-        sources: where the app looks for configs, so that another app's are not mistaken for them.
+        sources: where Hydra looks for configs; only a part of the key under which the result is remembered.
     """
     usual = dict(flat(resolved(hydra.compose("config", list(overrides)), allow_missing=True)))
     if usual["replay.size"] is None and getattr(class_of(usual["strategy._target_"]), "has_buffer", False):
@@ -61,5 +68,5 @@ def _usual(overrides: tuple[str, ...], sources: tuple[str, ...]) -> dict[str, An
 
 
 def read_again() -> None:
-    """Forget what choices are composed to: a process that runs a second command may find other configs."""
+    """Forget what was composed: a process that runs a second command may find other configs."""
     _usual.cache_clear()

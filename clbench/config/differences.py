@@ -1,4 +1,4 @@
-"""Which settings change a run's results, and in which two configs differ."""
+"""Which settings change the results of a run, and in which of them two configs differ."""
 
 import re
 from collections.abc import Mapping
@@ -25,7 +25,7 @@ NOT_IN_RESULTS = (
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """What differs between two checked configs and changes results, as `key: old -> new`."""
+    """The settings that change results and differ between two configs of plain values, as `key: old -> new`."""
     before, after = (
         {key: value for key, value in flat(config) if key.split(".")[0] not in NOT_IN_RESULTS}
         for config in (old, new)
@@ -38,7 +38,11 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
 
 def flat(node: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    """The values of a config, each under its whole key: `gpu.threads`."""
+    """The values of a config with their flat keys, such as `gpu.threads`, in their order.
+
+    Args:
+        prefix: what every key begins with.
+    """
     pairs: list[tuple[str, Any]] = []
     for key, value in node.items():
         if isinstance(value, dict) and value:
@@ -49,5 +53,5 @@ def flat(node: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
 
 
 def in_results(override: str) -> bool:
-    """Whether an override can change what a run's results are."""
+    """Whether an override, such as `gpu.threads=2`, can change a run's results."""
     return re.split(r"[.=/@]", override.lstrip("+~"), maxsplit=1)[0] not in NOT_IN_RESULTS

@@ -1,4 +1,4 @@
-"""What Hydra found wrong with a command line, in one line with the nearest that exists."""
+"""Messages for command lines that Hydra refuses: one line, with the nearest name that exists."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ from clbench.config.messages import UnknownSetting
 from clbench.config.sources import composing, search_path
 from clbench.errors import UserError, first_line
 
-# Nodes that Hydra lets any setting into: what their choice does not have is found when a run is checked.
+# Nodes in which Hydra accepts any setting; those that their choice does not have are found when a run is checked.
 OPEN = ("method.", "strategy.", "dataset.", "backbone.")
 
 
 def explain(error: Exception, overrides: Sequence[str], config_dir: str | None = None) -> UserError:
-    """One line for what Hydra refused.
+    """The error to show for a command line that Hydra refused, in one line.
 
     Args:
+        error: what Hydra raised.
         overrides: of the command line.
         config_dir: a user's own folder of configs, as --config-dir names it.
     """
@@ -34,16 +35,16 @@ def explain(error: Exception, overrides: Sequence[str], config_dir: str | None =
     try:
         with composing():
             groups = _choices(search_path(config_dir))
-            for word in overrides:
-                if wrong := _wrong_choice(word, groups):
+            for override in overrides:
+                if wrong := _wrong_choice(override, groups):
                     return wrong
             chosen = [f"{key}={value}" for key, value in _first_choices(overrides, groups)]
             composed = hydra.compose("config", [*search_path(config_dir), *chosen])
-    except HydraException:  # a config itself is wrong, and Hydra has said how
+    except HydraException:  # a config itself is wrong, and the first error says how
         return UserError(first_line(error))
     keys = [*_keys(OmegaConf.to_container(composed, resolve=False)), *groups]
-    for word in overrides:
-        if wrong := _wrong_setting(word, keys):
+    for override in overrides:
+        if wrong := _wrong_setting(override, keys):
             return wrong
     return UserError(first_line(error))
 
@@ -53,11 +54,12 @@ def setting_of_other_choices(
     choices_of: Callable[[str], Iterable[str]],
     settings_of: Callable[[str, str], set[str]],
 ) -> UserError:
-    """What to say of a setting that is not there: that other choices of its group have it, where some do.
+    """The error for an unknown setting: it names the choices of the group that have the setting, where there are some.
 
     Args:
-        choices_of: gives a group's choices.
-        settings_of: gives the settings of a group's choice.
+        error: what was raised for the setting.
+        choices_of: group -> its choices.
+        settings_of: group and choice -> the names of its settings.
     """
     group, _, name = error.key.partition(".")
     having = []
@@ -79,13 +81,13 @@ def _choices(search: list[str]) -> dict[str, list[str]]:
 
 def _first_choices(overrides: Sequence[str], groups: dict[str, list[str]]) -> list[tuple[str, str]]:
     """The groups that are chosen, each with its first choice."""
-    pairs = [word.partition("=")[::2] for word in overrides]
+    pairs = [override.partition("=")[::2] for override in overrides]
     return [(key, values.split(",")[0]) for key, values in pairs if key in groups and values]
 
 
-def _wrong_choice(word: str, groups: dict[str, list[str]]) -> UserError | None:
-    """What to say of an override that asks for a choice that is not there."""
-    key, _, values = word.partition("=")
+def _wrong_choice(override: str, groups: dict[str, list[str]]) -> UserError | None:
+    """The error for an override that asks for a choice that does not exist; None where it does not."""
+    key, _, values = override.partition("=")
     for value in values.split(",") if key in groups and values else []:
         if value not in groups[key]:
             nearest = difflib.get_close_matches(value, groups[key], n=1, cutoff=0.5)
@@ -94,31 +96,30 @@ def _wrong_choice(word: str, groups: dict[str, list[str]]) -> UserError | None:
     return None
 
 
-def _wrong_setting(word: str, keys: Sequence[str]) -> UserError | None:
-    """What to say of an override whose setting is not there, or that is not written as overrides are."""
-    key = re.split("[=@]", word, maxsplit=1)[0].lstrip("+~")
+def _wrong_setting(override: str, keys: Sequence[str]) -> UserError | None:
+    """The error for an override whose setting does not exist, or whose syntax is wrong; None where neither is so."""
+    key = re.split("[=@]", override, maxsplit=1)[0].lstrip("+~")
     if not key.startswith("hydra") and key not in keys and not key.startswith(OPEN):
         return UnknownSetting(key, keys)
-    if word.startswith("~"):
-        return UserError(f"{word} cannot be taken away: give {key}=... another value, null for none")
-    if word.startswith("+") and not word.startswith("++"):
-        return UserError(f"{word}: {key} is there already; write {word.lstrip('+')}")
-    if "=" not in word:
-        return UserError(f"{word} has no value: write {word}=...")
+    if override.startswith("~"):
+        return UserError(f"{override} cannot be taken away: give {key}=... another value, null for none")
+    if override.startswith("+") and not override.startswith("++"):
+        return UserError(f"{override}: {key} is there already; write {override.lstrip('+')}")
+    if "=" not in override:
+        return UserError(f"{override} has no value: write {override}=...")
     try:
-        OverridesParser.create().parse_override(word)
+        OverridesParser.create().parse_override(override)
     except HydraException:
         return UserError(
-            f"{word.lstrip('+')} cannot be read: a list is {key}=a,b or {key}=[a,b], and what holds other signs is quoted "
-            f"for the shell too: '{key}=\"...\"'"
+            f"{override.lstrip('+')} cannot be read: a list is {key}=a,b or {key}=[a,b], and what holds other signs is "
+            f"quoted for the shell too: '{key}=\"...\"'"
         )
     return None
 
 
 def _keys(node: Any, prefix: str = "") -> list[str]:
-    """The names in full of a config's settings, and of its nodes."""
-    if not isinstance(node, dict):
-        return []
-    return [
-        name for key, value in node.items() for name in (f"{prefix}{key}", *_keys(value, f"{prefix}{key}."))
-    ]
+    """The flat keys of a config's settings and nodes, each beginning with `prefix`."""
+    names: list[str] = []
+    for key, value in node.items() if isinstance(node, dict) else ():
+        names += [f"{prefix}{key}", *_keys(value, f"{prefix}{key}.")]
+    return names

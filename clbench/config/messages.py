@@ -1,4 +1,4 @@
-"""What is said of a setting that is wrong."""
+"""Messages for settings that are wrong."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from clbench.errors import UserError
 
 
 class UnknownSetting(UserError):
-    """A setting that is not there.
+    """A setting that does not exist.
 
     Args:
-        key: its name in full, `method.memorysize`.
-        known: names in full that are there, of which the nearest is suggested.
+        key: its flat key, such as `method.memorysize`.
+        known: flat keys that exist; the nearest of them is suggested.
     """
 
     def __init__(self, key: str, known: Iterable[str]):
@@ -25,6 +25,7 @@ class UnknownSetting(UserError):
 
 
 def _hint(key: str, known: list[str]) -> str:
+    """The end of a message on an unknown key: the nearest key that exists, or else all of them."""
     close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     if close:
         return f"nearest: {close[0]}"
@@ -39,32 +40,34 @@ def _hint(key: str, known: list[str]) -> str:
 
 
 def invalid(error: ValidationError, values: Mapping[str, Any], schema: type[BaseModel]) -> UserError:
-    """One line for what the schema refused.
+    """The error to show for values that the schema refused, in one line.
 
     Args:
-        values: that were refused.
+        error: what pydantic raised.
+        values: the values that were refused.
+        schema: the schema that refused them.
     """
     first = error.errors()[0]
-    path = [str(part) for part in first["loc"]]
+    path = [str(name) for name in first["loc"]]
     if first["type"] == "extra_forbidden":
         level: Any = values
-        for part in path[:-1]:
-            level = level[part]
+        for name in path[:-1]:
+            level = level[name]
         known = schema.model_fields if len(path) == 1 else level
-        return UnknownSetting(
-            ".".join(path), [".".join([*path[:-1], key]) for key in known if key != path[-1]]
-        )
-    keys = ".".join(part for part in path if part.isidentifier() and part not in ("str", "list"))
+        beside = [".".join([*path[:-1], name]) for name in known if name != path[-1]]
+        return UnknownSetting(".".join(path), beside)
+    # A type within a union, such as `str`, and an index of a list are in the path too.
+    key = ".".join(name for name in path if name.isidentifier() and name not in ("str", "list"))
     if first["type"] == "missing":
-        return UserError(f"{keys} has no value: give {keys}=...")
-    return UserError(f"{keys}={first['input']}: {reason(first)}")
+        return UserError(f"{key} has no value: give {key}=...")
+    return UserError(f"{key}={first['input']}: {reason(first)}")
 
 
 def reason(error: Mapping[str, Any]) -> str:
-    """Pydantic's reason, as the end of a sentence.
+    """Why pydantic refused a value, as the end of a sentence.
 
     Args:
-        error: one of ValidationError.errors().
+        error: one of `ValidationError.errors()`.
     """
     message = str(error["msg"]).removeprefix("Value error, ")
     return message[0].lower() + message[1:]

@@ -1,4 +1,4 @@
-"""What conf/ refers to beside its own files: functions in ${...}, nodes open for any setting, ready-made sweeps."""
+"""What conf/ refers to besides its own files: functions in ${...}, nodes open for any setting, ready-made sweeps."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from clbench.config.run_names import run_name
 
 
 def if_given(value: Any, then: Any, otherwise: Any) -> Any:
-    """One or the other, by whether a setting has a value."""
+    """`then` where `value` is given, `otherwise` where it is null."""
     return otherwise if value is None else then
 
 
@@ -22,16 +22,16 @@ def strategy_class(name: str) -> str:
 
 
 def gpus_of(device: str) -> int | None:
-    """GPUs that a job asks for."""
+    """Number of GPUs that a job asks for, by `gpu.device`; None for none."""
     return None if device == "cpu" else 1
 
 
 def register() -> None:
-    """Make known to Hydra what conf/ refers to; again is no harm.
+    """Register with Hydra everything that conf/ refers to. It may be called more than once.
 
     `open`, merged into a node before its choice, lets the command line give any setting there: a sweep's first config
     is composed with the group's default choice, which need not have a setting that the swept choices have. Whether
-    a choice has the setting is found when the run itself is checked.
+    a choice has the setting is checked with the run itself.
     """
     for resolver in (run_name, if_given, strategy_class, gpus_of):
         OmegaConf.register_new_resolver(resolver.__name__, resolver, replace=True)

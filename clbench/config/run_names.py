@@ -10,17 +10,18 @@ _FIRST = ("method", "strategy", "replay", "replay.size", "backbone", "dataset", 
 
 
 def _order(override: str) -> tuple[int, str]:
-    """Choices first, as the name may be cut."""
+    """What overrides are sorted by: choices come first, as the name may be cut at its end."""
     key = override.partition("=")[0].lstrip("+")
     return (_FIRST.index(key) if key in _FIRST else len(_FIRST)), override.lstrip("+")
 
 
 def run_name(overrides: Iterable[str]) -> str:
-    """The run directory's name: what was overridden, so that the same command finds the same directory.
+    """The name of a run's directory, made of its overrides, so that the same command finds the same directory.
 
-    Values that cannot stand in a file's name, or are long, are cut and end in a hash of the whole.
+    Overrides that change no results are left out. A value that is long, or cannot stand in a file name, is shortened
+    and ends in a hash of the whole.
     """
-    parts = []
+    words = []
     for override in sorted(overrides, key=_order):
         key, _, value = override.partition("=")
         if not in_results(override):
@@ -28,6 +29,6 @@ def run_name(overrides: Iterable[str]) -> str:
         readable = re.sub(r"[^\w.+\-]+", "-", value.rstrip("/").rsplit("/", 1)[-1]).strip("-")[:40]
         if readable != value:
             readable += f"~{hashlib.sha256(value.encode()).hexdigest()[:6]}"
-        parts.append(f"{key.lstrip('+')}={readable}")
-    name = ",".join(parts) or "default"
+        words.append(f"{key.lstrip('+')}={readable}")
+    name = ",".join(words) or "default"
     return name if len(name) <= 200 else f"{name[:190]}~{hashlib.sha256(name.encode()).hexdigest()[:8]}"

@@ -19,10 +19,15 @@ from pydantic import (
 
 from clbench.errors import UserError
 
-BESIDE_SETTINGS = ("departures", "made_by")  # what config.yaml holds beside the settings
+BESIDE_SETTINGS = ("departures", "made_by")  # keys of config.yaml that are no settings
 
 
 def _folder_name(name: str) -> str:
+    """The name, which must be one that a folder can have anywhere.
+
+    Raises:
+        ValueError: it is not.
+    """
     if not re.fullmatch(r"[\w.\-]+", name) or not name.strip("."):
         raise ValueError("it names a folder: give letters, digits, and . _ - between them")
     return name
@@ -35,13 +40,13 @@ class Closed(BaseModel):
 
 
 class Node(BaseModel):
-    """A node whose other keys are its class's settings: arguments of the constructor, checked against it."""
+    """A node whose further keys are settings: arguments of a class's constructor, checked against it."""
 
     model_config = ConfigDict(extra="allow", strict=True, frozen=True)
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What the class's constructor is given, a copy: name -> value."""
+        """A copy of the further keys: name -> value, as the class's constructor is given them."""
         return copy.deepcopy(self.model_extra or {})
 
 
@@ -61,7 +66,7 @@ class Protocol(Closed):
 
 
 class MethodNode(Node):
-    """The detector: `target` is its class's dotted path."""
+    """The detector: `target` is the dotted path of its class."""
 
     name: str
     target: str = Field(alias="_target_")
@@ -69,7 +74,12 @@ class MethodNode(Node):
 
 
 class DatasetNode(Node):
-    """The images, and the size in pixels that they are brought to: None keeps the files' size."""
+    """The dataset: `target` is the dotted path of its class.
+
+    Attributes:
+        resize: pixels that both sides of an image are brought to; None keeps the files' size.
+        crop: pixels of both sides that are cut out of the center; None for no crop.
+    """
 
     name: str
     target: str = Field(alias="_target_")
@@ -78,29 +88,42 @@ class DatasetNode(Node):
 
 
 class StrategyNode(Node):
-    """How the detector meets the stream: `target` is the strategy's class."""
+    """The strategy: `target` is the dotted path of its class."""
 
     name: str
     target: str = Field(alias="_target_")
 
 
 class BackboneNode(Node):
-    """Everything that clbench.backbones.Backbone takes, its name too, is among the settings."""
+    """The backbone: its settings are everything that `clbench.backbones.Backbone` takes, its name too."""
 
 
-class Replay(Node):
-    """The buffer: images in all. Further keys are for the strategy's constructor, each after `replay_`."""
+class ReplayNode(Node):
+    """The buffer: `size` is the number of images in all; None where there is no buffer.
+
+    Further keys are arguments of the strategy's constructor, whose names there begin with `replay_`.
+    """
 
     size: PositiveInt | None
 
 
 class TaskOrder(Closed):
+    """The order of the stream, see `clbench.data.stream.order`."""
+
     kind: Literal["listed", "alphabetical", "random"]
     tasks: list[str | list[str]] | None
 
 
 class Gpu(Closed):
-    """The device and how it computes; threads are of the CPU."""
+    """The device and how it computes.
+
+    Attributes:
+        device: `auto`, `cpu`, `cuda` or `cuda:1`.
+        precision: `fp32`, or the type of mixed-precision training.
+        deterministic: whether torch must use deterministic algorithms alone.
+        compile: whether frozen networks are compiled.
+        threads: number of threads of torch on the CPU; None for torch's own choice.
+    """
 
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
     precision: Literal["fp32", "bf16", "fp16"]
@@ -110,6 +133,8 @@ class Gpu(Closed):
 
 
 class Wandb(Closed):
+    """How the run is recorded in Weights & Biases."""
+
     mode: Literal["auto", "online", "offline", "disabled"]
     project: Annotated[str, Field(pattern=r"^[^/\\#?%:]{1,128}$")]
     entity: Annotated[str, Field(pattern=r"^[\w.\-]+$")] | None
@@ -118,7 +143,7 @@ class Wandb(Closed):
 
 
 class SweepSettings(Closed):
-    """What a sweep's runs share, and is no part of their results."""
+    """The settings that all runs of a sweep share and that change no results."""
 
     outputs: Annotated[str, Field(min_length=1)]
     maps: bool | Literal["few"]
@@ -129,12 +154,12 @@ class SweepSettings(Closed):
 
 
 class Config(SweepSettings):
-    """A run's settings, each with its type; what everything takes from the moment they are checked."""
+    """The settings of a run, each with its type."""
 
     method: MethodNode
     backbone: BackboneNode
     strategy: StrategyNode
-    replay: Replay
+    replay: ReplayNode
     dataset: DatasetNode
     task_order: TaskOrder
     gpu: Gpu
@@ -149,7 +174,7 @@ class Config(SweepSettings):
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Config:
-        """The config that plain values make, their types checked.
+        """The config of plain values, after checking their types.
 
         Raises:
             pydantic.ValidationError: a key is unknown or missing, or a value is of another type or out of range.
@@ -160,10 +185,10 @@ class Config(SweepSettings):
 
     @classmethod
     def stored(cls, values: Mapping[str, Any]) -> Config:
-        """A run's config.yaml, trusted as it is written: its classes and combinations are not checked again.
+        """The config of what config.yaml holds. Types are checked, but not classes and combinations.
 
         Raises:
-            UserError: it is no config of this version.
+            UserError: it is not a config of this version of clbench.
         """
         try:
             return cls.of({key: value for key, value in values.items() if key not in BESIDE_SETTINGS})
@@ -175,11 +200,15 @@ class Config(SweepSettings):
             ) from error
 
     def plain(self) -> dict[str, Any]:
-        """The settings as plain values, in the order in which they were composed: what config.yaml holds."""
+        """A copy of the settings as plain values, in the order in which they were composed: what config.yaml holds."""
         return copy.deepcopy(self._plain)
 
     def changed(self, node: str, **values: Any) -> Config:
-        """The same config but for these values of a node."""
+        """A copy of the config with these values in one of its nodes.
+
+        Raises:
+            pydantic.ValidationError: one has a wrong type or is out of range.
+        """
         plain = self.plain()
         plain[node] = {**plain[node], **values}
         return Config.of(plain)

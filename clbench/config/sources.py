@@ -1,4 +1,7 @@
-"""Where configs are: conf/ and sweeps/, in a wheel or a checkout, and --config-dir. Imports no torch."""
+"""Where configs are and how they are composed: conf/ and sweeps/ of a wheel or a checkout, and --config-dir.
+
+Imports no torch.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +38,7 @@ def sweeps() -> Path:
 
 @contextmanager
 def composing() -> Iterator[None]:
-    """Inside, hydra.compose composes from conf/; an app that runs is put aside meanwhile."""
+    """Inside, `hydra.compose` composes from conf/, even in a Hydra app that runs already."""
     from clbench.config.resolvers import register  # here, as it imports this module
 
     register()
@@ -45,7 +48,7 @@ def composing() -> Iterator[None]:
 
 @contextmanager
 def app_put_aside() -> Iterator[None]:
-    """Inside, Hydra can be initialized anew; afterwards it is as it was."""
+    """Inside, Hydra can be initialized anew; afterwards the app that was running is there again."""
     running = GlobalHydra.instance().hydra
     GlobalHydra.instance().clear()
     try:
@@ -55,29 +58,29 @@ def app_put_aside() -> Iterator[None]:
 
 
 def search_path(config_dir: str | Path | None) -> list[str]:
-    """The override that makes Hydra look into a user's own folder of configs too; none without one."""
+    """The override that makes Hydra look for configs in a user's own folder too, as a list; empty where None is given."""
     return [] if config_dir is None else [f"hydra.searchpath=[file://{Path(config_dir).absolute()}]"]
 
 
 def composed(*overrides: str, config_dir: str | Path | None = None) -> DictConfig:
-    """What a command line composes to, unchecked.
+    """What the overrides of a command line compose to, unchecked.
 
     Args:
         config_dir: a user's own folder of configs, as --config-dir names it.
 
     Raises:
-        HydraException: it cannot be composed.
+        HydraException: they cannot be composed.
     """
     with composing():
         return hydra.compose("config", [*search_path(config_dir), *overrides])
 
 
 def composed_from(hydra_config: Any, overrides: Sequence[str]) -> str:
-    """A digest of all that a run's config is composed from: every file of configs, and the overrides that matter.
+    """SHA-256 of everything that a run's config is composed from: all files of configs, and its overrides.
 
     Args:
         hydra_config: the `hydra` node of a composed config.
-        overrides: of the run, of which those that change results count.
+        overrides: the run's; those that change no results do not count.
     """
     folders = [source.path for source in hydra_config.runtime.config_sources if source.schema == "file"]
     files = [_folder_digest(str(folder)) for folder in (*folders, sweeps())]
@@ -86,13 +89,13 @@ def composed_from(hydra_config: Any, overrides: Sequence[str]) -> str:
 
 
 def read_again() -> None:
-    """Forget the files' digests: a process that composes for a second time may find other files."""
+    """Forget the digests of files: a process that runs a second command may find other configs."""
     _folder_digest.cache_clear()
 
 
 @lru_cache
 def _folder_digest(folder: str) -> str:
-    """A digest of the names and contents of a folder's configs."""
+    """SHA-256 of the names and contents of all YAML files in a folder and those inside it."""
     digest = hashlib.sha256()
     for path, folders, files in os.walk(folder, followlinks=True):
         folders.sort()

@@ -11,18 +11,21 @@ from clbench.errors import UserError
 
 
 def wandb_mode(settings: Mapping[str, Any]) -> tuple[str, str | None]:
-    """`online`, `offline` or `disabled`, and a word on why where `auto` had to choose.
+    """The effective mode, `online`, `offline` or `disabled`, and a line on why where `wandb=auto` chose; else None.
+
+    Args:
+        settings: the `wandb` group of the config.
 
     Raises:
-        UserError: online, and no key; or a server's address that is none, or holds a password.
+        UserError: the mode is `online` and there is no key, or WANDB_BASE_URL is no address or holds a password.
     """
     chosen = settings["mode"]
     if chosen in ("auto", "online"):
         _check_address(os.environ.get("WANDB_BASE_URL"))
     if chosen == "auto":
-        asked = os.environ.get("WANDB_MODE")
-        if asked in ("online", "offline", "disabled"):
-            chosen = asked
+        mode = os.environ.get("WANDB_MODE")
+        if mode in ("online", "offline", "disabled"):
+            chosen = mode
         elif wandb_key():
             return "online", "wandb=auto is online: a key is configured"
         else:
@@ -35,16 +38,21 @@ def wandb_mode(settings: Mapping[str, Any]) -> tuple[str, str | None]:
 
 
 def _check_address(address: str | None) -> None:
+    """Check the address of a W&B server.
+
+    Raises:
+        UserError: it is no address, or holds a password.
+    """
     if address is None:
         return
     try:
-        parts = urlparse(address)
-        usable = parts.scheme in ("http", "https") and bool(parts.hostname)
+        parsed = urlparse(address)
+        usable = parsed.scheme in ("http", "https") and bool(parsed.hostname)
     except ValueError:
         usable = False
     if not usable:
         raise UserError(f"WANDB_BASE_URL={address} is no address of a server: give https://HOST, or unset it")
-    if parts.password:
+    if parsed.password:
         raise UserError(
             "WANDB_BASE_URL holds a password, which would end in logs: give the address without it, and the key "
             "in WANDB_API_KEY"

@@ -1,7 +1,7 @@
 """Checkpoints: tensors in safetensors, plain data in JSON beside them. No pickles.
 
-Two kinds, in a run's `checkpoint/`: `stage-<stage>`, what is kept once a stage is learned; and
-`learning-<stage>-<number>`, a training that is under way. The newest two of each stay.
+There are two kinds in a run's `checkpoint/`: `stage-<stage>`, the state after a stage was learned, and
+`learning-<stage>-<number>`, the state of a stage that is being learned. The newest two of each kind stay.
 """
 
 import hashlib
@@ -18,22 +18,22 @@ from torch import Tensor
 
 from clbench.recording.files import write_whole
 
-_KEPT = 2  # the one before is there when the last is damaged
-_SHARE = 0.05  # of the time, at most, goes into checkpoints at the ends of epochs
+_KEPT = 2  # checkpoints of a kind: if the newest is damaged, the one before is used
+_SHARE = 0.05  # share of a run's time, at most, that checkpoints at the ends of epochs take
 
-Saved = tuple[dict[str, Tensor], dict[str, Any]]
+Saved = tuple[dict[str, Tensor], dict[str, Any]]  # name -> tensor, and plain data
 
 
 class Checkpoints:
-    """A run's checkpoint/: a file pair counts once its JSON, the second to be written, is whole and agrees.
+    """The checkpoints of a run. One counts only if its JSON, which is written last, is whole and agrees with its tensors.
 
     Args:
-        directory: the folder.
-        device: where tensors are loaded to.
-        every_s: seconds between two checkpoints of a training under way.
-        urgent: whether a training under way is to be saved at once.
-        saved: called when it is; may raise, to end the run there.
-        beside: what else goes into every checkpoint's data.
+        directory: the folder `checkpoint/`.
+        device: where tensors are loaded to, as torch names it.
+        every_s: seconds between two checkpoints of a stage that is being learned.
+        urgent: tells whether a checkpoint is wanted at once.
+        saved: called after each checkpoint of a stage that is being learned; may raise, to end the run there.
+        beside: gives plain data that goes into every checkpoint.
     """
 
     def __init__(
@@ -55,29 +55,43 @@ class Checkpoints:
         self._saving_took = 0.0
 
     def save_stage(self, stage: int, tensors: dict[str, Tensor], data: dict[str, Any]) -> None:
-        """Keep a learned stage; what led to it is over."""
+        """Save the state after a stage, and remove the checkpoints that led to it.
+
+        Args:
+            stage: 0-based.
+            tensors: name -> tensor.
+            data: what JSON can hold.
+
+        Raises:
+            UserError: the disk is full or may not be written.
+        """
         self._save(f"stage-{stage:04d}", tensors, data)
         for path in self._newest_first("stage")[_KEPT:] + self._newest_first("learning"):
             self._remove(path.stem)
         self._saved_at = time.perf_counter()
 
     def load_stage(self) -> tuple[int, dict[str, Tensor], dict[str, Any]] | None:
-        """The newest learned stage that is undamaged, with its tensors and data; None where there is none."""
+        """The newest undamaged checkpoint of a learned stage: the stage, its tensors and its data; None without one."""
         for path in self._newest_first("stage"):
             if (saved := self._load(path.stem)) is not None:
                 return int(path.stem.rpartition("-")[2]), *saved
         return None
 
-    # What a training needs of it (training.Bookmark):
+    # The methods of clbench.training.Bookmark, and `peek`:
 
     def due(self, epoch_ended: bool) -> bool:
-        """Whether to save now: asked to, long enough ago, or at an epoch's end where that costs little."""
+        """Whether to save now: where it is urgent, `every_s` after the last time, or at an epoch's end if it costs little."""
         waited = time.perf_counter() - self._saved_at
         cheap = epoch_ended and waited >= self._saving_took / _SHARE
         return self.urgent() or waited >= self.every_s or cheap
 
     def place(self, stage: int, tensors: dict[str, Tensor], data: dict[str, Any]) -> None:
-        """Keep a training of a stage that is under way."""
+        """Save the state of a stage that is being learned.
+
+        Raises:
+            UserError: the disk is full or may not be written.
+            Stopped: what `saved` raises, where the run is to end here.
+        """
         begin = time.perf_counter()
         before = self._newest_first(f"learning-{stage:04d}")
         number = int(before[0].stem.rpartition("-")[2]) + 1 if before else 0
@@ -106,23 +120,27 @@ class Checkpoints:
         return None
 
     def _save(self, name: str, tensors: dict[str, Tensor], data: dict[str, Any]) -> None:
+        """Write a checkpoint's two files.
+
+        Raises:
+            UserError: the disk is full or may not be written.
+        """
         contiguous = {key: tensor.detach().contiguous() for key, tensor in tensors.items()}
         digest = ""
 
-        def write(part: Path) -> None:
+        def write(path: Path) -> None:
             nonlocal digest
             try:
-                save_file(contiguous, part)
+                save_file(contiguous, path)
             except SafetensorError as error:
                 raise OSError(str(error)) from error
-            digest = _file_digest(part)
+            digest = _file_digest(path)
 
         write_whole(self._path(name, "safetensors"), write)
         # Names, because safetensors keeps no order.
-        about = {"tensors": digest, "names": list(contiguous), **self.beside(), **data}
-        text = json.dumps(about)
-        check = hashlib.sha256(text.encode()).hexdigest()
-        write_whole(self._path(name, "json"), lambda part: part.write_text(f"{check}\n{text}\n"))
+        text = json.dumps({"tensors": digest, "names": list(contiguous), **self.beside(), **data})
+        content = f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}\n"
+        write_whole(self._path(name, "json"), lambda path: path.write_text(content))
 
     def _load(self, name: str) -> Saved | None:
         """The tensors and data of a checkpoint; None where it is damaged."""

@@ -1,4 +1,4 @@
-"""Files that appear under their names only when they are whole."""
+"""Writing files so that they appear under their names only once they are complete."""
 
 import errno
 import os
@@ -10,29 +10,35 @@ from clbench.errors import UserError
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """A file that appears under its name only when it is complete and on the disk: beside, flushed, renamed.
+    """Write a file that appears under its name only once it is complete and on the disk.
+
+    It is written beside, flushed, and renamed.
+
+    Args:
+        path: the file; its folder is made where it is missing.
+        write: writes the content to the path that it is given.
 
     Raises:
         UserError: the disk is full or may not be written.
     """
-    part = path.with_name(f".{path.name}.part")
+    beside = path.with_name(f".{path.name}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write(part)
-        with open(part, "rb") as file:
+        write(beside)
+        with open(beside, "rb") as file:
             os.fsync(file.fileno())
-        part.replace(path)
+        beside.replace(path)
     except OSError as error:
         raise cannot_write(path, error) from error
     finally:
         with suppress(OSError):
-            part.unlink(missing_ok=True)
+            beside.unlink(missing_ok=True)
 
 
 def cannot_write(path: Path, error: OSError) -> UserError:
-    """What to say where the system refuses to write a file."""
+    """The error for a file that the system refuses to write, with the way out that fits the reason."""
     way = "write elsewhere (outputs=... of a run, --output of a command)"
-    if error.errno in (None, errno.ENOSPC, errno.EDQUOT, errno.EFBIG):  # libraries say none
+    if error.errno in (None, errno.ENOSPC, errno.EDQUOT, errno.EFBIG):  # libraries raise it without a number
         way = f"free space there, or {way}"
     if error.errno == errno.ENAMETOOLONG:
         way = "give a shorter name (experiment=... of a run, --output of a command)"

@@ -1,4 +1,4 @@
-"""A file that is only ever appended to: one JSON object a line, each with a check of its own."""
+"""Journals: files of one JSON object a line, each line with its own checksum, that are only appended to."""
 
 import json
 import os
@@ -14,18 +14,18 @@ _CHECK = ', "check": "'
 
 
 class Journal:
-    """What a run found, in the order in which it was found.
+    """A journal that is open: its entries, and a file that further ones are appended to.
 
-    A line that was cut off by a kill is the last one, and is taken away when the file is opened again. Lines reach the
-    system at once, and the disk with `flush`.
+    A process that is killed may leave the last line cut off; it is removed when the file is opened again. Lines reach
+    the system at once, and the disk with `flush`.
 
     Args:
-        path: the file, which need not exist.
-        lose_damaged: whether a damaged line and all after it are taken away too, in place of an error.
+        path: the file; it is made where it is missing.
+        lose_damaged: whether a damaged line and all after it are removed too, in place of an error.
 
     Attributes:
-        entries: what the file held when it was opened, or was given by `rewrite`.
-        count: how many entries it holds now.
+        entries: what the file held when it was opened, or was last given by `rewrite`.
+        count: the number of entries that it holds now.
 
     Raises:
         UserError: the file cannot be read or written, or a line that is not the last is damaged.
@@ -43,7 +43,7 @@ class Journal:
             raise cannot_write(path, error) from error
 
     def append(self, entry: dict[str, Any]) -> None:
-        """Add an entry.
+        """Add an entry, which JSON can hold.
 
         Raises:
             UserError: the disk is full or may not be written.
@@ -55,28 +55,39 @@ class Journal:
         self.count += 1
 
     def flush(self) -> None:
-        """Return once all entries are on the disk."""
+        """Wait until all entries are on the disk."""
         os.fsync(self._file.fileno())
 
     def rewrite(self, entries: Iterable[dict[str, Any]]) -> None:
-        """Hold these entries alone from now on."""
+        """Replace the file's content by these entries.
+
+        Raises:
+            UserError: the disk is full or may not be written.
+        """
         self.entries = list(entries)
         self.count = len(self.entries)
         self._file.close()
-        write_whole(self.path, lambda part: part.write_bytes(b"".join(map(_line, self.entries))))
+        content = b"".join(map(_line, self.entries))
+        write_whole(self.path, lambda path: path.write_bytes(content))
         self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115
 
     def close(self) -> None:
+        """Close the file; nothing can be appended after it."""
         self._file.close()
 
 
 def _line(entry: dict[str, Any]) -> bytes:
+    """The line of an entry: its JSON, with a checksum of it as the last key."""
     body = json.dumps(entry, ensure_ascii=False)[:-1]
     return f'{body}{_CHECK}{zlib.crc32(body.encode()):08x}"}}\n'.encode()
 
 
 def _read(path: Path, lose_damaged: bool) -> tuple[list[dict[str, Any]], int]:
-    """The entries of a journal, and how many bytes of it they take."""
+    """The entries of a journal, and how many bytes they take; what follows is to be removed.
+
+    Raises:
+        UserError: the file cannot be read, or a line that is not the last is damaged and `lose_damaged` is not set.
+    """
     try:
         content = path.read_bytes()
     except FileNotFoundError:
@@ -93,7 +104,8 @@ def _read(path: Path, lose_damaged: bool) -> tuple[list[dict[str, Any]], int]:
             if lose_damaged or whole + len(line) == len(content):  # the last one is cut off
                 break
             raise UserError(
-                f"{path} is damaged in line {number}: remove {path.parent} to run this anew, or take another experiment=NAME"
+                f"{path} is damaged in line {number}: remove {path.parent} to run this anew, or take another "
+                "experiment=NAME"
             )
         entries.append(entry)
         whole += len(line)
@@ -101,9 +113,9 @@ def _read(path: Path, lose_damaged: bool) -> tuple[list[dict[str, Any]], int]:
 
 
 def _entry(line: bytes) -> dict[str, Any] | None:
-    """What a line holds, or None where it is cut off or damaged."""
+    """The entry of a line; None where it is cut off or damaged."""
     text = line.decode(errors="replace")
-    body, separator, check = text.rpartition(_CHECK)
-    if not separator or check != f'{zlib.crc32(body.encode()):08x}"}}\n':
+    body, separator, checksum = text.rpartition(_CHECK)
+    if not separator or checksum != f'{zlib.crc32(body.encode()):08x}"}}\n':
         return None
     return json.loads(body + "}")

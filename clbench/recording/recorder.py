@@ -1,4 +1,4 @@
-"""Who is told what a run does, beside its directory."""
+"""Recorders: what is told of a run's losses, heat maps and results besides its directory."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,22 +9,38 @@ from clbench.metrics.continual import Matrix
 
 
 class Recorder:
-    """Is told all that a run finds, as often as a continued run comes by; this one listens to nothing.
+    """Is told everything that a run finds; this one does nothing with it.
+
+    A process that continues a run tells it everything again from the beginning, pictures excepted.
 
     Attributes:
-        wants_pictures: whether `pictures` is to be called, for which they are drawn.
+        wants_pictures: whether `pictures` is to be called; if not, none are drawn for it.
     """
 
     wants_pictures = False
 
     def epoch(self, stage: int, epoch: int, loss: float) -> None:
-        """The mean loss of an epoch, counted from 0 over the whole run."""
+        """Called after an epoch with its mean loss. The stage is 0-based, and epochs are counted from 0 over all stages."""
 
     def pictures(self, stage: int, category: str, pictures: Sequence[np.ndarray]) -> None:
-        """Heat maps of a few of a category's test images after a stage, always the same: BGR uint8 [H, W, 3]."""
+        """Called after a category was evaluated, with heat maps of a few of its test images, always of the same ones.
+
+        Args:
+            stage: 0-based.
+            category: its name.
+            pictures: BGR, uint8 [H, W, 3] each.
+        """
 
     def stage(self, stage: int, results: Mapping[str, Mapping[str, float | None]]) -> None:
-        """Results after a stage: name (a category, `mean` or `forgetting`) -> metric -> value."""
+        """Called after a stage, 0-based, with its results: a category's name, `mean` or `forgetting` -> metric -> value."""
 
     def finish(self, summary: Mapping[str, Any], matrices: Mapping[str, Matrix]) -> str | None:
-        """The summary, and R of each metric: [stage][category]. Gives what a person should know, if anything."""
+        """Called at the end of the run.
+
+        Args:
+            summary: what summary.json will hold.
+            matrices: metric -> R, [stage][category].
+
+        Returns:
+            A line to show on the terminal; None for nothing.
+        """

@@ -1,4 +1,4 @@
-"""A run's directory: what was configured, measured and kept. Nothing in it is ever half-written."""
+"""The directory of a run, and every file that is written into it. A file is replaced as a whole, or appended to."""
 
 import csv
 import fcntl
@@ -20,21 +20,32 @@ from clbench.errors import UserError, in_one_line
 from clbench.recording.files import cannot_write, write_whole
 from clbench.recording.journal import Journal
 
-Row = tuple[int, int, str, str, str, float | None]  # stage, task's number, task, category, metric, value
+# A row of metrics.csv: stage, index of the task, its name, category, metric, value; None where it is undefined.
+MetricRow = tuple[int, int, str, str, str, float | None]
 State = Literal["finished", "failed", "unfinished", "missing"]
 
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast, where PyYAML has it
 
 
 class RunDirectory:
-    """outputs/<experiment>/<run>: config.yaml, journal.jsonl, metrics.csv, summary.json, thresholds.json, checkpoint/,
-    maps/, wandb/."""
+    """The folder of a run, outputs/<experiment>/<run>.
+
+    It holds config.yaml, journal.jsonl, metrics.csv, summary.json, thresholds.json, checkpoint/, maps/ and wandb/; and
+    job.json where a job of a cluster was submitted.
+
+    Args:
+        path: the folder, which need not exist.
+    """
 
     def __init__(self, path: Path | str):
         self.path = Path(path)
 
     def summary(self) -> dict[str, Any] | None:
-        """summary.json, or None where the run has not begun, or where the file is damaged: it is made again."""
+        """What summary.json holds; None where the run has not begun, or the file is damaged: the run writes it again.
+
+        Raises:
+            UserError: the file may not be read.
+        """
         text = self._read("summary.json")
         if text is None:
             return None
@@ -45,10 +56,13 @@ class RunDirectory:
         return None
 
     def config(self) -> dict[str, Any] | None:
-        """The resolved config that the run was begun with, and under `made_by` by what; or None.
+        """What config.yaml holds; None where there is none.
+
+        It is the resolved config that the run was begun with, `departures` from its benchmark, and `made_by`: versions
+        and device. Runs of earlier versions have no `departures`.
 
         Raises:
-            UserError: it is damaged, so that nobody can tell which run this is.
+            UserError: the file is damaged or may not be read.
         """
         text = self._read("config.yaml")
         if text is None:
@@ -65,7 +79,7 @@ class RunDirectory:
         return stored
 
     def _read(self, name: str) -> str | None:
-        """A file's text, or None where there is none.
+        """The text of a file of the directory; None where there is none.
 
         Raises:
             UserError: it may not be read.
@@ -81,17 +95,25 @@ class RunDirectory:
             ) from error
 
     def _read_json(self, name: str) -> dict[str, Any] | None:
-        """What a file holds, or None where there is none, or where it is damaged."""
+        """What a JSON file of the directory holds; None where it is missing or damaged.
+
+        Raises:
+            UserError: it may not be read.
+        """
         text = self._read(name)
         with suppress(json.JSONDecodeError, RecursionError):
             return json.loads(text) if text is not None else None
         return None
 
     def finished(self, config: Mapping[str, Any]) -> bool:
-        """Whether this very run is complete, its results still there.
+        """Whether the run of this config is complete and its results are still there.
+
+        Args:
+            config: the run's config as plain data.
 
         Raises:
-            UserError: the directory holds a run of another config, and `overwrite` is not set.
+            UserError: the directory holds a run of another config, or an unfinished run of another version of clbench,
+                and `overwrite` is not set; or a file is damaged or may not be read.
         """
         stored = self.config()
         if stored is None or config["overwrite"]:
@@ -115,15 +137,18 @@ class RunDirectory:
         return False
 
     def complete(self, summary: Mapping[str, Any]) -> bool:
-        """Whether a summary of this directory is of a run that is complete, its results still there."""
+        """Whether this summary is that of a complete run, whose metrics.csv and config.yaml are still here."""
         there = all((self.path / name).is_file() for name in ("metrics.csv", "config.yaml"))
         return summary["status"] == "complete" and there
 
     def state(self, config: Mapping[str, Any]) -> tuple[State, str | None]:
-        """Where the run of a config stands, and why it failed where it did.
+        """How far the run of a config is, and the reason where it failed; None where it did not.
+
+        Args:
+            config: the run's config as plain data.
 
         Raises:
-            UserError: the directory holds a run of another config, and `overwrite` is not set.
+            UserError: as `finished`.
         """
         if self.finished(config):
             return "finished", None
@@ -134,7 +159,7 @@ class RunDirectory:
         return ("failed", summary["reason"]) if failed else ("unfinished", None)
 
     def create(self) -> None:
-        """Make the folder, where it is not there.
+        """Make the folder where it is missing.
 
         Raises:
             UserError: it cannot be made.
@@ -145,7 +170,7 @@ class RunDirectory:
             raise cannot_write(self.path, error) from error
 
     def clear(self) -> None:
-        """Remove the results of an earlier run."""
+        """Remove the files of an earlier run."""
         for name in ("summary.json", "config.yaml", "metrics.csv", "journal.jsonl", "thresholds.json"):
             (self.path / name).unlink(missing_ok=True)
         for name in ("checkpoint", "maps", "wandb"):
@@ -153,10 +178,10 @@ class RunDirectory:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Held by the one process that works here, and released by the system when it dies.
+        """Inside, this process alone works in the directory. The system releases the lock when the process dies.
 
         Raises:
-            UserError: another process holds it.
+            UserError: another process holds it, or the directory cannot be written.
         """
         self.create()
         try:
@@ -172,17 +197,23 @@ class RunDirectory:
                     f"{self.path} is in use by {file.read().decode().strip() or 'another process'}: "
                     "wait for it, or give this run another experiment=NAME"
                 ) from error
-            with suppress(OSError):  # on a full disk the lock holds, only without a name
+            with suppress(OSError):  # on a full disk the lock holds too, but does not say who has it
                 file.truncate(0)
                 file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
             yield
 
     @contextmanager
     def reporting(self, identity: Mapping[str, Any]) -> Iterator[Callable[[Mapping[str, Any]], None]]:
-        """A run that reports to summary.json: `running` once it says all that it is, `failed` where it breaks.
+        """Inside, the run's status is in summary.json: `failed` after an exception.
+
+        Gives a function that is called with the whole identity of the run once that is known, and writes it, with its
+        status `running`.
 
         Args:
-            identity: what is known of the run before.
+            identity: what is known of the run before; used where there is no summary.json yet.
+
+        Raises:
+            Exception: whatever is raised inside, after it was written down.
         """
         about = self.summary() or dict(identity)
 
@@ -200,41 +231,81 @@ class RunDirectory:
             raise
 
     def job(self) -> dict[str, Any] | None:
-        """The cluster's job that was last submitted for this run: its `id` and `log`; None where none was."""
+        """The cluster job that was last submitted for this run: its `id` and `log`; None where there was none.
+
+        Raises:
+            UserError: the file may not be read.
+        """
         return self._read_json("job.json")
 
     def write_job(self, job: Mapping[str, Any]) -> None:
+        """Write job.json: `id` and `log` of the cluster job of this run.
+
+        Raises:
+            UserError: the disk is full or may not be written.
+        """
         self._write("job.json", json.dumps(dict(job)) + "\n")
 
     def thresholds(self) -> dict[str, Any] | None:
-        """What `clbench.thresholds.calibrate` gave at the end of the run; None where it is not there, or damaged."""
+        """What thresholds.json holds, see `clbench.thresholds`; None where it is missing or damaged.
+
+        Raises:
+            UserError: the file may not be read.
+        """
         return self._read_json("thresholds.json")
 
     def write_thresholds(self, thresholds: Mapping[str, Any]) -> None:
+        """Write thresholds.json: what `clbench.thresholds.calibrate` gave.
+
+        Raises:
+            UserError: the disk is full or may not be written.
+        """
         self._write("thresholds.json", json.dumps(dict(thresholds)) + "\n")
 
     def write_config(
         self, config: Mapping[str, Any], departures: Mapping[str, Any], made_by: Mapping[str, Any]
     ) -> None:
-        """config.yaml: the settings, what the benchmark has in place of those that differ, and what made the run."""
+        """Write config.yaml.
+
+        Args:
+            config: the run's config as plain data.
+            departures: flat key -> the benchmark's value, for each setting in which the run differs from it.
+            made_by: what `clbench.recording.provenance.made_by` gave.
+
+        Raises:
+            UserError: the disk is full or may not be written.
+        """
         beside = {"departures": dict(departures), "made_by": dict(made_by)}
         text = yaml.safe_dump({**config, **beside}, sort_keys=False, allow_unicode=True)
         self._write("config.yaml", text)
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
+        """Write summary.json.
+
+        Raises:
+            UserError: the disk is full or may not be written.
+        """
         self._write("summary.json", json.dumps(summary, indent=2) + "\n")
 
     def journal(self) -> Journal:
-        """journal.jsonl: everything that the run finds, at full precision, for a process that continues it."""
+        """Open journal.jsonl: losses and metrics at full precision, for a process that continues the run.
+
+        Raises:
+            UserError: the file cannot be read or written, or a line that is not the last is damaged.
+        """
         return Journal(self.path / "journal.jsonl")
 
-    def write_metrics(self, rows: Sequence[Row]) -> None:
-        """metrics.csv, for people and programs, with these rows and none else; None is written `undefined`."""
+    def write_metrics(self, rows: Sequence[MetricRow]) -> None:
+        """Write metrics.csv with these rows alone; None is written as `undefined`.
+
+        Raises:
+            UserError: the disk is full or may not be written.
+        """
         header = "stage,task_index,task,category,metric,value\n"
         self._write("metrics.csv", header + _csv(rows))
 
-    def append_metrics(self, rows: Sequence[Row]) -> None:
-        """Further rows of metrics.csv.
+    def append_metrics(self, rows: Sequence[MetricRow]) -> None:
+        """Append rows to metrics.csv.
 
         Raises:
             UserError: the disk is full or may not be written.
@@ -247,12 +318,18 @@ class RunDirectory:
             raise cannot_write(path, error) from error
 
     def _write(self, name: str, text: str) -> None:
-        write_whole(self.path / name, lambda part: part.write_text(text))
+        """Replace a file of the directory.
+
+        Raises:
+            UserError: the disk is full or may not be written.
+        """
+        write_whole(self.path / name, lambda path: path.write_text(text))
 
 
-def _csv(rows: Sequence[Row]) -> str:
+def _csv(rows: Sequence[MetricRow]) -> str:
+    """Rows as text."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    for *what, value in rows:
-        writer.writerow((*what, "undefined" if value is None else f"{value:.6f}"))
+    for *names, value in rows:
+        writer.writerow((*names, "undefined" if value is None else f"{value:.6f}"))
     return text.getvalue()

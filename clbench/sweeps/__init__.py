@@ -1,1 +1,1 @@
-"""Sweeps: which runs they are made of, where those stand, and what launches them."""
+"""Sweeps: the runs that they are made of, how far each is, and what launches them."""

@@ -1,4 +1,4 @@
-"""What SLURM says of jobs. Imports no torch."""
+"""SLURM's commands: the queue, how jobs ended, and why one was rejected. Imports no torch."""
 
 import os
 import re
@@ -12,7 +12,7 @@ _OVER = {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL
 
 
 def check_there() -> None:
-    """Whether jobs can be submitted from here.
+    """Check that jobs can be submitted from this machine.
 
     Raises:
         UserError: they cannot.
@@ -25,7 +25,7 @@ def check_there() -> None:
 
 
 def queue() -> dict[str, str]:
-    """The user's jobs that are not over: id, `12` or `12_3` -> `queued` or `running`.
+    """The user's jobs that have not ended: id, `12` or `12_3` -> `queued` or `running`.
 
     Raises:
         UserError: SLURM does not answer.
@@ -39,7 +39,7 @@ def queue() -> dict[str, str]:
 
 
 def outcome(job: str) -> str:
-    """How a job that is over ended, for people: SLURM's state, or that it does not know."""
+    """How a job ended: SLURM's state, such as `TIMEOUT`; `state unknown` where SLURM does not tell."""
     try:
         lines = _ask("sacct", "--noheader", "--allocations", "--parsable2", "--format=State", "--jobs", job)
     except UserError:
@@ -48,9 +48,9 @@ def outcome(job: str) -> str:
 
 
 def rename_job(name: str) -> None:
-    """Give this job a name that says what runs; where that may not be, it keeps the one it has."""
+    """Rename the SLURM job that this process runs in. Where SLURM refuses, the job keeps its name."""
     job = os.environ["SLURM_JOB_ID"]
-    if "SLURM_ARRAY_JOB_ID" in os.environ:  # of whose jobs one has the array's own number
+    if "SLURM_ARRAY_JOB_ID" in os.environ:  # SLURM_JOB_ID of one of its jobs is the number of the whole array
         job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
     subprocess.run(
         ["scontrol", "update", f"JobId={job}", f"JobName={name}"],
@@ -60,10 +60,14 @@ def rename_job(name: str) -> None:
 
 
 def rejected(error: Exception) -> UserError:
-    """One line for a submission that SLURM did not take."""
+    """The error to show for a job that SLURM did not take, in one line.
+
+    Args:
+        error: what submitit raised.
+    """
     text = str(getattr(error, "stderr", None) or error)
-    said = re.findall(r"sbatch: (?:error: )?(.+)", text)
-    reason = "; ".join(said) or text.strip().splitlines()[-1]
+    messages = re.findall(r"sbatch: (?:error: )?(.+)", text)
+    reason = "; ".join(messages) or text.strip().splitlines()[-1]
     return UserError(
         f"SLURM did not take the job: {reason}: set hydra.launcher.partition, .account, .timeout_min, .mem_gb, "
         ".cpus_per_task and .gpus_per_node to what the cluster has (sinfo shows it)"
@@ -71,10 +75,10 @@ def rejected(error: Exception) -> UserError:
 
 
 def _ask(*command: str) -> str:
-    """A SLURM command's answer.
+    """The output of a SLURM command.
 
     Raises:
-        UserError: there is none.
+        UserError: the command is not installed, fails, or takes longer than a minute.
     """
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
@@ -83,7 +87,7 @@ def _ask(*command: str) -> str:
     except subprocess.TimeoutExpired as error:
         raise UserError(f"{command[0]} does not answer: is the cluster's controller up?") from error
     except subprocess.CalledProcessError as error:
-        said = " ".join(error.stderr.split())
+        message = " ".join(error.stderr.split())
         raise UserError(
-            f"{command[0]} failed ({said}): is this a machine of the cluster, and its controller up?"
+            f"{command[0]} failed ({message}): is this a machine of the cluster, and its controller up?"
         ) from error

@@ -22,8 +22,9 @@ from clbench.recording.run_directory import RunDirectory
 from clbench.sweeps import cluster
 from clbench.sweeps.runs import SweepRun
 
-_POLL_S = 2.0  # seconds between two looks at the queue, at first; then up to
-_SLOWEST_S = 30.0
+_POLL_S = 2.0  # seconds between the first two looks at the queue
+_SLOWEST_S = 30.0  # seconds between two looks, at most
+_KILLED = "its process was killed, for its memory perhaps; the same command continues it"
 
 
 @runtime_checkable
@@ -31,10 +32,14 @@ class Starts(Protocol):
     """A launcher that starts runs whose settings were composed already."""
 
     def start(self, runs: Sequence[SweepRun], first: int) -> Sequence[JobReturn]:
-        """Run all, and tell how each ended.
+        """Run all of these runs.
 
         Args:
-            first: number of the first of them in the sweep, from 0.
+            runs: the runs.
+            first: number of the first of them in the sweep, 0-based.
+
+        Returns:
+            How each ended.
 
         Raises:
             UserError: none of them can be started.
@@ -46,11 +51,11 @@ class SequentialLauncher(Launcher):
     """One run after the other, in this process."""
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        """What Hydra hands over before runs."""
+        """Take what Hydra gives before any run."""
         self.hydra_context, self.task_function, self.config = hydra_context, task_function, config
 
     def start(self, runs: Sequence[SweepRun], first: int) -> Sequence[JobReturn]:
-        """Run what was composed, see `Starts`."""
+        """Run all of these runs, see `Starts`."""
         returned = []
         for number, run in enumerate(runs, first):
             config, run.config = run.config, None
@@ -58,7 +63,7 @@ class SequentialLauncher(Launcher):
         return returned
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        """Compose and run, for another sweeper than ours."""
+        """Compose and run every list of overrides, for other sweepers than `RunSweeper`."""
         loader = self.hydra_context.config_loader
         return [
             self._run(loader.load_sweep_config(self.config, list(overrides)), initial_job_idx + index)
@@ -66,6 +71,7 @@ class SequentialLauncher(Launcher):
         ]
 
     def _run(self, config: DictConfig | None, number: int) -> JobReturn:
+        """Run a composed config as the run with this number of the sweep."""
         assert config is not None
         with open_dict(config):
             config.hydra.job.id = config.hydra.job.num = number
@@ -81,12 +87,12 @@ class SequentialLauncher(Launcher):
 class LocalLauncher(JoblibLauncher):
     """Several runs at a time on this machine, each in a process of its own with its share of the cores.
 
-    Where one of the processes is killed, for its memory perhaps, joblib ends all of them. So what was begun and not
-    finished goes on alone, a run at a time: the one that is killed again has failed, and the rest is run.
+    Where one of the processes is killed, for its memory perhaps, joblib ends all of them. Runs that were begun and not
+    finished are then continued one at a time: one that is killed again has failed, and the others are run.
     """
 
     def start(self, runs: Sequence[SweepRun], first: int) -> Sequence[JobReturn]:
-        """Run all, and tell how each ended, see `Starts`."""
+        """Run all of these runs, see `Starts`."""
         from joblib.externals.loky.process_executor import TerminatedWorkerError
 
         directories = [run.directory for run in runs]
@@ -99,29 +105,26 @@ class LocalLauncher(JoblibLauncher):
         while len(results) < len(runs):
             rest = [index for index in range(len(runs)) if index not in results]
             alone = [index for index in rest if index in suspects][:1] or (rest[:1] if several == 1 else [])
-            turn = alone or rest
+            batch = alone or rest
             try:
-                returned = self.launch([runs[index].overrides for index in turn], first)
+                returned = self.launch([runs[index].overrides for index in batch], first)
             except TerminatedWorkerError:
-                for index in turn:
+                for index in batch:
                     if (result := _written_since(begun, directories[index])) is not None:
                         results[index] = result
                     elif alone:
-                        reason = (
-                            "its process was killed, for its memory perhaps; the same command continues it"
-                        )
-                        results[index] = failure(directories[index], reason)
+                        results[index] = failure(directories[index], _KILLED)
                 if not alone:
-                    left = [index for index in turn if index not in results]
-                    entered = {index for index in left if (directories[index].path / "run.lock").exists()}
-                    suspects |= entered or set(left)
+                    unfinished = {index for index in batch if index not in results}
+                    begun_ones = {i for i in unfinished if (directories[i].path / "run.lock").exists()}
+                    suspects |= begun_ones or unfinished
             else:
-                results |= dict(zip(turn, returned, strict=True))
+                results |= dict(zip(batch, returned, strict=True))
         return [results[index] for index in range(len(runs))]
 
 
 def _written_since(begun: float, directory: RunDirectory) -> JobReturn | None:
-    """How a run ended, if it did after this time."""
+    """How a run ended; None where it has not ended since a time, in seconds since 1970."""
     summary = directory.summary()
     if summary is None or (directory.path / "summary.json").stat().st_mtime < begun:
         return None
@@ -131,17 +134,22 @@ def _written_since(begun: float, directory: RunDirectory) -> JobReturn | None:
 
 
 def failure(directory: RunDirectory, reason: str) -> JobReturn:
-    """A run that failed."""
+    """What Hydra is told of a run that failed.
+
+    Args:
+        directory: the run's.
+        reason: for people.
+    """
     result = JobReturn(status=JobStatus.FAILED)
     result.return_value = UserError(f"{directory.path}: {reason}")
     return result
 
 
 class ClusterLauncher(SlurmLauncher):
-    """Fills a SLURM cluster, and finds again what an earlier process submitted.
+    """Submits every run as a job of SLURM, and waits for all of them.
 
-    A run's job is written into its directory, so that the same command, started anew, waits for the job in
-    place of submitting a second one. How a run ended is read from its directory too; nothing is unpickled.
+    A run's job is noted in its directory: the same command, started anew, waits for that job in place of submitting a
+    second one. How a run ended is read from its directory too; nothing is unpickled.
     """
 
     def __call__(
@@ -152,7 +160,11 @@ class ClusterLauncher(SlurmLauncher):
         job_id: str,
         singleton_state: dict[type, Singleton],
     ) -> JobReturn:
-        """In the job: run, and let the job fail where the run does, so that sacct says so."""
+        """Run one run, in its job; arguments are Hydra's.
+
+        Raises:
+            Exception: what the run raised, so that the job fails and sacct shows it.
+        """
         register()
         os.environ.setdefault("OMP_NUM_THREADS", os.environ.get("SLURM_CPUS_PER_TASK", "1"))
         cluster.rename_job(run_name(sweep_overrides))
@@ -161,20 +173,20 @@ class ClusterLauncher(SlurmLauncher):
         return JobReturn(status=result.status)
 
     def start(self, runs: Sequence[SweepRun], first: int) -> Sequence[JobReturn]:
-        """Submit what has no job yet, wait for all, and tell how each ended, see `Starts`.
+        """Submit the runs that have no job yet and wait for all, see `Starts`.
 
         Raises:
-            UserError: there is no SLURM here, or it does not take the jobs.
+            UserError: there is no SLURM here, it does not answer, or it does not take the jobs.
         """
         from clbench.terminal import Display
 
         cluster.check_there()
-        there = cluster.queue()
+        waiting = cluster.queue()
         display = Display("sweep")
         new = []
         for run in runs:
             job = run.directory.job() or {}
-            if job.get("id") in there:
+            if job.get("id") in waiting:
                 display.line(f"has a job already: {run.directory.path}: {job['id']}")
             else:
                 new.append(run)
@@ -186,7 +198,11 @@ class ClusterLauncher(SlurmLauncher):
         return [self._ended(directory) for directory in directories]
 
     def _submit(self, runs: Sequence[SweepRun], first: int, display: Any) -> None:
-        """Submit a job for each run, and write it into the run's directory."""
+        """Submit a job for each run, and note it in the run's directory.
+
+        Raises:
+            UserError: SLURM does not take the jobs, or a directory cannot be written.
+        """
         import submitit
         from submitit.core.utils import FailedJobError
 
@@ -212,20 +228,24 @@ class ClusterLauncher(SlurmLauncher):
         )
 
     def _wait(self, directories: Sequence[RunDirectory], display: Any) -> None:
-        """Until no run's job is in the queue any more."""
+        """Wait until none of the runs' jobs is in the queue any more.
+
+        Raises:
+            UserError: SLURM does not answer.
+        """
         pause = _POLL_S
         while True:
-            there = cluster.queue()
-            states = [there.get((directory.job() or {}).get("id", "")) for directory in directories]
-            over = states.count(None)
-            running, queued = states.count("running"), states.count("queued")
-            display.progress("jobs", over, len(states), f"{running} running, {queued} queued")
-            if over == len(states):
+            queue = cluster.queue()
+            states = [queue.get((directory.job() or {}).get("id", "")) for directory in directories]
+            ended, running, queued = (states.count(state) for state in (None, "running", "queued"))
+            display.progress("jobs", ended, len(states), f"{running} running, {queued} queued")
+            if ended == len(states):
                 return
             time.sleep(pause)
             pause = min(pause * 1.2, _SLOWEST_S)
 
     def _ended(self, directory: RunDirectory) -> JobReturn:
+        """How the run of a job that has ended ended itself."""
         summary, job = directory.summary(), directory.job() or {}
         if summary is not None and directory.complete(summary):
             return JobReturn(status=JobStatus.COMPLETED)

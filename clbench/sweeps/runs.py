@@ -1,4 +1,4 @@
-"""The runs of a sweep: what they are given, where each stands, which are launched. Imports no torch."""
+"""The runs of a sweep: their overrides, how far each is, and which are to be launched. Imports no torch."""
 
 from __future__ import annotations
 
@@ -21,9 +21,12 @@ class SweepRun:
     """A run of a sweep.
 
     Attributes:
-        overrides: that make it.
-        reason: of its failure, where it failed.
-        config: what the overrides compose to, 0.2 MB, until it is started; None where another process composes it.
+        overrides: what its config is composed from, such as `seed=1`.
+        directory: where it is kept.
+        state: how far it is.
+        reason: why it failed; None where it did not.
+        config: what the overrides compose to, 0.2 MB, until it is started; None where another process composes it, or
+            where the run is known to be finished.
     """
 
     overrides: list[str]
@@ -33,7 +36,7 @@ class SweepRun:
     config: DictConfig | None = None
 
 
-def chosen(runs: Sequence[SweepRun], only: Only | None) -> list[SweepRun]:
+def to_launch(runs: Sequence[SweepRun], only: Only | None) -> list[SweepRun]:
     """The runs to launch: all that are not finished, those that `failed`, or those that are `missing`."""
     kinds: dict[str | None, tuple[State, ...]] = {
         None: ("failed", "unfinished", "missing"),
@@ -46,45 +49,51 @@ def chosen(runs: Sequence[SweepRun], only: Only | None) -> list[SweepRun]:
 def suited(
     runs: Sequence[list[str]], usual: Mapping[str, str], settings_of: Callable[[str, str], set[str]]
 ) -> list[list[str]]:
-    """The overrides of each run without those settings that its choice does not have and another run's has.
+    """The overrides of each run, without settings that its own choice of a group lacks and another run's choice has.
 
     Args:
-        usual: the choice of each group, for runs whose overrides name none.
-        settings_of: gives the names of the settings of a group's choice.
+        runs: the overrides of each run.
+        usual: group -> its choice in runs whose overrides name none.
+        settings_of: group and choice -> the names of its settings.
     """
     for group in ("method", "strategy", "dataset"):
         choices = [_choice(overrides, group, usual[group]) for overrides in runs]
         given = any(_setting(text, group) for overrides in runs for text in overrides)
         if len(set(choices)) == 1 or not given:
             continue
-        has = {choice: settings_of(group, choice) for choice in set(choices)}
-        anyone = set().union(*has.values())
+        settings = {choice: settings_of(group, choice) for choice in set(choices)}
+        every = set().union(*settings.values())
         runs = [
-            [text for text in overrides if _setting(text, group) not in anyone - has[choice]]
+            [text for text in overrides if _setting(text, group) not in every - settings[choice]]
             for overrides, choice in zip(runs, choices, strict=True)
         ]
     return list(runs)
 
 
 def _choice(overrides: Sequence[str], group: str, usual: str) -> str:
-    """A group's choice under these overrides."""
+    """The choice of a group that overrides name; `usual` where they name none."""
     return next((text.partition("=")[2] for text in overrides if text.startswith(f"{group}=")), usual)
 
 
 def _setting(override: str, group: str) -> str | None:
-    """The name of the setting of a group's node that an override gives a value; None for any other."""
+    """The name of the setting that an override changes in a group's node; None where it changes something else."""
     node, _, name = override.lstrip("+").partition("=")[0].partition(".")
     return name.partition(".")[0] if node == group else None
 
 
 def finished_unchanged(config: DictConfig, overrides: Sequence[str]) -> SweepRun | None:
-    """The finished run of these overrides, known by what it was composed from: far faster than composing it.
+    """The run of these overrides, if it is finished and all files that it was composed from are as they were.
+
+    Comparing a digest of these files is far faster than composing the run's config again.
 
     Args:
-        config: of the sweep, with what its runs share.
+        config: the sweep's own composed config.
 
     Returns:
-        None where it is not finished, or where only composing it could tell.
+        None where it is not finished, or where its config must be composed to tell.
+
+    Raises:
+        UserError: the run's summary.json may not be read.
     """
     if config.overwrite or not _folder_is_shared(config, overrides):
         return None
@@ -98,14 +107,14 @@ def finished_unchanged(config: DictConfig, overrides: Sequence[str]) -> SweepRun
 
 
 def _folder_is_shared(config: DictConfig, overrides: Sequence[str]) -> bool:
-    """Whether a run lies where its sweep's own config says."""
+    """Whether the directory of a run is in the folder that the sweep's own config names."""
     given = dict(text.partition("=")[::2] for text in overrides)
     places = {"experiment": config.experiment, "outputs": config.outputs}
     return all(given.get(key, value) == value for key, value in places.items())
 
 
 def distinct(runs: Sequence[SweepRun]) -> list[str]:
-    """What each run's overrides do not share with the others', for tables."""
+    """A name for each run in tables: those of its overrides that not all runs share."""
     given = [[text.lstrip("+") for text in run.overrides] for run in runs]
     shared = set(given[0]).intersection(*given[1:])
     return [

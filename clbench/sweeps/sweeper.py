@@ -25,19 +25,19 @@ from clbench.config.messages import UnknownSetting
 from clbench.errors import UserError, in_one_line
 from clbench.recording.run_directory import RunDirectory
 from clbench.sweeps.launchers import SequentialLauncher, Starts
-from clbench.sweeps.runs import SweepRun, chosen, distinct, finished_unchanged, suited
+from clbench.sweeps.runs import SweepRun, distinct, finished_unchanged, suited, to_launch
 from clbench.sweeps.tables import plan_table, sweep_table
 from clbench.terminal import Display
 
 
 class RunSweeper(Sweeper):
-    """Every run is checked before the first starts; finished ones are left out; one table ends the sweep.
+    """Checks every run before the first starts, leaves finished ones out, and shows one table at the end.
 
     Args:
-        max_batch_size: runs that the launcher is given at a time, at most; None for all at once.
-        params: Hydra's: setting -> values, of the sweep.
-        grids: of a ready-made sweep (sweeps/): each a setting -> values mapping, all of whose combinations
-            are run. Settings of the command line take the place of a grid's.
+        max_batch_size: number of runs that the launcher is given at a time, at most; None for all at once.
+        params: Hydra's own: setting -> values of the sweep.
+        grids: those of a ready-made sweep (sweeps/): setting -> values, each; all combinations of a grid's values are
+            run. Settings of the command line take the place of a grid's.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class RunSweeper(Sweeper):
         self.grids = [dict(grid) for grid in grids] or [{}]
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        """What Hydra hands over before `sweep`."""
+        """Take what Hydra gives before `sweep`."""
         self._config = config
         self._loader = hydra_context.config_loader
         self._launcher = Plugins.instance().instantiate_launcher(
@@ -62,18 +62,21 @@ class RunSweeper(Sweeper):
     def sweep(self, arguments: list[str]) -> None:
         """Expand the command line to runs and launch those that are not finished.
 
+        Args:
+            arguments: the overrides of the command line.
+
         Raises:
             SystemExit: something is wrong with a run's settings (status 2), or a run failed (status 1).
         """
         try:
             check_sweep(self._config, arguments)
             runs = self.runs(arguments)
-            wanted = chosen(runs, self._config.only)
+            wanted = to_launch(runs, self._config.only)
             if self._config.dry_run:
                 Display("sweep").table(plan_table(runs, wanted))
                 return
             RunDirectory(runs[0].directory.path.parent).create()
-            if self._config.overwrite:  # here, once: a job that is started again is to continue
+            if self._config.overwrite:  # once, here: a job of a cluster that is started again continues
                 for run in wanted:
                     with run.directory.lock():
                         run.directory.clear()
@@ -96,10 +99,13 @@ class RunSweeper(Sweeper):
             sys.exit(1)
 
     def runs(self, arguments: list[str]) -> list[SweepRun]:
-        """The runs of a command line, each once, with where they stand.
+        """The runs that a command line asks for, each once, with how far each is.
+
+        Args:
+            arguments: its overrides.
 
         Raises:
-            UserError: something is wrong with one's settings.
+            UserError: the settings of one are wrong, its directory cannot be read, or no run is asked for.
         """
         parser = OverridesParser.create(config_loader=self._loader)
         given: list[list[str]] = []
@@ -119,7 +125,11 @@ class RunSweeper(Sweeper):
         return list(found.values())
 
     def _composed(self, overrides: list[str]) -> SweepRun:
-        """The run of these overrides, composed and checked."""
+        """The run of these overrides, after composing and checking its config.
+
+        Raises:
+            UserError: its settings are wrong, or its directory cannot be read or holds another run.
+        """
         composed = self._loader.load_sweep_config(self._config, overrides)
         config = check(composed)
         directory = RunDirectory(Path(composed.hydra.sweep.dir) / composed.hydra.sweep.subdir)
@@ -128,17 +138,28 @@ class RunSweeper(Sweeper):
         return SweepRun(overrides, directory, state, reason, composed if in_this_process else None)
 
     def _settings_of(self, group: str, choice: str) -> set[str]:
-        """The settings that a group's choice has: in its file, and its class's constructor."""
+        """The names of the settings of a group's choice: those in its file, and its class's constructor arguments.
+
+        Raises:
+            UserError: the class cannot be imported.
+        """
         node = self._loader.load_sweep_config(self._config, [f"{group}={choice}"])[group]
-        own = own_arguments(group, class_of(node._target_)) if "_target_" in node else {}
-        return {*map(str, node), *own}
+        arguments = own_arguments(group, class_of(node._target_)) if "_target_" in node else {}
+        return {*map(str, node), *arguments}
 
     def _launch(self, pending: list[SweepRun], folder: Path, display: Display) -> bool:
-        """Run what is pending; print why a run failed, and keep it for the table; whether one did."""
+        """Launch these runs, and print and note the reason of each that failed.
+
+        Args:
+            folder: where the directories of the runs are.
+
+        Returns:
+            Whether one failed, or none could be launched.
+        """
         self._config.hydra.sweep.dir = str(folder)
         try:
             jobs = self._jobs(pending, display)
-        except UserError as error:  # of the launcher: no cluster, a job that it rejects
+        except UserError as error:  # the launcher's: there is no cluster, or it rejects the jobs
             print(f"error: {error}", file=sys.stderr)
             return True
         failures = [
@@ -150,16 +171,12 @@ class RunSweeper(Sweeper):
                 traceback.print_exception(job._return_value)
                 message = str(job._return_value)
             run.reason = message
-            name = (
-                f"{run.directory.path.name}: "
-                if len(pending) > 1 and str(run.directory.path) not in message
-                else ""
-            )
-            print(f"error: {name}{message}", file=sys.stderr)
+            named = len(pending) == 1 or str(run.directory.path) in message
+            print(f"error: {'' if named else run.directory.path.name + ': '}{message}", file=sys.stderr)
         return bool(failures)
 
     def _jobs(self, pending: list[SweepRun], display: Display) -> list[JobReturn]:
-        """Launch what is pending in batches, or one after the other, each announced; how each ended."""
+        """Launch these runs in batches, or one after the other with a line for each, and tell how each ended."""
         alone = isinstance(self._launcher, SequentialLauncher)
         size = 1 if alone else self.max_batch_size or len(pending)
         jobs: list[JobReturn] = []
@@ -176,7 +193,7 @@ class RunSweeper(Sweeper):
 
 
 def combinations(overrides: Sequence[Override]) -> list[list[str]]:
-    """Every combination of the values that a command line gives, as the overrides of one run each.
+    """The overrides of each run: every combination of the values that overrides with lists give.
 
     Raises:
         UserError: an override asks for values that cannot be listed.

@@ -1,4 +1,4 @@
-"""Tables of a sweep: what it would do, and what it found. Imports no torch."""
+"""Tables of a sweep: which runs it would start, and the results of all. Imports no torch."""
 
 from __future__ import annotations
 
@@ -15,16 +15,21 @@ from clbench.terminal import SHOWN, TITLES, number
 
 
 def plan_table(runs: Sequence[SweepRun], wanted: Sequence[SweepRun]) -> Table:
-    """What a sweep would do: a row a run, with the memory and time of finished runs that are most like it."""
+    """What a sweep would do: a row for each run, with the memory and time of the finished runs that are most like it.
+
+    Args:
+        runs: all of the sweep.
+        wanted: those of them that would be started.
+    """
     table = Table(
         title=f"{_count(len(runs), 'run')}: {sum(run.state == 'finished' for run in runs)} finished, "
         f"{len(wanted)} would be started",
         title_justify="left",
     )
-    for title in ("run", "state", "would", "peak MB", "minutes"):
-        table.add_column(
-            title, overflow="fold", justify="right" if title in ("peak MB", "minutes") else "left"
-        )
+    for title in ("run", "state", "would"):
+        table.add_column(title, overflow="fold")
+    for title in ("peak MB", "minutes"):
+        table.add_column(title, overflow="fold", justify="right")
     names = distinct(runs)
     known = _finished_beside(runs)
     total = 0.0
@@ -49,30 +54,38 @@ def plan_table(runs: Sequence[SweepRun], wanted: Sequence[SweepRun]) -> Table:
     return table
 
 
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+def _count(number: int, noun: str) -> str:
+    """A number with its noun, in the plural where it is not one."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _finished_beside(runs: Sequence[SweepRun]) -> list[tuple[dict[str, str], Mapping[str, Any]]]:
-    """Finished runs of the same experiments: the parts of their names, and their summaries."""
+    """All finished runs in the folders of these: the settings in their names, and their summaries."""
     found: list[tuple[dict[str, str], Mapping[str, Any]]] = []
     for folder in {run.directory.path.parent for run in runs}:
         for path in sorted(folder.iterdir()) if folder.is_dir() else []:
             summary = RunDirectory(path).summary()
             if summary is not None and summary["status"] == "complete":
-                found.append((_parts(path.name), summary))
+                found.append((_settings_named(path.name), summary))
     return found
 
 
 def _expected(
     run: SweepRun, known: Sequence[tuple[dict[str, str], Mapping[str, Any]]]
 ) -> tuple[float | None, float | None]:
-    """Peak MB and minutes of a run: means over the finished runs that share the most of its settings."""
-    own = _parts(run.directory.path.name)
+    """Peak MB and minutes to expect of a run: means over the finished runs that share the most of its settings.
+
+    Args:
+        known: settings and summary of each finished run.
+
+    Returns:
+        None for both where no run of the same method is finished.
+    """
+    wanted = _settings_named(run.directory.path.name)
     alike = [
-        (sum(parts.get(key) == value for key, value in own.items()), summary)
-        for parts, summary in known
-        if parts.get("method") == own.get("method")
+        (sum(settings.get(key) == value for key, value in wanted.items()), summary)
+        for settings, summary in known
+        if settings.get("method") == wanted.get("method")
     ]
     best = [summary for shared, summary in alike if shared == max(shared for shared, _ in alike)]
     if not best:
@@ -81,14 +94,16 @@ def _expected(
     return mean(summary["memory"]["peak_mb"] for summary in best), seconds / 60
 
 
-def _parts(name: str) -> dict[str, str]:
-    return dict(part.partition("=")[::2] for part in name.split(","))
+def _settings_named(name: str) -> dict[str, str]:
+    """The settings in the name of a run's directory: key -> value."""
+    return dict(setting.partition("=")[::2] for setting in name.split(","))
 
 
 def sweep_table(runs: Sequence[SweepRun], width: int) -> Table:
-    """A row a run, from its directory's summary, named by what it does not share with the others.
+    """The results of a sweep: a row for each run, from its directory's summary.
 
     Args:
+        runs: all of the sweep.
         width: columns of the terminal; in a narrow one what matters least is left out.
     """
     titles = [
@@ -103,11 +118,9 @@ def sweep_table(runs: Sequence[SweepRun], width: int) -> Table:
             state = "not begun" if summary is None else summary["status"]
             rows.append((f"{name} [red]{state}", {}))
             job = directory.job()
-            said = [
-                str((summary or {}).get("reason", run.reason or state)),
-                *([f"log: {job['log']}"] if job else []),
-            ]
-            unfinished.append(f"[red]{name}[/]: {escape('; '.join(said))}")
+            reason = str((summary or {}).get("reason", run.reason or state))
+            log = f"; log: {job['log']}" if job else ""
+            unfinished.append(f"[red]{name}[/]: {escape(reason + log)}")
             continue
         forgotten, memory, time = summary["average_forgetting_pct"], summary["memory"], summary["time"]
         cells = [
@@ -122,7 +135,7 @@ def sweep_table(runs: Sequence[SweepRun], width: int) -> Table:
         rows.append((name, dict(zip(titles, cells, strict=True))))
 
     def needed(between: str) -> int:
-        """Columns of the terminal for these titles, with this between their words."""
+        """Columns of the terminal that the titles need, with `between` between the words of each."""
         columns = [
             [*title.replace(" ", between).split("\n"), *(cells.get(title, "") for _, cells in rows)]
             for title in titles
@@ -144,4 +157,5 @@ def sweep_table(runs: Sequence[SweepRun], width: int) -> Table:
 
 
 _NAME = 20  # columns of a run's name, at least
-_DISPENSABLE = ("eval s", "train s", "peak MB", "pixel AP", "ms/image", "image AUROC")  # the first goes first
+# Columns that a narrow terminal goes without, the first one first.
+_DISPENSABLE = ("eval s", "train s", "peak MB", "pixel AP", "ms/image", "image AUROC")

@@ -7,7 +7,7 @@
         def build(self):
             return lambda: MyDetector(width=8, epochs=2, batch_size=3)
 
-They need pytest, and download nothing.
+The tests need pytest and download nothing.
 """
 
 from clbench.testing.detectors import DetectorContract

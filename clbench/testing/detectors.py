@@ -1,4 +1,4 @@
-"""What every detector must pass."""
+"""The tests that every detector must pass."""
 
 from collections.abc import Callable, Sequence
 
@@ -12,16 +12,17 @@ from clbench.strategies.native import Native
 from clbench.testing.small import Leaving, Left, assert_equal, copied, images
 from clbench.training import train
 
-Build = Callable[[], Detector]
+BuildDetector = Callable[[], Detector]
 
 
 class DetectorContract:
-    """Subclass it, and give a fixture `build` that gives a function: nothing -> a fresh, small detector.
+    """The tests of a detector. Subclass it, and give a fixture `build` that returns a function without arguments, which
+    makes a small detector that has learned nothing.
 
     Attributes:
-        sizes: two sizes of images, in pixels, that a fresh detector takes.
-        exports: whether it can be exported.
-        precisions: of mixed-precision training that it takes on the CPU.
+        sizes: two sizes of square images, in pixels, that a new detector takes.
+        exports: whether the detector can be exported.
+        precisions: types of mixed-precision training that it supports on the CPU.
     """
 
     sizes: tuple[int, int] = (48, 64)
@@ -29,11 +30,15 @@ class DetectorContract:
     precisions: Sequence[torch.dtype] = (torch.bfloat16,)
 
     @pytest.fixture
-    def build(self) -> Build:
+    def build(self) -> BuildDetector:
         raise NotImplementedError("give a fixture `build`")
 
-    def learned(self, build: Build, stages: int = 2, size: int | None = None) -> Detector:
-        """A detector that learned so many stages, the earlier ones' images being replayed."""
+    def learned(self, build: BuildDetector, stages: int = 2, size: int | None = None) -> Detector:
+        """A detector that has learned so many stages, with replay of the earlier ones' images.
+
+        Args:
+            size: pixels of both sides of the images; None for the first of `sizes`.
+        """
         detector = build()
         for stage in range(stages):
             self.learn(detector, stage, size=size)
@@ -42,32 +47,38 @@ class DetectorContract:
     def learn(
         self, detector: Detector, stage: int, bookmark: Leaving | None = None, size: int | None = None
     ) -> None:
-        """Teach a stage of 6 images, 2 images of each earlier stage being replayed."""
+        """Teach a stage of 6 images, with replay of 2 images of each earlier stage.
+
+        Args:
+            stage: 0-based.
+            bookmark: where the training is kept and left; None for nowhere.
+            size: pixels of both sides of the images; None for the first of `sizes`.
+        """
         side = size or self.sizes[0]
         stored = [(images(2, earlier, side), images(0, earlier, side)) for earlier in range(stage)]
         train(detector, stage, images(6, stage, side), stored, 0, bookmark)
 
     @torch.no_grad()
     def judged(self, detector: Detector, given: Tensor) -> tuple[Tensor, Tensor]:
-        """Maps [B, H, W] and scores [B]."""
+        """Images, uint8 [B, 3, H, W] -> maps [B, H, W] and scores [B]."""
         found = detector.eval()(given)
         return found.maps, found.scores
 
     @pytest.mark.parametrize("which", [0, 1])
-    def test_maps_and_scores_fit_images_of_two_sizes(self, build: Build, which: int) -> None:
+    def test_maps_and_scores_fit_images_of_two_sizes(self, build: BuildDetector, which: int) -> None:
         size = self.sizes[which]
         maps, scores = self.judged(self.learned(build, size=size), images(5, 0, size))
         assert maps.shape == (5, size, size) and scores.shape == (5,)
         assert maps.dtype == scores.dtype == torch.float32
         assert maps.isfinite().all() and scores.isfinite().all()
 
-    def test_the_same_seed_learns_the_same(self, build: Build) -> None:
+    def test_the_same_seed_learns_the_same(self, build: BuildDetector) -> None:
         torch.manual_seed(1)
         one = kept_state(self.learned(build))
         torch.manual_seed(2)  # what a detector draws it draws from seeds of its own
         assert_equal(kept_state(self.learned(build)), one, "learned again")
 
-    def test_a_state_brings_a_detector_back(self, build: Build) -> None:
+    def test_a_state_brings_a_detector_back(self, build: BuildDetector) -> None:
         detector = self.learned(build)
         again = build()
         again.prepare(images(6, 0, self.sizes[0]))
@@ -77,13 +88,13 @@ class DetectorContract:
         for found, expected in zip(self.judged(again, given), self.judged(detector, given), strict=True):
             assert torch.equal(found, expected)
 
-    def test_an_image_is_judged_the_same_alone_and_beside_others(self, build: Build) -> None:
+    def test_an_image_is_judged_the_same_alone_and_beside_others(self, build: BuildDetector) -> None:
         detector, given = self.learned(build), images(4, 1, self.sizes[0])
         together, _ = self.judged(detector, given)
         alone, _ = self.judged(detector, given[2:3])
         torch.testing.assert_close(alone[0], together[2], rtol=1e-3, atol=1e-3 * float(together.abs().max()))
 
-    def test_a_training_left_at_any_step_and_continued_is_the_training(self, build: Build) -> None:
+    def test_a_training_left_at_any_step_and_continued_is_the_training(self, build: BuildDetector) -> None:
         whole = self.learned(build, stages=1)
         before, bookmark = copied(kept_state(whole)), Leaving()
         self.learn(whole, 1, bookmark)
@@ -100,7 +111,7 @@ class DetectorContract:
                     left.leave_at = None
             assert_equal(kept_state(detector), kept_state(whole), f"left at place {place}")
 
-    def test_judging_between_stages_changes_nothing(self, build: Build) -> None:
+    def test_judging_between_stages_changes_nothing(self, build: BuildDetector) -> None:
         expected = kept_state(self.learned(build))
         detector = self.learned(build, stages=1)
         state = copied(kept_state(detector))
@@ -109,7 +120,7 @@ class DetectorContract:
         self.learn(detector, 1)
         assert_equal(kept_state(detector), expected, "learned after judging")
 
-    def test_the_footprint_counts_every_byte_of_the_state(self, build: Build) -> None:
+    def test_the_footprint_counts_every_byte_of_the_state(self, build: BuildDetector) -> None:
         detector = self.learned(build)
         counted = footprint.measure(Native(detector))
         state = kept_state(detector)
@@ -138,7 +149,9 @@ class DetectorContract:
             for inside in pyramid.modules()
         )
 
-    def test_mixed_precision_gives_finite_maps_near_those_of_single_precision(self, build: Build) -> None:
+    def test_mixed_precision_gives_finite_maps_near_those_of_single_precision(
+        self, build: BuildDetector
+    ) -> None:
         given = images(3, 1, self.sizes[0])
         for precision in self.precisions:
             detector = build()
@@ -153,7 +166,7 @@ class DetectorContract:
                 if parameter.requires_grad
             )
 
-    def test_an_export_says_the_same(self, build: Build) -> None:
+    def test_an_export_says_the_same(self, build: BuildDetector) -> None:
         if not self.exports:
             pytest.skip("this detector is not exported")
         from clbench import exporting

@@ -1,4 +1,4 @@
-"""What contract tests work with: small images, a small detector, and a process that ends in the middle."""
+"""What contract tests work with: small images, a small detector, and a training that is left in the middle."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from clbench.methods.base import Detector, Prediction
 
 
 def images(count: int, seed: int, size: int = 48) -> Tensor:
-    """A pattern of a product's own with noise on it, uint8 [N, 3, size, size]."""
+    """Images of one product: a pattern, the same for the same seed, with noise on it, uint8 [N, 3, size, size]."""
     random = torch.Generator().manual_seed(seed)
     coarse = 40 + 160 * torch.rand(1, 3, 6, 6, generator=random)
     noise = 12 * torch.randn(count, 3, size, size, generator=random)
@@ -19,10 +19,14 @@ def images(count: int, seed: int, size: int = 48) -> Tensor:
 
 
 class SmallDetector(Detector):
-    """A trained detector of a thousand weights: an autoencoder, and the mean error of what it learned from.
+    """A detector of a thousand weights that is trained: an autoencoder, whose error is the anomaly map.
+
+    Args:
+        epochs, batch_size, learning_rate: settings of the training, with Adam.
+        seed: seed of the weights.
 
     Attributes:
-        error: mean squared error over the images learned from, float32 []; what is above it is anomalous.
+        error: mean squared error over the images learned from, float32 []; maps are divided by it.
     """
 
     error: Tensor
@@ -40,7 +44,7 @@ class SmallDetector(Detector):
         return torch.optim.Adam(self.parameters(), self.learning_rate)
 
     def training_step(self, images: Tensor) -> Tensor:
-        """Images uint8 [B, 3, H, W] -> mean squared error of their reconstructions from noisy ones."""
+        """Images, uint8 [B, 3, H, W] -> the mean squared error of their reconstructions from noisy copies."""
         clean = unit(images)
         noisy = clean + 0.05 * torch.randn_like(clean)
         return F.mse_loss(self._reconstructed(noisy).float(), clean)
@@ -56,20 +60,20 @@ class SmallDetector(Detector):
         return Prediction(maps, maps.amax((1, 2)))
 
     def _reconstructed(self, images: Tensor) -> Tensor:
-        """Images float [B, 3, H, W] -> the same shape."""
+        """Images, float [B, 3, H, W] -> their reconstructions, of the same shape."""
         return self.decoder(F.relu(self.encoder(images)))
 
 
 class Left(BaseException):
-    """A process that ended in the middle of a training."""
+    """Raised where a training is left in the middle, as when a process ends."""
 
 
 class Leaving:
-    """A bookmark in memory that ends the process at one of the places where a training can be left.
+    """A `Bookmark` in memory that leaves the training at one of the places where it can be left.
 
     Attributes:
-        places: how many places there were so far.
-        leave_at: the number of the place to leave at, from 1; None to go on to the end.
+        places: number of such places so far.
+        leave_at: number of the place to leave at, counted from 1; None to train to the end.
     """
 
     def __init__(self) -> None:
@@ -91,16 +95,20 @@ class Leaving:
 
 
 def copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same values in other memory, as after a checkpoint was written and read."""
+    """Copies of tensors, name -> tensor, as if a checkpoint had been written and read."""
     return {name: tensor.detach().clone() for name, tensor in tensors.items()}
 
 
-def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor], what: str) -> None:
-    """The same names and the same bits.
+def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor], case: str) -> None:
+    """Check that two states have the same names and the same bits.
+
+    Args:
+        found, expected: name -> tensor.
+        case: what the message of an error begins with.
 
     Raises:
         AssertionError: they differ; the message names the tensor.
     """
-    assert found.keys() == expected.keys(), f"{what}: {sorted(found)} in place of {sorted(expected)}"
+    assert found.keys() == expected.keys(), f"{case}: {sorted(found)} in place of {sorted(expected)}"
     for name, tensor in expected.items():
-        assert torch.equal(found[name], tensor), f"{what}: {name} differs"
+        assert torch.equal(found[name], tensor), f"{case}: {name} differs"

@@ -1,4 +1,4 @@
-"""What every strategy must pass."""
+"""The tests that every strategy must pass."""
 
 from collections.abc import Callable
 
@@ -11,43 +11,45 @@ from clbench.methods.base import Detector, kept_state
 from clbench.strategies.base import Strategy
 from clbench.testing.small import Leaving, Left, SmallDetector, assert_equal, copied, images
 
-Build = Callable[[Detector], Strategy]
+BuildStrategy = Callable[[Detector], Strategy]
 
-STAGES = 3
+STAGES = 3  # tasks of the stream
 
 
 class StrategyContract:
-    """Subclass it, and give a fixture `build` that gives a function: a fresh detector -> the strategy with it.
+    """The tests of a strategy. Subclass it, and give a fixture `build` that returns a function, which takes a new detector
+    and makes the strategy with it.
 
-    A strategy that only suits some detectors overrides `detector` too.
+    For a strategy that only suits some detectors, override `detector` too.
     """
 
-    size = 48  # pixels of the images
+    size = 48  # pixels of both sides of the images
 
     @pytest.fixture
-    def build(self) -> Build:
+    def build(self) -> BuildStrategy:
         raise NotImplementedError("give a fixture `build`")
 
     def detector(self) -> Detector:
-        """A fresh detector for the strategy to work with."""
+        """A new detector for the strategy to work with."""
         return SmallDetector()
 
     def given(self, stage: int) -> Tensor:
-        """A stage's images, uint8 [6, 3, H, W]; all stages' where training is joint."""
+        """The images that a stage learns from, uint8 [6, 3, H, W]. A joint strategy is given those of stage 0 alone."""
         return images(6, stage, self.size)
 
     def stages(self, strategy: Strategy) -> int:
+        """The number of stages in which the strategy learns the stream."""
         return len(strategy.stages(STAGES))
 
-    def learned(self, build: Build, stages: int | None = None) -> Strategy:
-        """The strategy after so many stages; all where none are given."""
+    def learned(self, build: BuildStrategy, stages: int | None = None) -> Strategy:
+        """The strategy after so many stages; None for all."""
         strategy = build(self.detector())
         for stage in range(self.stages(strategy) if stages is None else stages):
             strategy.learn(stage, self.given(stage))
         return strategy
 
-    def continued(self, build: Build, state: dict[str, Tensor]) -> Strategy:
-        """The strategy of another process, from what an earlier one saved."""
+    def continued(self, build: BuildStrategy, state: dict[str, Tensor]) -> Strategy:
+        """A new strategy, as of another process, that has restored what `Strategy.state` gave."""
         strategy = build(self.detector())
         strategy.detector.prepare(self.given(0))
         strategy.restore(copied(state))
@@ -55,11 +57,11 @@ class StrategyContract:
 
     @torch.no_grad()
     def judged(self, strategy: Strategy, task: int) -> Tensor:
-        """Maps of images of a task."""
+        """Anomaly maps of 3 images of a task, [3, H, W]."""
         strategy.detector_for(task).eval()
         return strategy.predict(images(3, task, self.size), task).maps
 
-    def test_its_flags_say_what_it_does(self, build: Build) -> None:
+    def test_its_flags_say_what_it_does(self, build: BuildStrategy) -> None:
         strategy = self.learned(build)
         assert all(isinstance(value, bool) for value in strategy.flags().values())
         stages = strategy.stages(STAGES)
@@ -69,14 +71,14 @@ class StrategyContract:
         assert strategy.task_known or len(strategy.detectors()) == 1
         assert not (strategy.continual and (strategy.joint or strategy.task_known))
 
-    def test_a_state_brings_it_back(self, build: Build) -> None:
+    def test_a_state_brings_it_back(self, build: BuildStrategy) -> None:
         strategy = self.learned(build)
         again = self.continued(build, strategy.state())
         assert_equal(again.state(), strategy.state(), "restored")
         for task in range(STAGES):
             assert torch.equal(self.judged(again, task), self.judged(strategy, task))
 
-    def test_a_process_that_ends_between_stages_loses_nothing(self, build: Build) -> None:
+    def test_a_process_that_ends_between_stages_loses_nothing(self, build: BuildStrategy) -> None:
         whole = self.learned(build)
         stages = self.stages(whole)
         strategy = build(self.detector())
@@ -86,7 +88,7 @@ class StrategyContract:
             strategy.learn(stage, self.given(stage))
         assert_equal(strategy.state(), whole.state(), "continued after every stage")
 
-    def test_a_process_that_ends_at_any_step_loses_nothing(self, build: Build) -> None:
+    def test_a_process_that_ends_at_any_step_loses_nothing(self, build: BuildStrategy) -> None:
         stages = self.stages(build(self.detector()))
         last = stages - 1
         whole = self.learned(build, last)
@@ -106,7 +108,7 @@ class StrategyContract:
                     left.leave_at = None
             assert_equal(strategy.state(), whole.state(), f"left at place {place}")
 
-    def test_judging_between_stages_changes_nothing(self, build: Build) -> None:
+    def test_judging_between_stages_changes_nothing(self, build: BuildStrategy) -> None:
         expected = self.learned(build).state()
         strategy = build(self.detector())
         for stage in range(self.stages(strategy)):
@@ -115,7 +117,7 @@ class StrategyContract:
                 self.judged(strategy, task)
         assert_equal(strategy.state(), expected, "judged after every stage")
 
-    def test_the_footprint_counts_every_byte_that_it_keeps(self, build: Build) -> None:
+    def test_the_footprint_counts_every_byte_that_it_keeps(self, build: BuildStrategy) -> None:
         strategy = self.learned(build)
         counted = footprint.measure(strategy)
         kept = sum(tensor.numel() * tensor.element_size() for tensor in strategy.kept().values())
@@ -128,7 +130,7 @@ class StrategyContract:
         )
         assert counted["additional_mb"] == pytest.approx((kept + buffers) / footprint.MB)
 
-    def test_stored_images_are_images_that_were_learned_or_held_out(self, build: Build) -> None:
+    def test_stored_images_are_images_that_were_learned_or_held_out(self, build: BuildStrategy) -> None:
         strategy = self.learned(build)
         stored = strategy.stored_images()
         if stored is None:
@@ -137,7 +139,7 @@ class StrategyContract:
         shown = torch.cat([self.given(stage) for stage in range(STAGES)])
         assert all((shown == image).flatten(1).all(1).any() for image in stored)
 
-    def test_what_it_calls_unchanged_is_unchanged(self, build: Build) -> None:
+    def test_what_it_calls_unchanged_is_unchanged(self, build: BuildStrategy) -> None:
         strategy = build(self.detector())
         before: dict[int, Tensor] = {}
         for stage in range(self.stages(strategy)):
@@ -148,7 +150,7 @@ class StrategyContract:
                     assert torch.equal(maps, before[task])
                 before[task] = maps
 
-    def test_it_predicts_without_being_told_the_task_unless_it_says_so(self, build: Build) -> None:
+    def test_it_predicts_without_being_told_the_task_unless_it_says_so(self, build: BuildStrategy) -> None:
         strategy = self.learned(build)
         if strategy.task_known:
             return
