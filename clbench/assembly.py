@@ -96,7 +96,7 @@ def select_device(gpu: Gpu) -> torch.device:
 def reader(config: Config) -> Callable[[Progress], list[Task]]:
     """Find the dataset's folders and categories, and give a function that reads the tasks of the stream.
 
-    The function takes the progress to tell while it reads, and raises what `clbench.data.stream.load` raises.
+    The function takes the progress to tell while it reads, and raises what `clbench.data.stream.load_tasks` raises.
 
     Raises:
         UserError: a folder or category is not there, or the buffer is larger than the stream.
@@ -116,7 +116,7 @@ def reader(config: Config) -> Callable[[Progress], list[Task]]:
             f"give at most {images}, or strategy=joint"
         )
     cache = Path(config.cache).expanduser()
-    return lambda progress: stream.load(dataset, categories, geometry, cache, progress)
+    return lambda progress: stream.load_tasks(dataset, categories, geometry, cache, progress)
 
 
 def build_detector(config: Config) -> Detector:

@@ -175,7 +175,7 @@ class Course:
         if maps:
             heat_maps.write_few(prediction.maps, test, pictures / "few", stage)
         if maps is True and stage in (self.results.learned[category], len(self.stages) - 1):
-            heat_maps.write(prediction.maps, test, pictures, stage)
+            heat_maps.write_all(prediction.maps, test, pictures, stage)
         return evaluation.metrics_of(prediction, test)
 
     def record(self, stage: int) -> None:

@@ -104,7 +104,7 @@ def _grouped(dataset: Dataset, kind: str, tasks: list | None, seed: int) -> list
     return grouped
 
 
-def load(
+def load_tasks(
     dataset: Dataset,
     categories: list[list[str]],
     geometry: Geometry,
@@ -136,7 +136,7 @@ def load(
         done += images
         progress("reading images", done, total)
 
-    sets = {key: cache.load(samples, geometry, directory, advance) for key, samples in found.items()}
+    sets = {key: cache.load_cached(samples, geometry, directory, advance) for key, samples in found.items()}
     first = next(iter(sets.values()))
     for images in sets.values():
         ImageSet.same_size(first, images)

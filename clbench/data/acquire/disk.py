@@ -7,7 +7,7 @@ from pathlib import Path
 from clbench.errors import UserError
 
 
-def in_words(count: int) -> str:
+def size_in_words(count: int) -> str:
     """A number of bytes for people: bytes, MB (10^6) or GB (10^9)."""
     if count < 1e5:
         return f"{count:,} bytes"
@@ -26,7 +26,7 @@ def check_room(folder: Path, count: int, purpose: str) -> None:
     free = shutil.disk_usage(folder).free
     if count > free:
         raise UserError(
-            f"{purpose} needs {in_words(count)}, but {folder} has {in_words(free)} left: free some, or give "
+            f"{purpose} needs {size_in_words(count)}, but {folder} has {size_in_words(free)} left: free some, or give "
             "another --root"
         )
 
