@@ -45,14 +45,15 @@ class Assembly:
 def assemble(config: Config, progress: Progress) -> Assembly:
     """Build everything that a run is made of.
 
-    Folders are looked for first, then networks are built, then images are read: an error comes as early as it can.
+    Folders are looked for first, then networks are built, then images are read: an error comes as early as it
+    can.
 
     Args:
         progress: told while images are read.
 
     Raises:
-        UserError: a device, folder, category, image or network that the config names is not there, or they do not fit
-            together.
+        UserError: a device, folder, category, image or network that the config names is not there, or they do
+            not fit together.
     """
     device = select_device(config.gpu)
     footprint.reset_peak(device)
@@ -96,7 +97,8 @@ def select_device(gpu: Gpu) -> torch.device:
 def reader(config: Config) -> Callable[[Progress], list[Task]]:
     """Find the dataset's folders and categories, and give a function that reads the tasks of the stream.
 
-    The function takes the progress to tell while it reads, and raises what `clbench.data.stream.load_tasks` raises.
+    The function takes the progress to tell while it reads, and raises what `clbench.data.stream.load_tasks`
+    raises.
 
     Raises:
         UserError: a folder or category is not there, or the buffer is larger than the stream.
@@ -123,8 +125,8 @@ def build_detector(config: Config) -> Detector:
     """The method's detector on its backbone, on the CPU; it has learned nothing.
 
     Raises:
-        UserError: the class cannot be imported, weights cannot be had or do not fit, or the backbone lacks a level
-            that the method asks for.
+        UserError: the class cannot be imported, weights cannot be had or do not fit, or the backbone lacks a
+            level that the method asks for.
     """
     gpu = config.gpu
     kind = _class(config.method, "method", Detector)
@@ -153,7 +155,8 @@ def build_strategy(config: Config, detector: Detector) -> Strategy:
 def _class(node: Any, name: str, kind: type[Kind]) -> type[Kind]:
     """The class that a node of the config names.
 
-    Only subclasses of `kind` are called, so that a config.yaml from elsewhere cannot call any function it likes.
+    Only subclasses of `kind` are called, so that a config.yaml from elsewhere cannot call any function it
+    likes.
 
     Args:
         node: it has a `target`.
@@ -193,7 +196,9 @@ def identity(config: Config, tasks: list[Task] | None = None) -> dict[str, Any]:
 
 
 def build_recorder(assembly: Assembly, directory: Path) -> tuple[Recorder, str | None]:
-    """The recorder that the config asks for, and a line on why where `wandb=auto` chose; None where it did not.
+    """The recorder that the config asks for, and a line on why where `wandb=auto` chose.
+
+    None where it did not.
 
     Args:
         directory: the run's, in which config.yaml is written already.

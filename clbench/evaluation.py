@@ -85,7 +85,8 @@ def metrics_of(prediction: Prediction, images: ImageSet) -> dict[str, float | No
 def inference_time(
     strategy: Strategy, images: Tensor, task: int, device: torch.device, progress: Progress
 ) -> float:
-    """Milliseconds for an image, from uint8 pixels on the device to map and score: the best of 3 passes over 32 images.
+    """Milliseconds for an image, from uint8 pixels on the device to map and score: the best of 3 passes over
+    32 images.
 
     Features are computed anew in every pass. Images are repeated where they are fewer.
 

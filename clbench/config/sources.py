@@ -31,7 +31,10 @@ def conf() -> Path:
 
 
 def sweeps_beside_conf() -> list[Path]:
-    """The files of a checkout's sweeps/; none in an installed wheel, which has them in its conf/, where Hydra finds them."""
+    """The files of a checkout's sweeps/.
+
+    None in an installed wheel, which has them in its conf/, where Hydra finds them.
+    """
     return sorted((_PACKAGE.parent / "sweeps").glob("*.yaml")) if conf().parent != _PACKAGE else []
 
 
@@ -57,7 +60,10 @@ def app_put_aside() -> Iterator[None]:
 
 
 def search_path(config_dir: str | Path | None) -> list[str]:
-    """The override that makes Hydra look for configs in a user's own folder too, as a list; empty where None is given."""
+    """The override that makes Hydra look for configs in a user's own folder too, as a list.
+
+    Empty where None is given.
+    """
     return [] if config_dir is None else [f"hydra.searchpath=[file://{Path(config_dir).absolute()}]"]
 
 

@@ -16,8 +16,8 @@ _CHECK = ', "check": "'
 class Journal:
     """A journal that is open: its entries, and a file that further ones are appended to.
 
-    A process that is killed may leave the last line cut off; it is removed when the file is opened again. Lines reach
-    the system at once, and the disk with `flush`.
+    A process that is killed may leave the last line cut off; it is removed when the file is opened again.
+    Lines reach the system at once, and the disk with `flush`.
 
     Args:
         path: the file; it is made where it is missing.
@@ -86,7 +86,8 @@ def _read_entries(path: Path, lose_damaged: bool) -> tuple[list[dict[str, Any]],
     """The entries of a journal, and how many bytes they take; what follows is to be removed.
 
     Raises:
-        UserError: the file cannot be read, or a line that is not the last is damaged and `lose_damaged` is not set.
+        UserError: the file cannot be read, or a line that is not the last is damaged and `lose_damaged` is
+            not set.
     """
     try:
         content = path.read_bytes()

@@ -29,7 +29,7 @@ def imported_strategy(target: str) -> Any:
 
 
 def composed_departures(config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What later versions store under `composed_departures` in config.yaml, found by composing conf/ as it is now.
+    """What later versions store under `departures` in config.yaml, found by composing conf/ as it is now.
 
     Args:
         config: what config.yaml holds.

@@ -25,7 +25,8 @@ class SweepRun:
         directory: where it is kept.
         state: how far it is.
         reason: why it failed; None where it did not.
-        config: what the overrides compose to; None where they were not composed, as the run is known to be finished.
+        config: what the overrides compose to; None where they were not composed, as the run is known to be
+            finished.
     """
 
     overrides: list[str]
@@ -48,7 +49,8 @@ def to_launch(runs: Sequence[SweepRun], only: Only | None) -> list[SweepRun]:
 def suited(
     runs: Sequence[list[str]], usual: Mapping[str, str], settings_of: Callable[[str, str], set[str]]
 ) -> list[list[str]]:
-    """The overrides of each run, without settings that its own choice of a group lacks and another run's choice has.
+    """The overrides of each run, without settings that its own choice of a group lacks and another run's
+    choice has.
 
     Args:
         runs: the overrides of each run.
@@ -75,7 +77,10 @@ def _choice(overrides: Sequence[str], group: str, usual: str) -> str:
 
 
 def _setting(override: str, group: str) -> str | None:
-    """The name of the setting that an override changes in a group's node; None where it changes something else."""
+    """The name of the setting that an override changes in a group's node.
+
+    None where it changes something else.
+    """
     node, _, name = override.lstrip("+").partition("=")[0].partition(".")
     return name.partition(".")[0] if node == group else None
 

@@ -36,8 +36,8 @@ class RunSweeper(Sweeper):
     Args:
         max_batch_size: number of runs that the launcher is given at a time, at most; None for all at once.
         params: Hydra's own: setting -> values of the sweep.
-        grids: those of a ready-made sweep (sweeps/): setting -> values, each; all combinations of a grid's values are
-            run. Settings of the command line take the place of a grid's.
+        grids: those of a ready-made sweep (sweeps/): setting -> values, each; all combinations of a grid's
+            values are run. Settings of the command line take the place of a grid's.
     """
 
     def __init__(
@@ -137,7 +137,8 @@ class RunSweeper(Sweeper):
         return SweepRun(overrides, directory, state, reason, composed)
 
     def _settings_of(self, group: str, choice: str) -> set[str]:
-        """The names of the settings of a group's choice: those in its file, and its class's constructor arguments.
+        """The names of the settings of a group's choice: those in its file, and its class's constructor
+        arguments.
 
         Raises:
             UserError: the class cannot be imported.

@@ -16,8 +16,8 @@ BuildDetector = Callable[[], Detector]
 
 
 class DetectorContract:
-    """The tests of a detector. Subclass it, and give a fixture `build` that returns a function without arguments, which
-    makes a small detector that has learned nothing.
+    """The tests of a detector. Subclass it, and give a fixture `build` that returns a function without
+    arguments, which makes a small detector that has learned nothing.
 
     Attributes:
         sizes: two sizes of square images, in pixels, that a new detector takes.

@@ -17,8 +17,8 @@ STAGES = 3  # tasks of the stream
 
 
 class StrategyContract:
-    """The tests of a strategy. Subclass it, and give a fixture `build` that returns a function, which takes a new detector
-    and makes the strategy with it.
+    """The tests of a strategy. Subclass it, and give a fixture `build` that returns a function, which takes a
+    new detector and makes the strategy with it.
 
     For a strategy that only suits some detectors, override `detector` too.
     """
@@ -34,7 +34,10 @@ class StrategyContract:
         return SmallDetector()
 
     def given(self, stage: int) -> Tensor:
-        """The images that a stage learns from, uint8 [6, 3, H, W]. A joint strategy is given those of stage 0 alone."""
+        """The images that a stage learns from, uint8 [6, 3, H, W].
+
+        A joint strategy is given those of stage 0 alone.
+        """
         return images(6, stage, self.size)
 
     def stages(self, strategy: Strategy) -> int:
