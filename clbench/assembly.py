@@ -45,8 +45,7 @@ class Assembly:
 def assemble(config: Config, progress: Progress) -> Assembly:
     """Build everything that a run is made of.
 
-    Folders are looked for first, then networks are built, then images are read: an error comes as early as it
-    can.
+    Folders are looked for first, then networks are built, then images are read: errors come early.
 
     Args:
         progress: told while images are read.
@@ -97,8 +96,7 @@ def select_device(gpu: Gpu) -> torch.device:
 def reader(config: Config) -> Callable[[Progress], list[Task]]:
     """Find the dataset's folders and categories, and give a function that reads the tasks of the stream.
 
-    The function takes the progress to tell while it reads, and raises what `clbench.data.stream.load_tasks`
-    raises.
+    The function takes a progress to tell, and raises what `clbench.data.stream.load_tasks` raises.
 
     Raises:
         UserError: a folder or category is not there, or the buffer is larger than the stream.
@@ -155,8 +153,7 @@ def build_strategy(config: Config, detector: Detector) -> Strategy:
 def _class(node: Any, name: str, kind: type[Kind]) -> type[Kind]:
     """The class that a node of the config names.
 
-    Only subclasses of `kind` are called, so that a config.yaml from elsewhere cannot call any function it
-    likes.
+    Only subclasses of `kind` are called, so that a config.yaml from elsewhere cannot call any function.
 
     Args:
         node: it has a `target`.

@@ -2,8 +2,7 @@
 
 
 class UserError(Exception):
-    """A wrong setting, file or machine: the message is one line that names the thing, the value and the way
-    out.
+    """A wrong setting, file or machine; one line that names the thing, the value and the way out.
 
     Commands print it without a traceback, and exit with a status other than 0.
     """

@@ -112,9 +112,7 @@ class Course:
         )
 
     def remaining(self) -> range:
-        """The stages to go through, 0-based: from the last learned one, which may lack evaluations, to the
-        end.
-        """
+        """The stages to go through, 0-based: the last learned one, which may lack evaluations, and on."""
         return range(max(self.last_learned, 0), len(self.stages))
 
     def learn(self, stage: int) -> None:
@@ -122,7 +120,7 @@ class Course:
 
         Raises:
             Stopped: a signal asked for it.
-            UserError: the loss or a weight is not finite, the GPU's memory is not enough, or a file cannot be
+            UserError: loss or weights are not finite, the GPU's memory is not enough, or a file cannot be
                 written.
         """
         self.display.heading(self._title(stage))
@@ -147,8 +145,7 @@ class Course:
     def evaluate(self, stage: int, category: int) -> None:
         """Evaluate a category after a stage, and keep the metrics.
 
-        Where the strategy says that its predictions did not change, the metrics of the stage before are
-        taken.
+        Where the strategy says that its predictions did not change, the last metrics are taken.
 
         Raises:
             Stopped: a signal asked for it.
@@ -269,7 +266,7 @@ class Course:
         return last
 
     def _take(self, entry: Mapping[str, Any]) -> None:
-        """Tell the recorder an epoch's loss, or take an evaluation's metrics, from an entry of the journal."""
+        """Take an entry of the journal: tell the recorder an epoch's loss, or keep an evaluation's metrics."""
         if entry["kind"] == "epoch":
             self._tell_epoch(entry["stage"], entry["epoch"], entry["loss"])
             return

@@ -26,9 +26,7 @@ class Stopped(BaseException):
         self.number = number
 
     def hand_on(self) -> None:
-        """Send the signal to this process again, for what handled it before: submitit's requeueing, or the
-        system.
-        """
+        """Send the signal again, for what handled it before: submitit's requeueing, or the system."""
         sys.stdout.flush()
         signal.raise_signal(self.number)
 

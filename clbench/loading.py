@@ -94,7 +94,7 @@ class TrainedDetector:
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Prediction:
-        """Images [B, 3, H, W] of the run's size, uint8 or float in [0, 1] -> maps [B, H, W] and scores [B]."""
+        """Images of the run's size [B, 3, H, W], uint8 or in [0, 1] -> maps [B, H, W] and scores [B]."""
         with self.detector.uncached():
             return self.detector(images.to(self.device))
 

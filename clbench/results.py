@@ -1,6 +1,4 @@
-"""R by stage, category and metric: what the evaluations of a run gave, and means, forgetting and transfer
-over it.
-"""
+"""R by stage, category and metric: the evaluations of a run, and means, forgetting and transfer."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -84,10 +82,9 @@ class Results:
         return found
 
     def _best_before(self, stage: int) -> dict[str, np.ndarray]:
-        """Metric -> float64 [categories]: the best value of each, from the stage that learned it to the one
-        before.
+        """Metric -> float64 [categories]: the best value of each, since the stage that learned it.
 
-        NaN where a category was not learned before this stage.
+        The stage itself does not count. NaN where a category was not learned before it.
         """
         if stage < self._best_until:
             self._best, self._best_until = self._none_yet(), 0

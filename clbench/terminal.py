@@ -115,8 +115,7 @@ def number(value: float | None, digits: int = 3) -> str:
 
 
 def run_table(summary: Mapping[str, Any], results: Results) -> Table:
-    """The results of a finished run: a row for each category, with each metric just learned and after the
-    last stage.
+    """A finished run: a row for each category, with metrics just learned and after the last stage.
 
     Args:
         summary: what summary.json holds.

@@ -46,8 +46,7 @@ class Thresholds:
     image: list[float]
 
     def at(self, rate: float, image_rate: float) -> tuple[float, float]:
-        """The thresholds of maps and of image scores for these false-positive rates, or for the next lower of
-        `RATES`.
+        """The thresholds of maps and of scores for these false-positive rates, or the next lower ones.
 
         Raises:
             UserError: a rate is lower than the lowest or higher than the highest of `RATES`.
@@ -83,9 +82,7 @@ def _rate_index(rate: float) -> int:
 
 
 class Tail:
-    """The largest of `count` values, which are added a batch at a time: as many as the highest of `RATES`
-    needs.
-    """
+    """The largest of `count` values, added in batches: as many as the highest of `RATES` needs."""
 
     def __init__(self, count: int):
         self.count = count

@@ -101,9 +101,7 @@ class Hooks:
         """Called after the optimizer has changed the weights."""
 
     def kept(self) -> dict[str, Tensor]:
-        """The tensors that the strategy keeps, name -> tensor: checkpoints hold them and the footprint counts
-        them.
-        """
+        """The tensors that a strategy keeps, name -> tensor: checkpointed, and counted as its footprint."""
         return {}
 
     def restore_kept(self, tensors: dict[str, Tensor]) -> None:
@@ -124,8 +122,7 @@ def train(
 
     The share `detector.held_out` of the images is held out: no step sees them, and they stop the training
     early. Torch's own generators are seeded anew before every step and every validation, by the seed, the
-    stage and the
-    step: a training that is continued draws what it would have drawn.
+    stage and the step: a training that is continued draws what it would have drawn.
 
     Args:
         detector: on its device.
@@ -179,8 +176,7 @@ def _collect(detector: Detector, images: Tensor) -> None:
 
 
 class Descent:
-    """Minimises a detector's loss for its `epochs` or `step_budget`, or until the held-out loss stops
-    falling.
+    """Minimises a loss for `epochs` or `step_budget`, or until the held-out loss stops falling.
 
     Args:
         detector: on its device.
@@ -350,8 +346,7 @@ class Descent:
 
     @torch.no_grad()
     def _validate(self, unseen: Tensor) -> None:
-        """Compute the mean loss of held-out images, uint8 [V, 3, H, W], and keep the weights if it is the
-        lowest.
+        """Compute the mean loss of held-out images, uint8 [V, 3, H, W]; keep the weights if it is lowest.
 
         The same random numbers are drawn after every epoch.
         """
@@ -374,7 +369,7 @@ class Descent:
             self.bookmark.place(self.stage, *self.state())
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """All that the steps to come depend on besides the images: name -> tensor, and plain data for JSON."""
+        """All that later steps depend on besides the images: name -> tensor, and plain data for JSON."""
         tensors = {f"detector.{name}": tensor for name, tensor in kept_state(self.detector).items()}
         tensors |= {f"best.{name}": tensor for name, tensor in (self.best or {}).items()}
         kept = self.hooks.kept()
@@ -406,7 +401,7 @@ class Descent:
         for name, tensor in with_prefix(tensors, "optimizer.").items():
             index, _, key = name.partition(".")
             parameter = parameters[int(index)]
-            # Fused optimizers expect their state in the memory layout of the parameter, which may be channels last.
+            # Fused optimizers expect their state in the parameter's memory layout, which may be channels last.
             same = tensor.shape == parameter.shape
             value = torch.empty_like(parameter, dtype=tensor.dtype).copy_(tensor) if same else tensor
             self.optimizer.state[parameter][key] = value
@@ -426,8 +421,7 @@ def with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]
 
 
 def _batches(counts: Sequence[int], size: int, stage: int, epoch: int, seed: int) -> list[Tensor]:
-    """Rows of the batches of an epoch, int64 [up to 2 * size] each: new images in random order, and as many
-    replayed.
+    """Rows of the batches of an epoch, int64 [up to 2 * size] each: new images at random, as many replayed.
 
     Args:
         counts: number of new images, then of the images of each past stage; rows count through all in this
@@ -440,7 +434,7 @@ def _batches(counts: Sequence[int], size: int, stage: int, epoch: int, seed: int
     order = torch.randperm(current, generator=generator(seed, "order", stage, epoch))
     for step, rows in enumerate(order.split(size)):
         random = generator(seed, "replay batch", stage, epoch, step)
-        # Past stages take turns, in an order that each batch draws anew, so that all are replayed equally often.
+        # Past stages take turns, in an order that each batch draws anew: all are replayed equally often.
         rounds = math.ceil(len(rows) / len(past)) if past else 0
         tasks = torch.randperm(len(past), generator=random).repeat(rounds)[: len(rows)].tolist()
         drawn = [starts[task] + int(torch.randint(past[task], (), generator=random)) for task in tasks]

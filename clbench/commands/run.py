@@ -115,8 +115,7 @@ def run_one(config: Config, hydra_config: Any) -> None:
         hydra_config: the `hydra` node of the composed config.
 
     Raises:
-        UserError: the directory holds another run or is in use, or the run's images, weights or machine
-            refuse it.
+        UserError: the directory holds another run or is in use, or images, weights or machine do not fit.
     """
     from clbench import assembly, experiment
     from clbench.interruption import Interruption, Stopped

@@ -71,7 +71,7 @@ def with_protocol_buffer(config: Config) -> Config:
     return config
 
 
-# Hydra's settings of where runs go, which conf/ sets and nobody may change: key -> value in conf/, and the way out.
+# Hydra's settings of where runs go, which nobody may change: key -> value in conf/, and the way out.
 _PLACES = {
     "sweep.dir": ("${outputs}/${experiment}", "give outputs=FOLDER and experiment=NAME"),
     "sweep.subdir": ("${run_name:${hydra.overrides.task}}", "a run's settings name it; give experiment=NAME"),
@@ -139,8 +139,7 @@ def _check_settings(config: Config) -> None:
     """Check the settings of each node against the constructor of its class.
 
     Raises:
-        UserError: a class cannot be imported, or a setting is unknown, missing, of the wrong type or out of
-            range.
+        UserError: a class cannot be imported, or a setting is unknown, missing or of a wrong value.
     """
     classes.check_settings("method", _detector(config), config.method.settings, ("protocol",))
     dataset = classes.class_of_kind("dataset", config.dataset.target, Dataset)

@@ -18,7 +18,7 @@ from clbench.config.messages import UnknownSetting
 from clbench.config.sources import composing, search_path
 from clbench.errors import UserError, first_line
 
-# Nodes in which Hydra accepts any setting; those that their choice does not have are found when a run is checked.
+# Nodes in which Hydra accepts any setting; those that do not exist are found when a run is checked.
 OPEN = ("method.", "strategy.", "dataset.", "backbone.")
 
 
@@ -111,8 +111,8 @@ def _wrong_setting(override: str, keys: Sequence[str]) -> UserError | None:
         OverridesParser.create().parse_override(override)
     except HydraException:
         return UserError(
-            f"{override.lstrip('+')} cannot be read: a list is {key}=a,b or {key}=[a,b], and what holds other signs is "
-            f"quoted for the shell too: '{key}=\"...\"'"
+            f"{override.lstrip('+')} cannot be read: a list is {key}=a,b or {key}=[a,b], and what holds other "
+            f"signs is quoted for the shell too: '{key}=\"...\"'"
         )
     return None
 

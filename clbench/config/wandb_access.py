@@ -17,8 +17,7 @@ def wandb_mode(settings: Mapping[str, Any]) -> tuple[str, str | None]:
         settings: the `wandb` group of the config.
 
     Raises:
-        UserError: the mode is `online` and there is no key, or WANDB_BASE_URL is no address or holds a
-            password.
+        UserError: `online` without a key, or WANDB_BASE_URL is no address or holds a password.
     """
     chosen = settings["mode"]
     if chosen in ("auto", "online"):

@@ -85,8 +85,7 @@ class Detector(nn.Module):
         """Drop banks and statistics of earlier tasks, so that the next task replaces them."""
 
     def prepare(self, images: Tensor) -> None:
-        """Load what steps need besides the images, and bring weights that depend on the image size to their
-        size.
+        """Load what steps need besides images, and size the weights that depend on the image size.
 
         Called before every training, new or continued. What it loads is not part of the state.
 
@@ -120,7 +119,7 @@ class Detector(nn.Module):
         return cls.optimizer is not Detector.optimizer
 
     def learning_rate_factor(self, done: float) -> float:
-        """What learning rates are multiplied by once the share `done`, in [0, 1), of a task's steps is done."""
+        """What learning rates are multiplied by when the share `done`, in [0, 1), of the steps is done."""
         return 1.0
 
     def validation_loss(self, images: Tensor) -> Tensor:
@@ -130,8 +129,7 @@ class Detector(nn.Module):
         return loss
 
     def outputs(self, images: Tensor) -> list[Tensor]:
-        """Images, uint8 [B, 3, H, W] -> the outputs of what is trained, with gradients: float tensors [B,
-        ...].
+        """Images, uint8 [B, 3, H, W] -> the trained outputs, with gradients: float tensors [B, ...].
 
         Strategies compare them with those of an earlier model, or with stored ones: there are always as many,
         in the same order. None of them where nothing is trained.
@@ -203,8 +201,7 @@ class Detector(nn.Module):
         """Drop the features of training images.
 
         Args:
-            keep: images that will be learned again and whose features stay, uint8 [M, 3, H, W]; None for
-                none.
+            keep: images that will be learned again, uint8 [M, 3, H, W], whose features stay; or None.
         """
         for store in self.stores():
             store.release(keep)
@@ -230,7 +227,7 @@ class Detector(nn.Module):
 
 
 def frozen_digest(detector: Detector) -> str:
-    """SHA-256 of the weights of frozen networks, which checkpoints leave out: to tell whether they changed."""
+    """SHA-256 of the weights of frozen networks, which no checkpoint has: to tell whether they changed."""
     digest = hashlib.sha256()
     for pyramid in (module for module in detector.modules() if isinstance(module, FeaturePyramid)):
         for tensor in pyramid.state_dict().values():
@@ -265,9 +262,7 @@ def kept_state(detector: Detector) -> dict[str, Tensor]:
 
 
 def _overruns(module: nn.Module) -> bool:
-    """Whether oneDNN writes the gradient of this convolution, channels last, beyond its memory (oneDNN issue
-    6035).
-    """
+    """Whether oneDNN writes its gradient, channels last, beyond its memory (oneDNN issue 6035)."""
     return (
         isinstance(module, nn.Conv2d)
         and module.in_channels < 16

@@ -82,7 +82,7 @@ class Checkpoints:
     # The methods of clbench.training.Bookmark, and `peek`:
 
     def due(self, epoch_ended: bool) -> bool:
-        """Whether to save now: if it is urgent, `every_s` after the last time, or cheaply at an epoch's end."""
+        """Whether to save now: if urgent, `every_s` after the last time, or at an epoch's end if cheap."""
         waited = time.perf_counter() - self._saved_at
         cheap = epoch_ended and waited >= self._saving_took / _SHARE
         return self.urgent() or waited >= self.every_s or cheap

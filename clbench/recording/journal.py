@@ -86,8 +86,7 @@ def _read_entries(path: Path, lose_damaged: bool) -> tuple[list[dict[str, Any]],
     """The entries of a journal, and how many bytes they take; what follows is to be removed.
 
     Raises:
-        UserError: the file cannot be read, or a line that is not the last is damaged and `lose_damaged` is
-            not set.
+        UserError: the file cannot be read, or a line before the last is damaged and `lose_damaged` unset.
     """
     try:
         content = path.read_bytes()

@@ -23,7 +23,7 @@ from clbench.errors import UserError, in_one_line
 from clbench.recording.files import cannot_write, write_whole
 from clbench.recording.journal import Journal
 
-# A row of metrics.csv: stage, index of the task, its name, category, metric, value; None where it is undefined.
+# A row of metrics.csv: stage, index of the task, its name, category, metric, value (None: undefined).
 MetricRow = tuple[int, int, str, str, str, float | None]
 State = Literal["finished", "failed", "unfinished", "missing"]
 
@@ -140,7 +140,7 @@ class RunDirectory:
         return False
 
     def complete(self, summary: Mapping[str, Any]) -> bool:
-        """Whether this summary is that of a complete run, whose metrics.csv and config.yaml are still here."""
+        """Whether this summary is of a complete run whose metrics.csv and config.yaml are still here."""
         there = all((self.path / name).is_file() for name in ("metrics.csv", "config.yaml"))
         return summary["status"] == "complete" and there
 

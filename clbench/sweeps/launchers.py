@@ -84,8 +84,7 @@ class LocalLauncher(JoblibLauncher):
     """Several runs at a time on this machine, each in a process of its own with its share of the cores.
 
     Where one of the processes is killed, for its memory perhaps, joblib ends all of them. Runs that were
-    begun and not
-    finished are then continued one at a time: one that is killed again has failed, and the others are run.
+    begun and not finished are then continued one at a time: one that is killed again has failed.
     """
 
     def start(self, runs: Sequence[SweepRun], first: int) -> Sequence[JobReturn]:

@@ -25,8 +25,7 @@ class SweepRun:
         directory: where it is kept.
         state: how far it is.
         reason: why it failed; None where it did not.
-        config: what the overrides compose to; None where they were not composed, as the run is known to be
-            finished.
+        config: what the overrides compose to; None where the run is known to be finished.
     """
 
     overrides: list[str]
@@ -49,8 +48,7 @@ def to_launch(runs: Sequence[SweepRun], only: Only | None) -> list[SweepRun]:
 def suited(
     runs: Sequence[list[str]], usual: Mapping[str, str], settings_of: Callable[[str, str], set[str]]
 ) -> list[list[str]]:
-    """The overrides of each run, without settings that its own choice of a group lacks and another run's
-    choice has.
+    """The overrides of each run, without settings that its choice lacks and another run's choice has.
 
     Args:
         runs: the overrides of each run.
