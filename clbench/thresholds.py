@@ -99,6 +99,7 @@ class Tail:
             self._merge()
 
     def _merge(self) -> None:
+        """Keep the largest of what is kept and what was added since."""
         together = torch.cat([self._kept, *self._added])
         self._kept = together.topk(min(self._size, len(together))).values
         self._added = []

@@ -165,12 +165,15 @@ class Checkpoints:
             return None
 
     def _path(self, name: str, kind: str) -> Path:
+        """One of the two files of a checkpoint: `json` or `safetensors`."""
         return self.directory / f"{name}.{kind}"
 
     def _newest_first(self, prefix: str) -> list[Path]:
+        """The JSON files of the checkpoints whose names begin with `prefix`."""
         return sorted(self.directory.glob(f"{prefix}-*.json"), reverse=True)
 
     def _remove(self, name: str) -> None:
+        """Remove a checkpoint; where the system refuses, it stays."""
         for kind in ("json", "safetensors"):
             with suppress(OSError):
                 self._path(name, kind).unlink(missing_ok=True)

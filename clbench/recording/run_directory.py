@@ -141,8 +141,8 @@ class RunDirectory:
 
     def complete(self, summary: Mapping[str, Any]) -> bool:
         """Whether this summary is of a complete run whose metrics.csv and config.yaml are still here."""
-        there = all((self.path / name).is_file() for name in ("metrics.csv", "config.yaml"))
-        return summary["status"] == "complete" and there
+        written = all((self.path / name).is_file() for name in ("metrics.csv", "config.yaml"))
+        return summary["status"] == "complete" and written
 
     def state(self, config: Mapping[str, Any]) -> tuple[State, str | None]:
         """How far the run of a config is, and the reason where it failed; None where it did not.

@@ -100,15 +100,15 @@ class StrategyContract:
         whole.bookmark = bookmark
         whole.learn(last, self.given(last))
         for place in range(1, bookmark.places + 1):
-            left = Leaving()
-            left.leave_at = place
+            leaving = Leaving()
+            leaving.leave_at = place
             for _ in range(2):  # two processes
                 strategy = self.continued(build, before) if before else build(self.detector())
-                strategy.bookmark = left
+                strategy.bookmark = leaving
                 try:
                     strategy.learn(last, self.given(last))
                 except Left:
-                    left.leave_at = None
+                    leaving.leave_at = None
             assert_equal(strategy.state(), whole.state(), f"left at place {place}")
 
     def test_judging_between_stages_changes_nothing(self, build: BuildStrategy) -> None:
