@@ -17,6 +17,6 @@ def training_images(root: str | None, count: int, size: int) -> Tensor:
     dataset = MVTec(root) if root else Synthetic(train=count, test_good=1, test_defect=1)
     category = dataset.categories[0]
     with tempfile.TemporaryDirectory() as cache:
-        task = stream.load(dataset, [[category]], Geometry(256, size), Path(cache), lambda *_: None)[0]
+        task = stream.load_tasks(dataset, [[category]], Geometry(256, size), Path(cache), lambda *_: None)[0]
         images = torch.as_tensor(task.train.images).clone()
     return images.repeat(-(-count // len(images)), 1, 1, 1)[:count]

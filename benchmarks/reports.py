@@ -44,7 +44,7 @@ def table(checkpoint: str | None = None, root: str | None = None) -> Table:
         seconds = (f"{time.perf_counter() - begin:.1f}", f"{time.process_time() - cpu:.1f}")
         built.add_row("directories read and grouped", *seconds, "")
         begin, cpu = time.perf_counter(), time.process_time()
-        report = page.write(runs, experiment / "report", "made")
+        report = page.write_page(runs, experiment / "report", "made")
         seconds = (f"{time.perf_counter() - begin:.1f}", f"{time.process_time() - cpu:.1f}")
         built.add_row("tables, figures and the page", *seconds, f"{report.page.stat().st_size / 1e6:.1f}")
         assert sum(len(row.runs) for group in report.groups for row in group.found) == len(runs)

@@ -44,14 +44,14 @@ class Assembly:
 def assemble(config: Config, progress: Progress) -> Assembly:
     """Build everything that a run is made of.
 
-    Folders are looked for first, then networks are built, then images are read: an error comes as early as it can.
+    Folders are looked for first, then networks are built, then images are read: errors come early.
 
     Args:
         progress: told while images are read.
 
     Raises:
-        UserError: a device, folder, category, image or network that the config names is not there, or they do not fit
-            together.
+        UserError: a device, folder, category, image or network that the config names is not there, or they do
+            not fit together.
     """
     device = select_device(config.gpu)
     footprint.reset_peak(device)
@@ -95,7 +95,7 @@ def select_device(gpu: Gpu) -> torch.device:
 def reader(config: Config) -> Callable[[Progress], list[Task]]:
     """Find the dataset's folders and categories, and give a function that reads the tasks of the stream.
 
-    The function takes the progress to tell while it reads, and raises what `clbench.data.stream.load` raises.
+    The function takes a progress to tell, and raises what `clbench.data.stream.load_tasks` raises.
 
     Raises:
         UserError: a folder or category is not there, or the buffer is larger than the stream.
@@ -115,15 +115,15 @@ def reader(config: Config) -> Callable[[Progress], list[Task]]:
             f"give at most {images}, or strategy=joint"
         )
     cache = Path(config.cache).expanduser()
-    return lambda progress: stream.load(dataset, categories, geometry, cache, progress)
+    return lambda progress: stream.load_tasks(dataset, categories, geometry, cache, progress)
 
 
 def build_detector(config: Config) -> Detector:
     """The method's detector on its backbone, on the CPU; it has learned nothing.
 
     Raises:
-        UserError: the class cannot be imported, weights cannot be had or do not fit, or the backbone lacks a level
-            that the method asks for.
+        UserError: the class cannot be imported, weights cannot be had or do not fit, or the backbone lacks a
+            level that the method asks for.
     """
     gpu = config.gpu
     kind = class_of_kind("method", config.method.target, Detector)
@@ -174,7 +174,9 @@ def identity(config: Config, tasks: list[Task] | None = None) -> dict[str, Any]:
 
 
 def build_recorder(assembly: Assembly, directory: Path) -> tuple[Recorder, str | None]:
-    """The recorder that the config asks for, and a line on why where `wandb=auto` chose; None where it did not.
+    """The recorder that the config asks for, and a line on why where `wandb=auto` chose.
+
+    None where it did not.
 
     Args:
         directory: the run's, in which config.yaml is written already.

@@ -52,11 +52,11 @@ def main(words: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {version('clbench')}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, (what, example) in COMMANDS.items():
+    for name, (purpose, example) in COMMANDS.items():
         command = commands.add_parser(
             name,
-            help=what,
-            description=what[0].upper() + what[1:] + ".",
+            help=purpose,
+            description=purpose[0].upper() + purpose[1:] + ".",
             epilog=f"for example:\n  {example}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
             add_help=name != "run",

@@ -2,14 +2,17 @@
 
 
 class UserError(Exception):
-    """A wrong setting, file or machine: the message is one line that names the thing, the value and the way out.
+    """A wrong setting, file or machine; one line that names the thing, the value and the way out.
 
     Commands print it without a traceback, and exit with a status other than 0.
     """
 
 
 def in_one_line(error: BaseException) -> str | None:
-    """The message of the `UserError` that an exception is or was raised from; None where there is none: it is a bug."""
+    """The message of the `UserError` that an exception is or was raised from.
+
+    None where there is none: it is a bug.
+    """
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, UserError):

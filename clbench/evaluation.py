@@ -85,9 +85,9 @@ def metrics_of(prediction: Prediction, images: ImageSet) -> dict[str, float | No
 def inference_time(
     strategy: Strategy, images: Tensor, task: int, device: torch.device, progress: Progress
 ) -> float:
-    """Milliseconds for an image, from uint8 pixels on the device to map and score: the best of 3 passes over 32 images.
+    """Milliseconds for an image, from uint8 pixels on the device to map and score.
 
-    Features are computed anew in every pass. Images are repeated where they are fewer.
+    The best of 3 passes over 32 images, which are repeated where there are fewer. Features are computed anew.
 
     Args:
         images: images of a task, uint8 [N, 3, H, W].

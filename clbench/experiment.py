@@ -47,8 +47,9 @@ def run(
 
     Raises:
         Stopped: a signal asked for it; the same command continues from here.
-        UserError: the run was begun with other images or other frozen weights, its journal lacks results, the loss, a
-            weight or a map is not finite, the GPU's memory is not enough, or a file cannot be written.
+        UserError: the run was begun with other images or other frozen weights, its journal lacks results, the
+            loss, a weight or a map is not finite, the GPU's memory is not enough, or a file cannot be
+            written.
     """
     course = Course(assembly, directory, display, interruption, recorder)
     for stage in course.remaining():
@@ -62,16 +63,16 @@ def run(
 class Course:
     """A run on its way through the stream: what `run` does, step by step.
 
-    What was measured goes into a journal, which is appended to, and what was learned into checkpoints, which are
-    replaced. A line of the journal counts once the checkpoint of its stage is there: a process that continues removes
-    the other lines.
+    What was measured goes into a journal, which is appended to, and what was learned into checkpoints, which
+    are replaced. A line of the journal counts once the checkpoint of its stage is there: a process that
+    continues removes the other lines.
 
     Args:
         assembly, directory, display, interruption, recorder: as for `run`.
 
     Raises:
-        UserError: the run was begun with other images or other frozen weights, its journal lacks results, or a file
-            cannot be read or written.
+        UserError: the run was begun with other images or other frozen weights, its journal lacks results, or
+            a file cannot be read or written.
     """
 
     def __init__(
@@ -111,7 +112,7 @@ class Course:
         )
 
     def remaining(self) -> range:
-        """The stages to go through, 0-based: from the last learned one, which may lack evaluations, to the end."""
+        """The stages to go through, 0-based: the last learned one, which may lack evaluations, and on."""
         return range(max(self.last_learned, 0), len(self.stages))
 
     def learn(self, stage: int) -> None:
@@ -119,7 +120,8 @@ class Course:
 
         Raises:
             Stopped: a signal asked for it.
-            UserError: the loss or a weight is not finite, the GPU's memory is not enough, or a file cannot be written.
+            UserError: loss or weights are not finite, the GPU's memory is not enough, or a file cannot be
+                written.
         """
         self.display.heading(self._title(stage))
         if stage <= self.last_learned:
@@ -143,7 +145,7 @@ class Course:
     def evaluate(self, stage: int, category: int) -> None:
         """Evaluate a category after a stage, and keep the metrics.
 
-        Where the strategy says that its predictions did not change, the metrics of the stage before are taken.
+        Where the strategy says that its predictions did not change, the last metrics are taken.
 
         Raises:
             Stopped: a signal asked for it.
@@ -175,7 +177,7 @@ class Course:
         if maps:
             heat_maps.write_few(prediction.maps, test, pictures / "few", stage)
         if maps is True and stage in (self.results.learned[category], len(self.stages) - 1):
-            heat_maps.write(prediction.maps, test, pictures, stage)
+            heat_maps.write_all(prediction.maps, test, pictures, stage)
         return evaluation.metrics_of(prediction, test)
 
     def record(self, stage: int) -> None:
@@ -220,14 +222,15 @@ class Course:
         return summary
 
     def _continue(self) -> int:
-        """Restore what an earlier process saved, and tell the recorder everything again: that one may have been killed
-        before it did.
+        """Restore what an earlier process saved, and tell the recorder everything again: that one may have
+        been killed before it did.
 
         Returns:
             The last stage that is learned, 0-based; -1 where none is.
 
         Raises:
-            UserError: the run was begun with other images or other frozen weights, or its journal lacks results.
+            UserError: the run was begun with other images or other frozen weights, or its journal lacks
+                results.
         """
         last, data = -1, None
         if saved := self.checkpoints.load_stage():
@@ -263,7 +266,7 @@ class Course:
         return last
 
     def _take(self, entry: Mapping[str, Any]) -> None:
-        """Tell the recorder an epoch's loss, or take an evaluation's metrics, from an entry of the journal."""
+        """Take an entry of the journal: tell the recorder an epoch's loss, or keep an evaluation's metrics."""
         if entry["kind"] == "epoch":
             self._tell_epoch(entry["stage"], entry["epoch"], entry["loss"])
             return
@@ -286,7 +289,10 @@ class Course:
         return f"task {stage + 1}/{len(self.stages)} {self.tasks[stage].name}"
 
     def _rows(self, stage: int, category: int) -> list[MetricRow]:
-        """The rows of metrics.csv for the evaluation of a category after a stage; none where there was none."""
+        """The rows of metrics.csv for the evaluation of a category after a stage.
+
+        None where there was none.
+        """
         values = self.results.get(stage, category)
         task = self.results.task_of[category]
         where = (stage, task, self.tasks[task].name, self.results.categories[category])

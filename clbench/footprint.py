@@ -1,4 +1,7 @@
-"""Memory that a strategy keeps and a run uses, counted from live tensors. MB are 10^6 bytes, as in the paper."""
+"""Memory that a strategy keeps and a run uses, counted from live tensors.
+
+MB are 10^6 bytes, as in the paper.
+"""
 
 import resource
 from collections.abc import Iterable, Iterator
@@ -20,11 +23,12 @@ def measure(strategy: Strategy) -> dict[str, float]:
     """The footprint of a strategy, in MB.
 
     Returns:
-        architecture_mb: weights of all networks, 4 bytes each, with the running statistics of normalisation layers that
-            are trained. A network counts whole, as in the paper, even where only its first levels run.
+        architecture_mb: weights of all networks, 4 bytes each, with the running statistics of normalisation
+            layers that are trained. A network counts whole, as in the paper, even where only its first levels
+            run.
         executed_mb: those that run.
-        additional_mb: what is kept besides networks: the detector's buffers (banks, statistics), of its submodules
-            too, and the strategy's own tensors (stored images, copies of weights).
+        additional_mb: what is kept besides networks: the detector's buffers (banks, statistics), of its
+            submodules too, and the strategy's own tensors (stored images, copies of weights).
     """
     detector = strategy.detector
     pyramids = [module for module in detector.modules() if isinstance(module, FeaturePyramid)]
@@ -60,7 +64,10 @@ def _bytes(tensors: Iterable[Tensor | nn.Parameter]) -> int:
 
 
 def reset_peak(device: torch.device) -> None:
-    """Measure `peak` from now on: on a GPU or on Linux; elsewhere the peak is that of the process since its start."""
+    """Measure `peak` from now on: on a GPU or on Linux.
+
+    Elsewhere the peak is that of the process since its start.
+    """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return

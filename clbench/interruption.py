@@ -26,7 +26,7 @@ class Stopped(BaseException):
         self.number = number
 
     def hand_on(self) -> None:
-        """Send the signal to this process again, for what handled it before: submitit's requeueing, or the system."""
+        """Send the signal again, for what handled it before: submitit's requeueing, or the system."""
         sys.stdout.flush()
         signal.raise_signal(self.number)
 
@@ -34,8 +34,8 @@ class Stopped(BaseException):
 class Interruption:
     """Inside, SIGINT, SIGTERM and SIGUSR2 wait until the run can stop; a second Ctrl-C stops it at once.
 
-    Where another handler of SIGTERM is there already, as in a job of submitit, the signal only asks to save: a cluster
-    sends it before it preempts a job, and would not start a job again that had ended by itself.
+    Where another handler of SIGTERM is there already, as in a job of submitit, the signal only asks to save:
+    a cluster sends it before it preempts a job, and would not start a job again that had ended by itself.
     """
 
     def __init__(self) -> None:

@@ -73,8 +73,8 @@ class TrainedDetector:
     Attributes:
         detector: the detector itself, in evaluation mode.
         geometry: how images are brought to the run's size.
-        image_size: the run's size, (H, W) in pixels; None where images kept their own size and the run was made by an
-            older clbench.
+        image_size: the run's size, (H, W) in pixels; None where images kept their own size and the run was
+            made by an older clbench.
         thresholds: thresholds of maps and scores; None where the run has not ended.
         device: where the detector is.
     """
@@ -94,7 +94,7 @@ class TrainedDetector:
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Prediction:
-        """Images [B, 3, H, W] of the run's size, uint8 or float in [0, 1] -> maps [B, H, W] and scores [B]."""
+        """Images of the run's size [B, 3, H, W], uint8 or in [0, 1] -> maps [B, H, W] and scores [B]."""
         with self.detector.uncached():
             return self.detector(images.to(self.device))
 
@@ -112,10 +112,11 @@ class TrainedDetector:
         Args:
             images: files, folders (with those inside them) and patterns such as `parts/*.png`.
             false_positive_rate: share of normal pixels that masks may mark.
-            image_false_positive_rate: share of normal images that may be called anomalous; None for the same rate.
+            image_false_positive_rate: share of normal images that may be called anomalous; None for the same
+                rate.
             batch_size: number of images predicted at a time.
-            unreadable: called with each file that is no image or has the wrong size, and its error; the file is then
-                passed over. None: the error is raised.
+            unreadable: called with each file that is no image or has the wrong size, and its error; the file
+                is then passed over. None: the error is raised.
 
         Yields:
             What was found in each image, in order.
@@ -186,14 +187,14 @@ def load(
 
     Args:
         run_directory: outputs/<experiment>/<run>.
-        task: name of the task, or of one of its categories, whose model is wanted where there is a model for each task
-            (`strategy=single`); None otherwise.
+        task: name of the task, or of one of its categories, whose model is wanted where there is a model for
+            each task (`strategy=single`); None otherwise.
         device: `auto`, `cpu`, `cuda` or `cuda:1`.
         gpu: settings of the `gpu` group to use in place of the run's, such as `precision`.
 
     Raises:
-        UserError: the directory holds no trained run, a file in it is damaged, the task is not one of its tasks, the
-            frozen weights are not those that the run was begun with, or the device is not there.
+        UserError: the directory holds no trained run, a file in it is damaged, the task is not one of its
+            tasks, the frozen weights are not those that the run was begun with, or the device is not there.
     """
     directory = RunDirectory(run_directory)
     stored, summary = directory.config(), directory.summary()

@@ -1,4 +1,4 @@
-"""R by stage, category and metric: what the evaluations of a run gave, and means, forgetting and transfer over it."""
+"""R by stage, category and metric: the evaluations of a run, and means, forgetting and transfer."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -67,8 +67,8 @@ class Results:
         """The results of a stage: name -> metric -> value.
 
         Names are those of the categories evaluated after it; `mean`, over the categories learned so far; and
-        `forgetting`, what they have lost on average against their best of earlier stages. The best values so far are
-        remembered, so that asking stage after stage costs the same for each.
+        `forgetting`, what they have lost on average against their best of earlier stages. The best values so
+        far are remembered, so that asking stage after stage costs the same for each.
         """
         found: dict[str, Values] = {}
         for category in np.flatnonzero(self._evaluated[stage]).tolist():
@@ -82,9 +82,9 @@ class Results:
         return found
 
     def _best_before(self, stage: int) -> dict[str, np.ndarray]:
-        """Metric -> float64 [categories]: the best value of each, from the stage that learned it to the one before.
+        """Metric -> float64 [categories]: the best value of each, since the stage that learned it.
 
-        NaN where a category was not learned before this stage.
+        The stage itself does not count. NaN where a category was not learned before it.
         """
         if stage < self._best_until:
             self._best, self._best_until = self._none_yet(), 0

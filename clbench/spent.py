@@ -10,7 +10,7 @@ from clbench import footprint
 
 
 class Spent:
-    """Seconds of training and of evaluation, and the peak of memory in MB, over all processes that worked on a run.
+    """Seconds of training and evaluation, and the peak of memory in MB, over all processes of a run.
 
     Args:
         device: the device whose memory is measured.

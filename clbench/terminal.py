@@ -41,7 +41,9 @@ def console() -> Console:
 
 
 class Display:
-    """A bar that shows what is happening now, and lines that stay. Only the lines where output is no terminal.
+    """A bar that shows what is happening now, and lines that stay.
+
+    Only the lines where output is no terminal.
 
     Args:
         run: the run's name, which begins every line where several runs share the output.
@@ -113,7 +115,7 @@ def number(value: float | None, digits: int = 3) -> str:
 
 
 def run_table(summary: Mapping[str, Any], results: Results) -> Table:
-    """The results of a finished run: a row for each category, with each metric just learned and after the last stage.
+    """A finished run: a row for each category, with metrics just learned and after the last stage.
 
     Args:
         summary: what summary.json holds.

@@ -1,7 +1,7 @@
 """Thresholds of maps and scores by false-positive rate: the share of normal pixels and images above them.
 
-They are set on normal training images, never on test images: on those held out of learning (`method.held_out`), or else
-on some that were learned from, which a detector finds more normal than new ones.
+They are set on normal training images, never on test images: on those held out of learning
+(`method.held_out`), or else on some that were learned from, which a detector finds more normal than new ones.
 """
 
 import bisect
@@ -46,7 +46,7 @@ class Thresholds:
     image: list[float]
 
     def at(self, rate: float, image_rate: float) -> tuple[float, float]:
-        """The thresholds of maps and of image scores for these false-positive rates, or for the next lower of `RATES`.
+        """The thresholds of maps and of scores for these false-positive rates, or the next lower ones.
 
         Raises:
             UserError: a rate is lower than the lowest or higher than the highest of `RATES`.
@@ -82,7 +82,7 @@ def _rate_index(rate: float) -> int:
 
 
 class Tail:
-    """The largest of `count` values, which are added a batch at a time: as many as the highest of `RATES` needs."""
+    """The largest of `count` values, added in batches: as many as the highest of `RATES` needs."""
 
     def __init__(self, count: int):
         self.count = count
@@ -99,6 +99,7 @@ class Tail:
             self._merge()
 
     def _merge(self) -> None:
+        """Keep the largest of what is kept and what was added since."""
         together = torch.cat([self._kept, *self._added])
         self._kept = together.topk(min(self._size, len(together))).values
         self._added = []
@@ -108,9 +109,9 @@ class Tail:
     def thresholds(self) -> list[float]:
         """A threshold for each of `RATES`.
 
-        The rank of a new value among n old ones is uniform: it is above the k-th largest with a probability of at most
-        k / (n + 1). So k is the largest for which that is at most the rate. Where even k = 1 is too many, n is too small
-        for the rate, and the threshold is the largest value.
+        The rank of a new value among n old ones is uniform: it is above the k-th largest with a probability
+        of at most k / (n + 1). So k is the largest for which that is at most the rate. Where even k = 1 is
+        too many, n is too small for the rate, and the threshold is the largest value.
         """
         self._merge()
         return [float(self._kept[max(_rank(rate, self.count), 1) - 1]) for rate in RATES]
@@ -132,7 +133,8 @@ def calibrate(
         progress: told after every batch.
 
     Returns:
-        What thresholds.json holds: the image size (H, W), the false-positive rates, and the thresholds of each model.
+        What thresholds.json holds: the image size (H, W), the false-positive rates, and the thresholds of
+        each model.
 
     Raises:
         Diverged: a map or score is not finite.

@@ -30,7 +30,10 @@ class Bookmark(Protocol):
     """Where the state of a stage that is being learned is kept, so that another process can continue it."""
 
     def find(self, stage: int) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """What `place` was last given for this stage, name -> tensor and plain data; None where there is nothing."""
+        """What `place` was last given for this stage, name -> tensor and plain data.
+
+        None where there is nothing.
+        """
         ...
 
     def due(self, epoch_ended: bool) -> bool:
@@ -62,8 +65,8 @@ class Batch:
     Attributes:
         images: uint8 [B, 3, H, W], on the detector's device: images of this stage, then replayed ones.
         stages: int64 [B], on the CPU: the stage that each image was first learned in.
-        rows: int64 [B], on the CPU: the index of each image among those of this stage that are learned from, or, where
-            it is replayed, among the stored images of its stage.
+        rows: int64 [B], on the CPU: the index of each image among those of this stage that are learned from,
+            or, where it is replayed, among the stored images of its stage.
         stage: the stage being learned, 0-based.
     """
 
@@ -82,17 +85,23 @@ class Hooks:
     """What a strategy does inside the training loop. These methods do nothing; `Strategy` inherits them."""
 
     def penalty(self, detector: Detector, batch: Batch) -> Tensor | None:
-        """A scalar to add to the method's loss of a batch; None for nothing. Computed in the loss's precision."""
+        """A scalar to add to the method's loss of a batch; None for nothing.
+
+        Computed in the loss's precision.
+        """
         return None
 
     def after_backward(self, gradients: Mapping[str, Tensor]) -> None:
-        """Read a step's gradients, name of the parameter -> gradient, or change them in place; clipping comes after."""
+        """Read a step's gradients, name of the parameter -> gradient, or change them in place.
+
+        Clipping comes after.
+        """
 
     def after_step(self) -> None:
         """Called after the optimizer has changed the weights."""
 
     def kept(self) -> dict[str, Tensor]:
-        """The tensors that the strategy keeps, name -> tensor: checkpoints hold them and the footprint counts them."""
+        """The tensors that a strategy keeps, name -> tensor: checkpointed, and counted as its footprint."""
         return {}
 
     def restore_kept(self, tensors: dict[str, Tensor]) -> None:
@@ -111,9 +120,9 @@ def train(
 ) -> None:
     """Teach a detector a stage, from its beginning, or from where an earlier process left it, to its end.
 
-    The share `detector.held_out` of the images is held out: no step sees them, and they stop the training early.
-    Torch's own generators are seeded anew before every step and every validation, by the seed, the stage and the
-    step: a training that is continued draws what it would have drawn.
+    The share `detector.held_out` of the images is held out: no step sees them, and they stop the training
+    early. Torch's own generators are seeded anew before every step and every validation, by the seed, the
+    stage and the step: a training that is continued draws what it would have drawn.
 
     Args:
         detector: on its device.
@@ -122,16 +131,17 @@ def train(
         stored: for each earlier stage, two tensors uint8 [M, 3, H, W]: images that it was learned from, which are
             replayed, one with every new image; and images that were held out of it, and stay held out.
         seed: the run's.
-        bookmark: where the state is kept and looked for; None for nowhere. Methods that only collect begin anew.
-        on_epoch: called after each epoch with the stage, the epoch (0-based) and its mean loss. A process that
-            continues calls it again for epochs after the checkpoint.
+        bookmark: where the state is kept and looked for; None for nowhere. Methods that only collect begin
+            anew.
+        on_epoch: called after each epoch with the stage, the epoch (0-based) and its mean loss. A process
+            that continues calls it again for epochs after the checkpoint.
         hooks: what the strategy does inside the loop; None for nothing.
 
     Raises:
         Diverged: the loss or a weight is not finite.
         Stopped: a signal asked for it; the bookmark has the state.
-        UserError: a batch has one image, which batch normalisation cannot learn from, or a checkpoint cannot be
-            written.
+        UserError: a batch has one image, which batch normalisation cannot learn from, or a checkpoint cannot
+            be written.
     """
     current, validation = split(images, detector.held_out, seed, stage)
     learned = {stage: current, **{earlier: some for earlier, (some, _) in enumerate(stored) if len(some)}}
@@ -166,7 +176,7 @@ def _collect(detector: Detector, images: Tensor) -> None:
 
 
 class Descent:
-    """Minimises a detector's loss for its `epochs` or `step_budget`, or until the held-out loss stops falling.
+    """Minimises a loss for `epochs` or `step_budget`, or until the held-out loss stops falling.
 
     Args:
         detector: on its device.
@@ -176,7 +186,8 @@ class Descent:
     Attributes:
         epoch, step: the next ones, 0-based; the step within its epoch.
         losses: float32 [steps], of the current epoch; NaN where a step is yet to come.
-        best: the detector's state with the lowest held-out loss, name -> tensor; None before the first validation.
+        best: the detector's state with the lowest held-out loss, name -> tensor; None before the first
+            validation.
         best_loss: that loss.
         since: epochs since then.
     """
@@ -210,8 +221,8 @@ class Descent:
         """Train from the current epoch and step to the end, and leave the best weights in the detector.
 
         Args:
-            learned: images to learn from, stage -> uint8 [N, 3, H, W]: first those of the stage itself, then the
-                replayed ones of each earlier stage.
+            learned: images to learn from, stage -> uint8 [N, 3, H, W]: first those of the stage itself, then
+                the replayed ones of each earlier stage.
             unseen: held-out images for early stopping, uint8 [V, 3, H, W]; there may be none.
 
         Raises:
@@ -335,7 +346,7 @@ class Descent:
 
     @torch.no_grad()
     def _validate(self, unseen: Tensor) -> None:
-        """Compute the mean loss of held-out images, uint8 [V, 3, H, W], and keep the weights if it is the lowest.
+        """Compute the mean loss of held-out images, uint8 [V, 3, H, W]; keep the weights if it is lowest.
 
         The same random numbers are drawn after every epoch.
         """
@@ -358,7 +369,7 @@ class Descent:
             self.bookmark.place(self.stage, *self.state())
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """All that the steps to come depend on besides the images: name -> tensor, and plain data for JSON."""
+        """All that later steps depend on besides the images: name -> tensor, and plain data for JSON."""
         tensors = {f"detector.{name}": tensor for name, tensor in kept_state(self.detector).items()}
         tensors |= {f"best.{name}": tensor for name, tensor in (self.best or {}).items()}
         kept = self.hooks.kept()
@@ -390,7 +401,7 @@ class Descent:
         for name, tensor in with_prefix(tensors, "optimizer.").items():
             index, _, key = name.partition(".")
             parameter = parameters[int(index)]
-            # Fused optimizers expect their state in the memory layout of the parameter, which may be channels last.
+            # Fused optimizers expect their state in the parameter's memory layout, which may be channels last.
             same = tensor.shape == parameter.shape
             value = torch.empty_like(parameter, dtype=tensor.dtype).copy_(tensor) if same else tensor
             self.optimizer.state[parameter][key] = value
@@ -410,10 +421,11 @@ def with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]
 
 
 def _batches(counts: Sequence[int], size: int, stage: int, epoch: int, seed: int) -> list[Tensor]:
-    """Rows of the batches of an epoch, int64 [up to 2 * size] each: new images in random order, and as many replayed.
+    """Rows of the batches of an epoch, int64 [up to 2 * size] each: new images at random, as many replayed.
 
     Args:
-        counts: number of new images, then of the images of each past stage; rows count through all in this order.
+        counts: number of new images, then of the images of each past stage; rows count through all in this
+            order.
         size: new images of a batch.
     """
     current, *past = counts
@@ -422,7 +434,7 @@ def _batches(counts: Sequence[int], size: int, stage: int, epoch: int, seed: int
     order = torch.randperm(current, generator=generator(seed, "order", stage, epoch))
     for step, rows in enumerate(order.split(size)):
         random = generator(seed, "replay batch", stage, epoch, step)
-        # Past stages take turns, in an order that each batch draws anew, so that all are replayed equally often.
+        # Past stages take turns, in an order that each batch draws anew: all are replayed equally often.
         rounds = math.ceil(len(rows) / len(past)) if past else 0
         tasks = torch.randperm(len(past), generator=random).repeat(rounds)[: len(rows)].tolist()
         drawn = [starts[task] + int(torch.randint(past[task], (), generator=random)) for task in tasks]

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from clbench.data import cache
-from clbench.data.cache import load
+from clbench.data.cache import load_cached
 from clbench.data.files import read_image, read_mask
 from clbench.data.images import ImageSet
 from clbench.data.mvtec import MVTec
@@ -396,7 +396,7 @@ def assert_equal(actual: ImageSet, expected: ImageSet) -> None:
 def test_the_cache_holds_what_the_files_hold(root: Path, tmp_path: Path) -> None:
     samples = samples_of(root)
     geometry = Geometry(30, 20)
-    images = load(samples, geometry, tmp_path / "a" / "cache")
+    images = load_cached(samples, geometry, tmp_path / "a" / "cache")
     assert images.images.dtype == torch.uint8 and images.images.shape == (4, 3, 20, 20)
     assert images.masks.dtype == torch.bool and images.masks.shape == (4, 20, 20)
     assert images.kinds == ["cut", "cut", GOOD, GOOD] and images.labels.tolist() == [True, True, False, False]
@@ -410,26 +410,26 @@ def test_the_cache_holds_what_the_files_hold(root: Path, tmp_path: Path) -> None
 
 def test_images_are_decoded_once(root: Path, tmp_path: Path) -> None:
     decoded: list[int] = []
-    first = load(samples_of(root), WHOLE, tmp_path / "cache", decoded.append)
+    first = load_cached(samples_of(root), WHOLE, tmp_path / "cache", decoded.append)
     assert sum(decoded) == 4
-    assert_equal(load(samples_of(root), WHOLE, tmp_path / "cache", decoded.append), first)
+    assert_equal(load_cached(samples_of(root), WHOLE, tmp_path / "cache", decoded.append), first)
     assert sum(decoded) == 4
 
 
 def test_a_changed_file_or_geometry_is_decoded_anew(root: Path, tmp_path: Path) -> None:
-    load(samples_of(root, "train"), WHOLE, tmp_path / "cache")
+    load_cached(samples_of(root, "train"), WHOLE, tmp_path / "cache")
     changed = noise(40, 40, 3, seed=99)
     write(root / "cable" / "train" / "good" / "001.png", changed)
-    images = load(samples_of(root, "train"), WHOLE, tmp_path / "cache").images
+    images = load_cached(samples_of(root, "train"), WHOLE, tmp_path / "cache").images
     np.testing.assert_array_equal(images[1].permute(1, 2, 0), changed)
-    assert load(samples_of(root, "train"), Geometry(16), tmp_path / "cache").images.shape[-1] == 16
+    assert load_cached(samples_of(root, "train"), Geometry(16), tmp_path / "cache").images.shape[-1] == 16
 
 
 def test_writing_to_the_tensors_does_not_reach_the_cache(root: Path, tmp_path: Path) -> None:
-    first = load(samples_of(root), WHOLE, tmp_path / "cache")
+    first = load_cached(samples_of(root), WHOLE, tmp_path / "cache")
     expected = first.images.clone()
     first.images.zero_()
-    assert torch.equal(load(samples_of(root), WHOLE, tmp_path / "cache").images, expected)
+    assert torch.equal(load_cached(samples_of(root), WHOLE, tmp_path / "cache").images, expected)
 
 
 @pytest.mark.parametrize("which", [0, 1])
@@ -438,7 +438,7 @@ def test_writing_to_the_tensors_does_not_reach_the_cache(root: Path, tmp_path: P
 )
 def test_a_damaged_cache_file_is_rebuilt(root: Path, tmp_path: Path, which: int, damage: str) -> None:
     directory = tmp_path / "cache"
-    expected = load(samples_of(root), WHOLE, directory)
+    expected = load_cached(samples_of(root), WHOLE, directory)
     expected = ImageSet(expected.images.clone(), expected.masks.clone(), expected.kinds, expected.names)
     path = cached(directory)[which]
     data = path.read_bytes()
@@ -454,7 +454,7 @@ def test_a_damaged_cache_file_is_rebuilt(root: Path, tmp_path: Path, which: int,
     if damage in bad:
         path.write_bytes(bad[damage])
     decoded: list[int] = []
-    assert_equal(load(samples_of(root), WHOLE, directory, decoded.append), expected)
+    assert_equal(load_cached(samples_of(root), WHOLE, directory, decoded.append), expected)
     assert sum(decoded) == 4 and cached(directory)[which].read_bytes() == data
 
 
@@ -463,28 +463,28 @@ def test_images_of_different_sizes_need_a_resize(root: Path, tmp_path: Path) -> 
     with pytest.raises(
         UserError, match=r"good/000.png is 40x40 but .*good/002.png is 44x40.*dataset.resize="
     ):
-        load(samples_of(root, "train"), WHOLE, tmp_path / "cache")
+        load_cached(samples_of(root, "train"), WHOLE, tmp_path / "cache")
     assert not cached(tmp_path / "cache") and not leftovers(tmp_path / "cache")
-    assert len(load(samples_of(root, "train"), Geometry(32), tmp_path / "cache")) == 3
+    assert len(load_cached(samples_of(root, "train"), Geometry(32), tmp_path / "cache")) == 3
 
 
 def test_an_unreadable_image_leaves_nothing_in_the_cache(root: Path, tmp_path: Path) -> None:
     (root / "cable" / "train" / "good" / "001.png").write_bytes(b"broken")
     with pytest.raises(UserError, match="001.png is truncated, corrupt or no image"):
-        load(samples_of(root, "train"), WHOLE, tmp_path / "cache")
+        load_cached(samples_of(root, "train"), WHOLE, tmp_path / "cache")
     assert not cached(tmp_path / "cache") and not leftovers(tmp_path / "cache")
 
 
 def test_sets_are_joined_in_order(root: Path, tmp_path: Path) -> None:
-    train = load(samples_of(root, "train"), WHOLE, tmp_path / "cache")
-    test = load(samples_of(root, "test"), WHOLE, tmp_path / "cache")
+    train = load_cached(samples_of(root, "train"), WHOLE, tmp_path / "cache")
+    test = load_cached(samples_of(root, "test"), WHOLE, tmp_path / "cache")
     both = ImageSet.concatenate([train, test])
     assert (
         len(both) == 7 and both.names == train.names + test.names and both.kinds == train.kinds + test.kinds
     )
     assert torch.equal(both.images[3:], test.images) and torch.equal(both.masks[:3], train.masks)
     assert ImageSet.concatenate([train]) is train
-    small = load(samples_of(root, "test"), Geometry(8), tmp_path / "cache")
+    small = load_cached(samples_of(root, "test"), Geometry(8), tmp_path / "cache")
     with pytest.raises(UserError, match=r"40x40 but .* is 8x8.*dataset.resize="):
         ImageSet.concatenate([train, small])
 
@@ -531,7 +531,7 @@ def test_decoding_holds_few_images_at_a_time(tmp_path: Path) -> None:
         alive -= decoded
         time.sleep(0.001)  # a disk slower than the decoder
 
-    images = load([Counted(i) for i in range(200)], WHOLE, tmp_path, written)
+    images = load_cached([Counted(i) for i in range(200)], WHOLE, tmp_path, written)
     assert images.images[:, 0, 0, 0].tolist() == list(range(200))
     assert most <= 2 * min(8, os.cpu_count() or 1) + 2
 
@@ -541,7 +541,7 @@ CHILD = """
 import sys, time
 from pathlib import Path
 import numpy as np
-from clbench.data.cache import load
+from clbench.data.cache import load_cached
 from clbench.data.samples import Geometry, Sample
 
 class Slow(Sample):
@@ -558,7 +558,7 @@ decoded = []
 def progress(n):
     decoded.append(n)
     print("decoded", flush=True)
-images = load([Slow(i) for i in range(40)], Geometry(None), Path(sys.argv[1]), progress)
+images = load_cached([Slow(i) for i in range(40)], Geometry(None), Path(sys.argv[1]), progress)
 assert images.images[:, 0, 0, 0].tolist() == list(range(40))
 print("total", sum(decoded), flush=True)
 """
@@ -615,14 +615,14 @@ def test_a_process_killed_while_writing_leaves_nothing_that_is_trusted(tmp_path:
 
 def test_part_files_of_a_killed_process_are_removed_when_old(root: Path, tmp_path: Path) -> None:
     directory = tmp_path / "cache"
-    load(samples_of(root), WHOLE, directory)
+    load_cached(samples_of(root), WHOLE, directory)
     images, masks = cached(directory)
     old, fresh = directory / f"{images.name}.1.part", directory / f"{images.name}.2.part"
     for part in (old, fresh):
         part.write_bytes(b"half")
     os.utime(old, (0, 0))
     masks.unlink()
-    load(samples_of(root), WHOLE, directory)
+    load_cached(samples_of(root), WHOLE, directory)
     assert leftovers(directory) == [fresh]  # another machine may still be writing it
 
 
@@ -631,7 +631,7 @@ def test_without_locks_it_decodes_itself(root: Path, tmp_path: Path, monkeypatch
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(cache.fcntl, "flock", unsupported)
-    assert len(load(samples_of(root), WHOLE, tmp_path / "cache")) == 4
+    assert len(load_cached(samples_of(root), WHOLE, tmp_path / "cache")) == 4
 
 
 def test_a_full_disk_names_the_cache_and_is_cleaned_up(root: Path, tmp_path: Path) -> None:
@@ -642,7 +642,7 @@ def test_a_full_disk_names_the_cache_and_is_cleaned_up(root: Path, tmp_path: Pat
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
     try:
         with pytest.raises(UserError, match=rf"cache={directory} cannot be used .*set cache=\.\.\."):
-            load(samples_of(root), WHOLE, directory)
+            load_cached(samples_of(root), WHOLE, directory)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, handler)
@@ -657,7 +657,7 @@ def test_a_full_file_system_names_the_cache_and_is_cleaned_up(root: Path, tmp_pa
         pytest.skip("mounting a small disk needs root")
     try:
         with pytest.raises(UserError, match=r"cannot be used \(No space left on device\).*set cache=\.\.\."):
-            load(samples_of(root), WHOLE, directory)
+            load_cached(samples_of(root), WHOLE, directory)
         assert not cached(directory) and not leftovers(directory)
     finally:
         subprocess.run(["umount", str(directory)], check=True)
@@ -666,9 +666,9 @@ def test_a_full_file_system_names_the_cache_and_is_cleaned_up(root: Path, tmp_pa
 def test_a_cache_that_cannot_be_a_folder_is_refused(root: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"cache=.*file.* cannot be used .*set cache=\.\.\."):
-        load(samples_of(root), WHOLE, tmp_path / "file")
+        load_cached(samples_of(root), WHOLE, tmp_path / "file")
     with pytest.raises(UserError, match=r"cache=/proc/nothing cannot be used"):
-        load(samples_of(root), WHOLE, Path("/proc/nothing"))
+        load_cached(samples_of(root), WHOLE, Path("/proc/nothing"))
 
 
 def test_a_cache_without_write_permission_is_refused_unless_it_has_the_images(root: Path) -> None:
@@ -681,21 +681,21 @@ def test_a_cache_without_write_permission_is_refused_unless_it_has_the_images(ro
         code = f"""
 import os
 from pathlib import Path
-from clbench.data.cache import load
+from clbench.data.cache import load_cached
 from clbench.data.mvtec import MVTec
 from clbench.data.samples import Geometry
 if os.geteuid() == 0:
     os.setgroups([])
     os.setgid(65534)
     os.setuid(65534)
-load(MVTec(root={str(data)!r}).samples("cable", "test"), Geometry(None), Path({str(directory)!r}))
+load_cached(MVTec(root={str(data)!r}).samples("cable", "test"), Geometry(None), Path({str(directory)!r}))
 """
         command = [sys.executable, "-c", code]
         directory.chmod(0o555)
         refused = subprocess.run(command, cwd=REPOSITORY, check=False, capture_output=True, text=True)
         assert f"cache={directory} cannot be used (Permission denied)" in refused.stderr
         directory.chmod(0o755)
-        load(samples_of(data), WHOLE, directory)
+        load_cached(samples_of(data), WHOLE, directory)
         directory.chmod(0o555)
         subprocess.run(command, cwd=REPOSITORY, check=True)
         directory.chmod(0o755)  # so that it can be removed

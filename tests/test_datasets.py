@@ -19,7 +19,7 @@ from clbench.config import check, register_resolvers
 from clbench.data.acquire.published import datasets, recognise
 from clbench.data.bmad import BMAD
 from clbench.data.btad import BTAD
-from clbench.data.cache import load
+from clbench.data.cache import load_cached
 from clbench.data.images import ImageSet
 from clbench.data.mpdd import MPDD
 from clbench.data.mvtec import MVTec
@@ -347,7 +347,9 @@ def test_bmad_calls_categories_by_the_upper_folder_whatever_the_case(tmp_path: P
 
 def bmad_sets(root: Path, cache: Path) -> dict[str, ImageSet]:
     dataset = BMAD(str(make(BMAD, root)))
-    return {name: load(dataset.samples(name, "test"), Geometry(None), cache) for name in dataset.categories}
+    return {
+        name: load_cached(dataset.samples(name, "test"), Geometry(None), cache) for name in dataset.categories
+    }
 
 
 def test_pixel_metrics_are_over_known_pixels_and_undefined_without_any(tmp_path: Path) -> None:

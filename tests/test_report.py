@@ -157,7 +157,7 @@ def test_seeds_make_a_mean_and_a_sample_deviation(tmp_path: Path) -> None:
         )
     spread = values(only_group(tmp_path), "native", "pixel_f1")
     assert (spread.mean, spread.deviation, spread.count) == (pytest.approx(0.4), pytest.approx(0.2), 3)
-    assert tables.number(spread, 3) == "0.400 ± 0.200"
+    assert tables.spread_text(spread, 3) == "0.400 ± 0.200"
 
 
 def test_a_gap_is_taken_seed_by_seed(tmp_path: Path) -> None:
@@ -261,7 +261,7 @@ def test_what_is_not_finished_is_listed_with_its_reason(mixed: Path) -> None:
         "method=cfa,strategy=joint",
         "method=cfa,strategy=single",
     }
-    report = page.write(runs, mixed / "report", "mixed")
+    report = page.write_page(runs, mixed / "report", "mixed")
     text = report.page.read_text()
     assert "ValueError: &lt;it&gt; broke &amp; said so" in text and "&lt;b&gt;a&amp;b&lt;/b&gt;" in text
     assert "<b>a&b</b>" not in text and "<it>" not in text
@@ -375,7 +375,7 @@ def test_a_folder_that_is_none_of_an_experiment_is_one_line(
 
 def test_a_report_of_nothing_finished_says_so(tmp_path: Path) -> None:
     make(tmp_path, "method=padim", "strategy=native", R=[[0.5]], status="failed")
-    report = page.write(read([tmp_path]), tmp_path / "report", "none")
+    report = page.write_page(read([tmp_path]), tmp_path / "report", "none")
     assert "No run is finished yet" in report.page.read_text()
 
 
@@ -419,7 +419,7 @@ def test_a_strategy_nobody_here_knows_is_reported_like_the_others(tmp_path: Path
     ]  # known ones first, then by name
     assert values(group, "ewc, weight=10", "relative_gap_pct").mean == pytest.approx(100 * (0.9 - 0.4))
     assert marks(group.rows)[2, "pixel_f1"] == "best"
-    report = page.write(runs, tmp_path / "report", "own")
+    report = page.write_page(runs, tmp_path / "report", "own")
     text = report.page.read_text()
     assert "finetune, ewc, which learn task by task" in text and "joint is a bound" in text
     assert '<input type="checkbox" name="strategy" value="ewc" checked>' in text
@@ -445,7 +445,7 @@ def test_a_users_own_joint_strategy_is_the_bound_of_the_others(tmp_path: Path) -
     assert values(group, "finetune", "relative_gap_pct").mean == pytest.approx(100 * (0.6 - 1 / 3))
     assert values(group, "together", "relative_gap_pct").mean is None
     assert not any("no finished joint run" in note for note in group.notes)
-    assert {line.strategy for line in tables.forgetting(group).lines} == {"finetune"}
+    assert {line.strategy for line in tables.forgetting_table(group).lines} == {"finetune"}
     assert group.strategies(continual=False) == ["together"]
 
 
@@ -523,7 +523,7 @@ def test_directories_of_earlier_versions_report_the_same(tmp_path: Path) -> None
     for experiment in (tmp_path / "runs", tmp_path / "earlier" / "runs"):
         runs = read([experiment])
         groups = grouped(runs)
-        makers = (tables.comparison, tables.forgetting, tables.stages, tables.matrices)
+        makers = (tables.comparison, tables.forgetting_table, tables.stages, tables.matrices)
         built = [[(group.number, maker(group)) for group in groups] for maker in makers]
         written.append([tables.as_csv(one) for one in [*built, [(0, tables.run_list(runs, groups))]]])
     new, old = written
@@ -579,7 +579,7 @@ def test_a_task_of_several_categories_is_reported_category_by_category(tmp_path:
     assert values(group, "finetune", "pixel_f1").mean == pytest.approx(0.6)
     assert values(group, "finetune", "average_forgetting_pct").mean == pytest.approx((50 + 25) / 2)
     assert "2 tasks of 3 categories" in group.title
-    lines = list(csv.DictReader(io.StringIO(tables.as_csv([(1, tables.forgetting(group))]))))
+    lines = list(csv.DictReader(io.StringIO(tables.as_csv([(1, tables.forgetting_table(group))]))))
     assert [(line["task"], line["category"], line["learned_at"]) for line in lines] == [
         ("cap+nut", "cap", "1"),
         ("cap+nut", "nut", "1"),
@@ -603,7 +603,7 @@ def test_tables_of_groups_with_and_without_tasks_of_several_categories_share_a_f
     )
     for method in ("padim", "cfa"):
         make(tmp_path, f"method={method}", "strategy=finetune")
-    together = [(group.number, tables.forgetting(group)) for group in grouped(read([tmp_path]))]
+    together = [(group.number, tables.forgetting_table(group)) for group in grouped(read([tmp_path]))]
     lines = list(csv.DictReader(io.StringIO(tables.as_csv(together))))
     assert {(line["group"], line["category"]) for line in lines} == {
         ("1", ""),

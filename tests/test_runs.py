@@ -409,7 +409,7 @@ def test_a_loaded_detector_predicts_what_the_run_measured(folder: Path, train: T
     assert train("-m", "method=padim", "strategy=native,single").returncode == 0
     native, single = run_directories(tmp_path)
     dataset = MVTec(str(folder))
-    tasks = stream.load(
+    tasks = stream.load_tasks(
         dataset, [["brick"], ["plate"]], Geometry(48), tmp_path / "cache", lambda *given: None
     )
     for task in tasks:

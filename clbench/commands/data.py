@@ -16,7 +16,7 @@ from clbench.errors import UserError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from clbench.data.acquire.check import Category
+    from clbench.data.acquire.check import CategoryCheck
     from clbench.data.acquire.published import Published
 
 
@@ -90,7 +90,7 @@ def main(options: argparse.Namespace) -> int:
 
 
 def _check(options: argparse.Namespace) -> int:
-    from clbench.data.acquire.check import check
+    from clbench.data.acquire.check import check_files
     from clbench.data.acquire.published import layout_of, named, recognise, recognise_all
 
     given = root = options.root.expanduser().absolute()
@@ -112,7 +112,7 @@ def _check(options: argparse.Namespace) -> int:
             raise UserError(f"{root} has the layout of no dataset that is known{hint}")
         dataset, root = known
     with _bar("reading") as (progress, write):
-        report = check(dataset, root, progress)
+        report = check_files(dataset, root, progress)
         write(f"{root}: dataset={dataset.name}")
         _print_table(report.categories)
         for note in (*report.notes, *_not_checked(given, root)):
@@ -134,7 +134,7 @@ def _not_checked(given: Path, root: Path) -> list[str]:
     return [f"there are more folders like datasets, not checked: {', '.join(others)}"] if others else []
 
 
-def _print_table(categories: list[Category]) -> None:
+def _print_table(categories: list[CategoryCheck]) -> None:
     from rich.table import Table
 
     from clbench.terminal import console
@@ -191,7 +191,7 @@ def _get(options: argparse.Namespace) -> int:
             f"{dataset.title} cannot be had from a plain address; see {dataset.page}: {dataset.how}{place}"
         )
     if not by_hand:
-        _ask(dataset, options.accept_licence)
+        _ask_to_accept(dataset, options.accept_licence)
     try:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -248,7 +248,7 @@ def _unpack(archive: Path, folder: Path, expected: str | None, by_hand: bool) ->
         raise UserError(f"{error}; it was removed: {another}") from error
 
 
-def _ask(dataset: Published, accepted: bool) -> None:
+def _ask_to_accept(dataset: Published, accepted: bool) -> None:
     """Show the licence, and ask on a terminal whether it is accepted.
 
     Raises:
@@ -284,11 +284,11 @@ def _say_how(folder: Path) -> int:
 
 
 def _synthetic(options: argparse.Namespace) -> int:
-    from clbench.data.synthetic import Synthetic, write
+    from clbench.data.synthetic import Synthetic, write_folder
 
     folder = options.root.expanduser()
     sizes = {name: getattr(options, name) for name in ("seed", "size", "train", "test_good", "test_defect")}
-    write(Synthetic(**sizes), folder)
+    write_folder(Synthetic(**sizes), folder)
     print(f"python train.py dataset=mvtec dataset.root={folder}")
     return 0
 

@@ -163,14 +163,14 @@ def _predict(
         anomalous = sum(row["anomalous"] for row in rows)
         what = "scores" if options.only_scores else "scores, overlays and masks"
         display.line(f"{anomalous} of {len(rows)} images are anomalous: {what} in {options.output}")
-        for line in _about(trained, rate, image_rate, pixel, image):
+        for line in _threshold_lines(trained, rate, image_rate, pixel, image):
             display.line(line)
     if unreadable:
         print(f"error: {len(unreadable)} of {len(files)} files were passed over", file=sys.stderr)
     return 1 if unreadable else 0
 
 
-def _about(
+def _threshold_lines(
     trained: TrainedDetector, rate: float, image_rate: float, pixel: float, image: float
 ) -> Iterator[str]:
     """Lines that say which thresholds the decisions are by, and what these were set on.

@@ -36,7 +36,7 @@ def main(options: argparse.Namespace) -> int:
     """
     runs = read(options.folders)
     title = ", ".join(dict.fromkeys(path.resolve().name for path in options.folders))
-    report = page.write(runs, page.output_folder(options.folders, options.output), title)
+    report = page.write_page(runs, page.output_folder(options.folders, options.output), title)
     console = terminal.console()
     for group in report.groups:
         if group.found:

@@ -73,7 +73,10 @@ def _refused(error: UserError) -> int:
 
 @contextmanager
 def _fresh_hydra() -> Iterator[None]:
-    """Inside, Hydra knows this package's configs and plugins, and raises errors; afterwards it is as it was."""
+    """Inside, Hydra knows this package's configs and plugins, and raises errors.
+
+    Afterwards it is as it was.
+    """
     sources.read_again()
     read_again()
     register()
@@ -112,7 +115,7 @@ def run_one(config: Config, hydra_config: Any) -> None:
         hydra_config: the `hydra` node of the composed config.
 
     Raises:
-        UserError: the directory holds another run or is in use, or the run's images, weights or machine refuse it.
+        UserError: the directory holds another run or is in use, or images, weights or machine do not fit.
     """
     from clbench import assembly, experiment
     from clbench.interruption import Interruption, Stopped

@@ -1,4 +1,7 @@
-"""The settings of a run: their schema, their checks, and the messages for settings that make no sense. Imports no torch."""
+"""The settings of a run: their schema, their checks, and the messages for settings that make no sense.
+
+Imports no torch.
+"""
 
 from clbench.config.checking import check, check_sweep
 from clbench.config.classes import class_of, takes

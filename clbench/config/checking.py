@@ -21,8 +21,8 @@ def check(composed: DictConfig) -> Config:
     """The typed config of what Hydra composed, after checking that it makes sense.
 
     Raises:
-        UserError: a key is unknown, a value is missing, of the wrong type or out of range, a class cannot be imported,
-            or settings do not go together.
+        UserError: a key is unknown, a value is missing, of the wrong type or out of range, a class cannot be
+            imported, or settings do not go together.
     """
     values = resolved(composed)
     try:
@@ -71,7 +71,7 @@ def with_protocol_buffer(config: Config) -> Config:
     return config
 
 
-# Hydra's settings of where runs go, which conf/ sets and nobody may change: key -> value in conf/, and the way out.
+# Hydra's settings of where runs go, which nobody may change: key -> value in conf/, and the way out.
 _PLACES = {
     "sweep.dir": ("${outputs}/${experiment}", "give outputs=FOLDER and experiment=NAME"),
     "sweep.subdir": ("${run_name:${hydra.overrides.task}}", "a run's settings name it; give experiment=NAME"),
@@ -139,7 +139,7 @@ def _check_settings(config: Config) -> None:
     """Check the settings of each node against the constructor of its class.
 
     Raises:
-        UserError: a class cannot be imported, or a setting is unknown, missing, of the wrong type or out of range.
+        UserError: a class cannot be imported, or a setting is unknown, missing or of a wrong value.
     """
     classes.check_settings("method", _detector(config), config.method.settings, ("protocol",))
     dataset = classes.class_of_kind("dataset", config.dataset.target, Dataset)
@@ -150,7 +150,7 @@ def _check_settings(config: Config) -> None:
 
 
 def _check_buffer(config: Config) -> None:
-    """Check that a buffer is given where the strategy has one, and only there, and the other keys of `replay`.
+    """Check that a buffer is given where the strategy has one and only there, and check the further keys.
 
     Raises:
         UserError: it is not so, or a key is unknown or has a wrong value.

@@ -1,4 +1,7 @@
-"""The classes that a config names: importing them, and checking settings against their constructors. Imports no torch."""
+"""The classes that a config names: importing them, and checking settings against their constructors.
+
+Imports no torch.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The settings in which a run departs from its benchmark. They are stored with the run, as conf/ may change later."""
+"""The settings in which a run departs from its benchmark.
+
+They are stored with the run, as conf/ may change later.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +25,8 @@ def departures(config: Config, hydra_config: Any) -> dict[str, Any]:
 
     Args:
         config: the run's.
-        hydra_config: the `hydra` node of the run's composed config. The Hydra app that composed it must be running, as
-            its configs are read again, those of --config-dir too.
+        hydra_config: the `hydra` node of the run's composed config. The Hydra app that composed it must be
+            running, as its configs are read again, those of --config-dir too.
 
     Returns:
         Flat key -> the benchmark's value: `ABSENT` where it has no such setting, ??? where one must be given.

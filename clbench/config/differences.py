@@ -25,7 +25,7 @@ NOT_IN_RESULTS = (
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """The settings that change results and differ between two configs of plain values, as `key: old -> new`."""
+    """The settings that change results and differ between two plain configs, as `key: old -> new`."""
     before, after = (
         {key: value for key, value in flat(config) if key.split(".")[0] not in NOT_IN_RESULTS}
         for config in (old, new)

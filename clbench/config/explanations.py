@@ -18,7 +18,7 @@ from clbench.config.messages import UnknownSetting
 from clbench.config.sources import composing, search_path
 from clbench.errors import UserError, first_line
 
-# Nodes in which Hydra accepts any setting; those that their choice does not have are found when a run is checked.
+# Nodes in which Hydra accepts any setting; those that do not exist are found when a run is checked.
 OPEN = ("method.", "strategy.", "dataset.", "backbone.")
 
 
@@ -54,7 +54,7 @@ def setting_of_other_choices(
     choices_of: Callable[[str], Iterable[str]],
     settings_of: Callable[[str, str], set[str]],
 ) -> UserError:
-    """The error for an unknown setting: it names the choices of the group that have the setting, where there are some.
+    """The error for an unknown setting, which names the choices of its group that have it, if some have.
 
     Args:
         error: what was raised for the setting.
@@ -97,7 +97,7 @@ def _wrong_choice(override: str, groups: dict[str, list[str]]) -> UserError | No
 
 
 def _wrong_setting(override: str, keys: Sequence[str]) -> UserError | None:
-    """The error for an override whose setting does not exist, or whose syntax is wrong; None where neither is so."""
+    """The error for an override whose setting does not exist, or whose syntax is wrong; else None."""
     key = re.split("[=@]", override, maxsplit=1)[0].lstrip("+~")
     if not key.startswith("hydra") and key not in keys and not key.startswith(OPEN):
         return UnknownSetting(key, keys)
@@ -111,8 +111,8 @@ def _wrong_setting(override: str, keys: Sequence[str]) -> UserError | None:
         OverridesParser.create().parse_override(override)
     except HydraException:
         return UserError(
-            f"{override.lstrip('+')} cannot be read: a list is {key}=a,b or {key}=[a,b], and what holds other signs is "
-            f"quoted for the shell too: '{key}=\"...\"'"
+            f"{override.lstrip('+')} cannot be read: a list is {key}=a,b or {key}=[a,b], and what holds other "
+            f"signs is quoted for the shell too: '{key}=\"...\"'"
         )
     return None
 

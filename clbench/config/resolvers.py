@@ -1,4 +1,4 @@
-"""What conf/ refers to besides its own files: functions in ${...}, nodes open for any setting, ready-made sweeps."""
+"""What conf/ refers to besides its own files: functions in ${...}, open nodes, ready-made sweeps."""
 
 from __future__ import annotations
 

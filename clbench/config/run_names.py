@@ -16,10 +16,10 @@ def _order(override: str) -> tuple[int, str]:
 
 
 def run_name(overrides: Iterable[str]) -> str:
-    """The name of a run's directory, made of its overrides, so that the same command finds the same directory.
+    """The name of a run's directory, made of its overrides: the same command finds the same directory.
 
-    Overrides that change no results are left out. A value that is long, or cannot stand in a file name, is shortened
-    and ends in a hash of the whole.
+    Overrides that change no results are left out. A value that is long, or cannot stand in a file name, is
+    shortened and ends in a hash of the whole.
     """
     words = []
     for override in sorted(overrides, key=_order):

@@ -200,7 +200,7 @@ class Config(SweepSettings):
             ) from error
 
     def plain(self) -> dict[str, Any]:
-        """A copy of the settings as plain values, in the order in which they were composed: what config.yaml holds."""
+        """What config.yaml holds: a copy of the settings as plain values, in the order of composition."""
         return copy.deepcopy(self._plain)
 
     def changed(self, node: str, **values: Any) -> Config:

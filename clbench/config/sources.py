@@ -58,7 +58,10 @@ def app_put_aside() -> Iterator[None]:
 
 
 def search_path(config_dir: str | Path | None) -> list[str]:
-    """The override that makes Hydra look for configs in a user's own folder too, as a list; empty where None is given."""
+    """The override that makes Hydra look for configs in a user's own folder too, as a list.
+
+    Empty where None is given.
+    """
     return [] if config_dir is None else [f"hydra.searchpath=[file://{Path(config_dir).absolute()}]"]
 
 

@@ -11,13 +11,13 @@ from clbench.errors import UserError
 
 
 def wandb_mode(settings: Mapping[str, Any]) -> tuple[str, str | None]:
-    """The effective mode, `online`, `offline` or `disabled`, and a line on why where `wandb=auto` chose; else None.
+    """The effective mode, `online`, `offline` or `disabled`, and why, in a line, where `wandb=auto` chose.
 
     Args:
         settings: the `wandb` group of the config.
 
     Raises:
-        UserError: the mode is `online` and there is no key, or WANDB_BASE_URL is no address or holds a password.
+        UserError: `online` without a key, or WANDB_BASE_URL is no address or holds a password.
     """
     chosen = settings["mode"]
     if chosen in ("auto", "online"):

@@ -29,10 +29,10 @@ Decoded = tuple[np.ndarray, np.ndarray | None]  # image uint8 [H, W, 3]; mask bo
 
 
 def ignore(decoded: int) -> None:
-    """A `progress` of `load` that does nothing."""
+    """A `progress` of `load_cached` that does nothing."""
 
 
-def load(
+def load_cached(
     samples: list[Sample], geometry: Geometry, directory: Path, progress: Callable[[int], None] = ignore
 ) -> ImageSet:
     """The samples at the run's size, mapped from the cache; decoded first if no job has done so.
@@ -49,7 +49,7 @@ def load(
         UserError: a sample is unreadable, sizes differ, or the directory cannot be written.
     """
     if not samples:
-        raise ValueError("load needs at least one sample")
+        raise ValueError("load_cached needs at least one sample")
     key = _key(samples, geometry)
     paths = directory / f"{key}.images.npy", directory / f"{key}.masks.npy"
     try:

@@ -5,7 +5,7 @@ from pathlib import Path
 from clbench.data.mvtec import MVTec
 from clbench.data.on_disk import folders
 
-KINDS = ("logical_anomalies", "structural_anomalies")
+ANOMALY_FOLDERS = ("logical_anomalies", "structural_anomalies")
 
 
 class MVTecLOCO(MVTec):
@@ -27,7 +27,7 @@ class MVTecLOCO(MVTec):
     @classmethod
     def recognises(cls, root: Path) -> bool:
         return super().recognises(root) and any(
-            (folder / "test" / kind).is_dir() for folder in folders(root) for kind in KINDS
+            (folder / "test" / kind).is_dir() for folder in folders(root) for kind in ANOMALY_FOLDERS
         )
 
     def masks(self, folder: Path) -> dict[str, tuple[Path, ...]]:

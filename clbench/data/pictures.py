@@ -90,4 +90,4 @@ class Pictures:
             UserError: one cannot be read.
         """
         geometry = Geometry(resize=max(height, width))
-        return cache.load(self.samples, geometry, self.directory).images[..., :height, :width]
+        return cache.load_cached(self.samples, geometry, self.directory).images[..., :height, :width]

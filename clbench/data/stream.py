@@ -47,8 +47,8 @@ class Task:
     def fingerprint(self) -> str:
         """A text that changes where an image joins, leaves or changes, and not where its file is moved.
 
-        It is a digest of the names, kinds, pixels and masks of all images: a quarter of a second for 1,000 images of
-        224 x 224 pixels.
+        It is a digest of the names, kinds, pixels and masks of all images: a quarter of a second for 1,000
+        images of 224 x 224 pixels.
         """
         digest = hashlib.sha256()
         for images in (self.train, *(category.test for category in self.categories)):
@@ -64,13 +64,13 @@ def order(dataset: Dataset, kind: str, tasks: list | None, seed: int) -> list[li
 
     Args:
         kind: looked at where `tasks` is None: `random`, or else alphabetical.
-        tasks: names of categories, and lists of names of those that arrive together; None for each category of the
-            dataset as a task of its own.
+        tasks: names of categories, and lists of names of those that arrive together; None for each category
+            of the dataset as a task of its own.
         seed: of a random order.
 
     Raises:
-        UserError: the list is empty, has an empty task, or names a category twice or one that the dataset does not
-            have; or a category has a name that results need for themselves.
+        UserError: the list is empty, has an empty task, or names a category twice or one that the dataset
+            does not have; or a category has a name that results need for themselves.
     """
     grouped = _grouped(dataset, kind, tasks, seed)
     for name in (name for group in grouped for name in group):
@@ -104,7 +104,7 @@ def _grouped(dataset: Dataset, kind: str, tasks: list | None, seed: int) -> list
     return grouped
 
 
-def load(
+def load_tasks(
     dataset: Dataset,
     categories: list[list[str]],
     geometry: Geometry,
@@ -136,7 +136,7 @@ def load(
         done += images
         progress("reading images", done, total)
 
-    sets = {key: cache.load(samples, geometry, directory, advance) for key, samples in found.items()}
+    sets = {key: cache.load_cached(samples, geometry, directory, advance) for key, samples in found.items()}
     first = next(iter(sets.values()))
     for images in sets.values():
         ImageSet.same_size(first, images)

@@ -48,12 +48,12 @@ class Drawn(Sample):
 
     def read(self) -> tuple[Array, Array | None]:
         picture, region, grain = self._product()
-        twin = _finished(picture, grain)
+        twin = _to_pixels(picture, grain)
         if self.kind == GOOD:
             return twin, None
         for attempt in range(100):
             random = self._random("defect", attempt)
-            image = _finished(DEFECTS[self.kind](random, picture, region), grain)
+            image = _to_pixels(DEFECTS[self.kind](random, picture, region), grain)
             difference = np.abs(image.astype(np.int16) - twin).max(2)
             mask = difference >= VISIBLE
             if LEAST_AREA <= mask.mean() <= MOST_AREA and difference[mask].mean() >= PLAIN:
@@ -63,7 +63,7 @@ class Drawn(Sample):
     def without_defect(self) -> Array:
         """The same picture without its defect, uint8 [S, S, 3] RGB."""
         picture, _, grain = self._product()
-        return _finished(picture, grain)
+        return _to_pixels(picture, grain)
 
     def _product(self) -> tuple[Array, Array, Array]:
         random = self._random("product")
@@ -79,7 +79,7 @@ class Drawn(Sample):
         )
 
 
-def _finished(picture: Array, grain: Array) -> Array:
+def _to_pixels(picture: Array, grain: Array) -> Array:
     return (255 * np.clip(picture + grain, 0, 1) + 0.5).astype(np.uint8)
 
 
@@ -107,7 +107,7 @@ def _blot(random: np.random.Generator, region: Array, low: float, high: float, r
     return edge(np.hypot(x, y * random.uniform(1, 1.8)) - radius * np.clip(outline, 0.3, 2), 0.008)
 
 
-def _line(random: np.random.Generator, region: Array, length: float, width: float, wander: float) -> Array:
+def _stroke(random: np.random.Generator, region: Array, length: float, width: float, wander: float) -> Array:
     """A curved stroke at a random place on the region: alpha [S, S]."""
     size = len(region)
     x, y = grid(size, random.uniform(0, np.pi), _spot(random, region))
@@ -123,15 +123,15 @@ Defect = Callable[[np.random.Generator, Array, Array], Array]
 
 def scratch(random: np.random.Generator, picture: Array, region: Array) -> Array:
     """A bright or dark stroke, see `Defect`."""
-    alpha = _line(random, region, random.uniform(0.15, 0.4), random.uniform(0.006, 0.011), 0.02) * region
+    alpha = _stroke(random, region, random.uniform(0.15, 0.4), random.uniform(0.006, 0.011), 0.02) * region
     shift = random.choice([-1, 1]) * random.uniform(0.25, 0.45)
     return blend(picture, np.clip(picture.mean(2, keepdims=True) + shift, 0.02, 1), 0.75 * alpha)
 
 
 def crack(random: np.random.Generator, picture: Array, region: Array) -> Array:
     """A dark, branching stroke, see `Defect`."""
-    alpha = _line(random, region, random.uniform(0.2, 0.4), random.uniform(0.006, 0.01), 0.035)
-    branch = _line(random, np.where(alpha > 0.3, 1, 0), 0.18, 0.007, 0.03)
+    alpha = _stroke(random, region, random.uniform(0.2, 0.4), random.uniform(0.006, 0.01), 0.035)
+    branch = _stroke(random, np.where(alpha > 0.3, 1, 0), 0.18, 0.007, 0.03)
     return blend(picture, 0.25 * picture, 0.9 * np.maximum(alpha, branch) * region)
 
 
@@ -159,7 +159,7 @@ def hole(random: np.random.Generator, picture: Array, region: Array) -> Array:
 
 def thread(random: np.random.Generator, picture: Array, region: Array) -> Array:
     """A coloured thread on the product, with its shadow, see `Defect`."""
-    alpha = _line(random, region, random.uniform(0.25, 0.45), random.uniform(0.007, 0.011), 0.05)
+    alpha = _stroke(random, region, random.uniform(0.25, 0.45), random.uniform(0.007, 0.011), 0.05)
     hue = np.clip(random.uniform(0.1, 0.9) + random.uniform(-0.15, 0.15, 3), 0.02, 1).astype(np.float32)
     shadow = np.roll(alpha, len(alpha) // 80, axis=(0, 1))
     return blend(picture * (1 - 0.4 * shadow[..., None]), hue, 0.9 * alpha)
@@ -284,7 +284,7 @@ class Synthetic(Dataset):
             )
 
 
-def write(dataset: Synthetic, directory: Path) -> None:
+def write_folder(dataset: Synthetic, directory: Path) -> None:
     """Write a dataset's images and masks as PNG files into `directory`, in the MVTec AD layout.
 
     Raises:

@@ -38,22 +38,25 @@ class Prediction(NamedTuple):
 class Detector(nn.Module):
     """A method's model: images in, anomaly maps and image scores out.
 
-    It learns a task by `prepare`, `start_task`, one `training_step` for each batch, and `finish_task`. A process that
-    continues within a task calls `prepare` again, but not `start_task`.
+    It learns a task by `prepare`, `start_task`, one `training_step` for each batch, and `finish_task`. A
+    process that continues within a task calls `prepare` again, but not `start_task`.
 
-    What it keeps between tasks (banks, statistics) is registered as buffers, and networks are submodules: `state_dict`
-    is the whole detector, and the footprint counts what is there.
+    What it keeps between tasks (banks, statistics) is registered as buffers, and networks are submodules:
+    `state_dict` is the whole detector, and the footprint counts what is there.
 
     Attributes:
-        native: whether the method has its own update of what it keeps, task by task; `strategy=native` needs it.
-        rebuilt_by_replay: whether replay drops banks and statistics and makes them from new and stored images; if not,
-            the method's own update goes on.
+        native: whether the method has its own update of what it keeps, task by task; `strategy=native` needs
+            it.
+        rebuilt_by_replay: whether replay drops banks and statistics and makes them from new and stored
+            images; if not, the method's own update goes on.
         epochs: passes over a task's images; 1 for methods that only collect.
         step_budget: optimizer steps for a task, in place of `epochs`; None where `epochs` counts.
         batch_size: number of new images of a training step, which has as many replayed ones.
         held_out: share of a task's normal images that no step sees: early stopping and thresholds use them.
-        patience: epochs without a lower loss on held-out images before training stops; None: it never stops early.
-        gradient_clip: largest norm of all gradients together; larger ones are scaled down. None: they are left alone.
+        patience: epochs without a lower loss on held-out images before training stops; None: it never stops
+            early.
+        gradient_clip: largest norm of all gradients together; larger ones are scaled down. None: they are
+            left alone.
         precision: type of mixed-precision training; None for single precision.
         progress: called with (phase, done, total, note) during long phases.
     """
@@ -82,7 +85,7 @@ class Detector(nn.Module):
         """Drop banks and statistics of earlier tasks, so that the next task replaces them."""
 
     def prepare(self, images: Tensor) -> None:
-        """Load what steps need besides the images, and bring weights that depend on the image size to their size.
+        """Load what steps need besides images, and size the weights that depend on the image size.
 
         Called before every training, new or continued. What it loads is not part of the state.
 
@@ -116,7 +119,7 @@ class Detector(nn.Module):
         return cls.optimizer is not Detector.optimizer
 
     def learning_rate_factor(self, done: float) -> float:
-        """What learning rates are multiplied by once the share `done`, in [0, 1), of a task's steps is done."""
+        """What learning rates are multiplied by when the share `done`, in [0, 1), of the steps is done."""
         return 1.0
 
     def validation_loss(self, images: Tensor) -> Tensor:
@@ -126,10 +129,10 @@ class Detector(nn.Module):
         return loss
 
     def outputs(self, images: Tensor) -> list[Tensor]:
-        """Images, uint8 [B, 3, H, W] -> the outputs of what is trained, with gradients: float tensors [B, ...].
+        """Images, uint8 [B, 3, H, W] -> the trained outputs, with gradients: float tensors [B, ...].
 
-        Strategies compare them with those of an earlier model, or with stored ones: there are always as many, in the
-        same order. None of them where nothing is trained.
+        Strategies compare them with those of an earlier model, or with stored ones: there are always as many,
+        in the same order. None of them where nothing is trained.
         """
         return []
 
@@ -141,7 +144,10 @@ class Detector(nn.Module):
         """
 
     def forward(self, images: Tensor) -> Prediction:
-        """Images [B, 3, H, W], uint8 or float in [0, 1] -> maps [B, H, W] and scores [B]. No task is given."""
+        """Images [B, 3, H, W], uint8 or float in [0, 1] -> maps [B, H, W] and scores [B].
+
+        No task is given.
+        """
         raise NotImplementedError
 
     def lay_out(self) -> None:
@@ -150,7 +156,10 @@ class Detector(nn.Module):
             self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # absent from torch's stubs
 
     def for_export(self) -> None:
-        """Bring what was learned into the form that a traced `forward` uses. Nothing can be learned after it."""
+        """Bring what was learned into the form that a traced `forward` uses.
+
+        Nothing can be learned after it.
+        """
 
     def check(self, images: Tensor) -> None:
         """Try one image, uint8 [1, 3, H, W], before anything is learned.
@@ -192,13 +201,16 @@ class Detector(nn.Module):
         """Drop the features of training images.
 
         Args:
-            keep: images that will be learned again and whose features stay, uint8 [M, 3, H, W]; None for none.
+            keep: images that will be learned again, uint8 [M, 3, H, W], whose features stay; or None.
         """
         for store in self.stores():
             store.release(keep)
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Take what `kept_state` gave, name -> tensor; buffers and parameters take the sizes that they have there."""
+        """Take what `kept_state` gave, name -> tensor.
+
+        Buffers and parameters take the sizes that they have there.
+        """
         for name, tensor in state.items():
             owner_name, _, leaf = name.rpartition(".")
             owner = self.get_submodule(owner_name)
@@ -215,7 +227,7 @@ class Detector(nn.Module):
 
 
 def frozen_digest(detector: Detector) -> str:
-    """SHA-256 of the weights of frozen networks, which checkpoints leave out: to tell whether they changed."""
+    """SHA-256 of the weights of frozen networks, which no checkpoint has: to tell whether they changed."""
     digest = hashlib.sha256()
     for pyramid in (module for module in detector.modules() if isinstance(module, FeaturePyramid)):
         for tensor in pyramid.state_dict().values():
@@ -250,7 +262,7 @@ def kept_state(detector: Detector) -> dict[str, Tensor]:
 
 
 def _overruns(module: nn.Module) -> bool:
-    """Whether oneDNN writes the gradient of this convolution, channels last, beyond its memory (oneDNN issue 6035)."""
+    """Whether oneDNN writes its gradient, channels last, beyond its memory (oneDNN issue 6035)."""
     return (
         isinstance(module, nn.Conv2d)
         and module.in_channels < 16

@@ -27,7 +27,7 @@ _HARD = 0.999  # p_hard: the loss counts squared differences from this quantile 
 _LOW, _HIGH = 0.9, 0.995  # a and b: these quantiles of maps on normal images become 0 and _UNIT
 _UNIT = 0.1
 _AUTOENCODER_SIDE = 256  # pixels: images of any size are brought to this one for the autoencoder
-_GREY = 0.3  # share of penalty images shown in grey
+_GREY_PENALTY = 0.3  # share of penalty images shown in grey
 _JITTER = 0.2  # largest relative change of brightness, contrast or saturation
 
 
@@ -159,7 +159,7 @@ class EfficientAD(Detector):
         batch = len(images)
         jittered = jitter(unit(images))
         foreign = unit(self._penalties[torch.randint(len(self._penalties), (1,), device=images.device)])
-        if float(torch.rand(())) < _GREY:
+        if float(torch.rand(())) < _GREY_PENALTY:
             foreign = foreign.mean(1, keepdim=True).expand_as(foreign)
         # The student sees everything in one pass.
         seen = self.student(self.normalisation(torch.cat([unit(images), jittered, foreign]))).float()

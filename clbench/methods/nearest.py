@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-_BLOCK = 1 << 22  # distances held at a time: 16 MB
+_DISTANCES = 1 << 22  # distances held at a time: 16 MB
 _GROUP = 64  # neighbouring distances of which only the minimum is looked at first
 
 
@@ -31,7 +31,7 @@ def nearest(queries: Tensor, bank: Tensor, sizes: list[int]) -> tuple[Tensor, Te
     distances = torch.empty(len(sizes), len(queries), device=queries.device)
     rows = torch.empty(len(sizes), len(queries), dtype=torch.int64, device=queries.device)
     widest = _GROUP * math.ceil(max(sizes) / _GROUP)
-    step = max(1, min(_BLOCK // max(widest, queries.shape[1]), len(queries)))
+    step = max(1, min(_DISTANCES // max(widest, queries.shape[1]), len(queries)))
     memory = queries.new_empty(step * widest)
     end = 0
     for index, size in enumerate(sizes):
@@ -89,7 +89,7 @@ class _KNearest(torch.autograd.Function):
         queries = queries.float()  # small distances are differences: half precision would lose them
         norms = bank.square().sum(1)
         width = _GROUP * math.ceil(len(bank) / _GROUP)
-        step = max(1, min(_BLOCK // width, len(queries)))
+        step = max(1, min(_DISTANCES // width, len(queries)))
         block = queries.new_full((step, width), math.inf)
         distances = queries.new_empty(len(queries), k)
         rows = torch.empty(len(queries), k, dtype=torch.int64, device=queries.device)

@@ -25,7 +25,9 @@ Saved = tuple[dict[str, Tensor], dict[str, Any]]  # name -> tensor, and plain da
 
 
 class Checkpoints:
-    """The checkpoints of a run. One counts only if its JSON, which is written last, is whole and agrees with its tensors.
+    """The checkpoints of a run.
+
+    One counts only if its JSON, which is written last, is whole and agrees with its tensors.
 
     Args:
         directory: the folder `checkpoint/`.
@@ -71,7 +73,7 @@ class Checkpoints:
         self._saved_at = time.perf_counter()
 
     def load_stage(self) -> tuple[int, dict[str, Tensor], dict[str, Any]] | None:
-        """The newest undamaged checkpoint of a learned stage: the stage, its tensors and its data; None without one."""
+        """The newest undamaged checkpoint of a learned stage: stage, tensors and data; None without one."""
         for path in self._newest_first("stage"):
             if (saved := self._load(path.stem)) is not None:
                 return int(path.stem.rpartition("-")[2]), *saved
@@ -80,7 +82,7 @@ class Checkpoints:
     # The methods of clbench.training.Bookmark, and `peek`:
 
     def due(self, epoch_ended: bool) -> bool:
-        """Whether to save now: where it is urgent, `every_s` after the last time, or at an epoch's end if it costs little."""
+        """Whether to save now: if urgent, `every_s` after the last time, or at an epoch's end if cheap."""
         waited = time.perf_counter() - self._saved_at
         cheap = epoch_ended and waited >= self._saving_took / _SHARE
         return self.urgent() or waited >= self.every_s or cheap
@@ -106,7 +108,7 @@ class Checkpoints:
         self.saved()
 
     def find(self, stage: int) -> Saved | None:
-        """The tensors and data of the newest undamaged checkpoint of a stage that is being learned; None without one."""
+        """Tensors and data of the newest undamaged checkpoint of a stage being learned; None without one."""
         for path in self._newest_first(f"learning-{stage:04d}"):
             if (saved := self._load(path.stem)) is not None:
                 return saved
@@ -152,7 +154,7 @@ class Checkpoints:
             return {key: file.get_tensor(key) for key in names or file.keys()}, data
 
     def _checked_data(self, name: str) -> dict[str, Any] | None:
-        """The data of a checkpoint; None where one of its two files is damaged: the one before takes its place."""
+        """The data of a checkpoint; None where one of its two files is damaged."""
         try:
             digest, text, _ = self._path(name, "json").read_text().split("\n")
             if hashlib.sha256(text.encode()).hexdigest() != digest:
@@ -163,12 +165,15 @@ class Checkpoints:
             return None
 
     def _path(self, name: str, kind: str) -> Path:
+        """One of the two files of a checkpoint: `json` or `safetensors`."""
         return self.directory / f"{name}.{kind}"
 
     def _newest_first(self, prefix: str) -> list[Path]:
+        """The JSON files of the checkpoints whose names begin with `prefix`."""
         return sorted(self.directory.glob(f"{prefix}-*.json"), reverse=True)
 
     def _remove(self, name: str) -> None:
+        """Remove a checkpoint; where the system refuses, it stays."""
         for kind in ("json", "safetensors"):
             with suppress(OSError):
                 self._path(name, kind).unlink(missing_ok=True)

@@ -13,7 +13,7 @@ _SMALL = 256  # pixels: the longest height or width of a small picture
 _QUALITY = 85  # of JPEG
 
 
-def write(maps: Tensor, images: ImageSet, directory: Path, stage: int) -> None:
+def write_all(maps: Tensor, images: ImageSet, directory: Path, stage: int) -> None:
     """Write a panel of every test image: `<kind>-<number>-stage-<stage>.png`, numbers from 0 within a kind.
 
     Args:
@@ -39,7 +39,7 @@ def write_few(maps: Tensor, images: ImageSet, directory: Path, stage: int) -> No
     """Write small pictures of the images that `few` shows, for a page with many of them side by side.
 
     For each image: `<kind>-<index>.jpg`, its mask `<kind>-<index>-mask.png`, and its map over it
-    `<kind>-<index>-stage-<stage>.jpg`. Arguments and errors are those of `write`.
+    `<kind>-<index>-stage-<stage>.jpg`. Arguments and errors are those of `write_all`.
     """
     heat = maps.numpy()
     low, high = float(heat.min()), float(heat.max())

@@ -16,8 +16,8 @@ _CHECK = ', "check": "'
 class Journal:
     """A journal that is open: its entries, and a file that further ones are appended to.
 
-    A process that is killed may leave the last line cut off; it is removed when the file is opened again. Lines reach
-    the system at once, and the disk with `flush`.
+    A process that is killed may leave the last line cut off; it is removed when the file is opened again.
+    Lines reach the system at once, and the disk with `flush`.
 
     Args:
         path: the file; it is made where it is missing.
@@ -33,7 +33,7 @@ class Journal:
 
     def __init__(self, path: Path, *, lose_damaged: bool = False):
         self.path = path
-        self.entries, whole = _read(path, lose_damaged)
+        self.entries, whole = _read_entries(path, lose_damaged)
         self.count = len(self.entries)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -49,7 +49,7 @@ class Journal:
             UserError: the disk is full or may not be written.
         """
         try:
-            self._file.write(_line(entry))
+            self._file.write(_line_of(entry))
         except OSError as error:
             raise cannot_write(self.path, error) from error
         self.count += 1
@@ -67,7 +67,7 @@ class Journal:
         self.entries = list(entries)
         self.count = len(self.entries)
         self._file.close()
-        content = b"".join(map(_line, self.entries))
+        content = b"".join(map(_line_of, self.entries))
         write_whole(self.path, lambda path: path.write_bytes(content))
         self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115
 
@@ -76,17 +76,17 @@ class Journal:
         self._file.close()
 
 
-def _line(entry: dict[str, Any]) -> bytes:
+def _line_of(entry: dict[str, Any]) -> bytes:
     """The line of an entry: its JSON, with a checksum of it as the last key."""
     body = json.dumps(entry, ensure_ascii=False)[:-1]
     return f'{body}{_CHECK}{zlib.crc32(body.encode()):08x}"}}\n'.encode()
 
 
-def _read(path: Path, lose_damaged: bool) -> tuple[list[dict[str, Any]], int]:
+def _read_entries(path: Path, lose_damaged: bool) -> tuple[list[dict[str, Any]], int]:
     """The entries of a journal, and how many bytes they take; what follows is to be removed.
 
     Raises:
-        UserError: the file cannot be read, or a line that is not the last is damaged and `lose_damaged` is not set.
+        UserError: the file cannot be read, or a line before the last is damaged and `lose_damaged` unset.
     """
     try:
         content = path.read_bytes()
@@ -99,7 +99,7 @@ def _read(path: Path, lose_damaged: bool) -> tuple[list[dict[str, Any]], int]:
     entries: list[dict[str, Any]] = []
     whole = 0
     for number, line in enumerate(content.splitlines(keepends=True), 1):
-        entry = _entry(line)
+        entry = _entry_of(line)
         if entry is None:
             if lose_damaged or whole + len(line) == len(content):  # the last one is cut off
                 break
@@ -112,7 +112,7 @@ def _read(path: Path, lose_damaged: bool) -> tuple[list[dict[str, Any]], int]:
     return entries, whole
 
 
-def _entry(line: bytes) -> dict[str, Any] | None:
+def _entry_of(line: bytes) -> dict[str, Any] | None:
     """The entry of a line; None where it is cut off or damaged."""
     text = line.decode(errors="replace")
     body, separator, checksum = text.rpartition(_CHECK)

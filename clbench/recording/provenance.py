@@ -12,7 +12,7 @@ _LIBRARIES = ("clbench", "torch", "torchvision", "timm", "numpy", "opencv-python
 
 
 def made_by(device: torch.device) -> dict[str, Any]:
-    """Versions of Python and libraries, git revision and device, for config.yaml: name -> text; None where unknown."""
+    """Versions, git revision and device, for config.yaml: name -> text; None where there is none."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "CPU"
     return {
         "python": platform.python_version(),
@@ -23,7 +23,7 @@ def made_by(device: torch.device) -> dict[str, Any]:
 
 
 def _git_revision() -> str | None:
-    """The commit of the code that runs, ending in `-dirty` where files differ from it; None outside of git."""
+    """The commit of the code that runs, with `-dirty` where files differ from it; None outside of git."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

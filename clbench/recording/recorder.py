@@ -20,10 +20,13 @@ class Recorder:
     wants_pictures = False
 
     def epoch(self, stage: int, epoch: int, loss: float) -> None:
-        """Called after an epoch with its mean loss. The stage is 0-based, and epochs are counted from 0 over all stages."""
+        """Called after an epoch with its mean loss.
+
+        The stage is 0-based, and epochs are counted from 0 over all stages.
+        """
 
     def pictures(self, stage: int, category: str, pictures: Sequence[np.ndarray]) -> None:
-        """Called after a category was evaluated, with heat maps of a few of its test images, always of the same ones.
+        """Called after a category was evaluated, with heat maps of a few test images, always the same ones.
 
         Args:
             stage: 0-based.
@@ -32,7 +35,11 @@ class Recorder:
         """
 
     def stage(self, stage: int, results: Mapping[str, Mapping[str, float | None]]) -> None:
-        """Called after a stage, 0-based, with its results: a category's name, `mean` or `forgetting` -> metric -> value."""
+        """Called after a stage, 0-based, with its results.
+
+        Args:
+            results: a category's name, `mean` or `forgetting` -> metric -> value; None where undefined.
+        """
 
     def finish(self, summary: Mapping[str, Any], matrices: Mapping[str, Matrix]) -> str | None:
         """Called at the end of the run.

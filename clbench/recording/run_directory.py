@@ -1,4 +1,7 @@
-"""The directory of a run, and every file that is written into it. A file is replaced as a whole, or appended to."""
+"""The directory of a run, and every file that is written into it.
+
+A file is replaced as a whole, or appended to.
+"""
 
 import csv
 import fcntl
@@ -20,7 +23,7 @@ from clbench.errors import UserError, in_one_line
 from clbench.recording.files import cannot_write, write_whole
 from clbench.recording.journal import Journal
 
-# A row of metrics.csv: stage, index of the task, its name, category, metric, value; None where it is undefined.
+# A row of metrics.csv: stage, index of the task, its name, category, metric, value (None: undefined).
 MetricRow = tuple[int, int, str, str, str, float | None]
 State = Literal["finished", "failed", "unfinished", "missing"]
 
@@ -30,8 +33,8 @@ _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast, wh
 class RunDirectory:
     """The folder of a run, outputs/<experiment>/<run>.
 
-    It holds config.yaml, journal.jsonl, metrics.csv, summary.json, thresholds.json, checkpoint/, maps/ and wandb/; and
-    job.json where a job of a cluster was submitted.
+    It holds config.yaml, journal.jsonl, metrics.csv, summary.json, thresholds.json, checkpoint/, maps/ and
+    wandb/; and job.json where a job of a cluster was submitted.
 
     Args:
         path: the folder, which need not exist.
@@ -41,7 +44,7 @@ class RunDirectory:
         self.path = Path(path)
 
     def summary(self) -> dict[str, Any] | None:
-        """What summary.json holds; None where the run has not begun, or the file is damaged: the run writes it again.
+        """What summary.json holds; None where the run has not begun, or the file is damaged.
 
         Raises:
             UserError: the file may not be read.
@@ -58,8 +61,8 @@ class RunDirectory:
     def config(self) -> dict[str, Any] | None:
         """What config.yaml holds; None where there is none.
 
-        It is the resolved config that the run was begun with, `departures` from its benchmark, and `made_by`: versions
-        and device. Runs of earlier versions have no `departures`.
+        It is the resolved config that the run was begun with, `departures` from its benchmark, and `made_by`:
+        versions and device. Runs of earlier versions have no `departures`.
 
         Raises:
             UserError: the file is damaged or may not be read.
@@ -112,8 +115,8 @@ class RunDirectory:
             config: the run's config as plain data.
 
         Raises:
-            UserError: the directory holds a run of another config, or an unfinished run of another version of clbench,
-                and `overwrite` is not set; or a file is damaged or may not be read.
+            UserError: the directory holds a run of another config, or an unfinished run of another version of
+                clbench, and `overwrite` is not set; or a file is damaged or may not be read.
         """
         stored = self.config()
         if stored is None or config["overwrite"]:
@@ -137,9 +140,9 @@ class RunDirectory:
         return False
 
     def complete(self, summary: Mapping[str, Any]) -> bool:
-        """Whether this summary is that of a complete run, whose metrics.csv and config.yaml are still here."""
-        there = all((self.path / name).is_file() for name in ("metrics.csv", "config.yaml"))
-        return summary["status"] == "complete" and there
+        """Whether this summary is of a complete run whose metrics.csv and config.yaml are still here."""
+        written = all((self.path / name).is_file() for name in ("metrics.csv", "config.yaml"))
+        return summary["status"] == "complete" and written
 
     def state(self, config: Mapping[str, Any]) -> tuple[State, str | None]:
         """How far the run of a config is, and the reason where it failed; None where it did not.
@@ -178,7 +181,9 @@ class RunDirectory:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Inside, this process alone works in the directory. The system releases the lock when the process dies.
+        """Inside, this process alone works in the directory.
+
+        The system releases the lock when the process dies.
 
         Raises:
             UserError: another process holds it, or the directory cannot be written.
@@ -206,8 +211,8 @@ class RunDirectory:
     def reporting(self, identity: Mapping[str, Any]) -> Iterator[Callable[[Mapping[str, Any]], None]]:
         """Inside, the run's status is in summary.json: `failed` after an exception.
 
-        Gives a function that is called with the whole identity of the run once that is known, and writes it, with its
-        status `running`.
+        Gives a function that is called with the whole identity of the run once that is known, and writes it,
+        with its status `running`.
 
         Args:
             identity: what is known of the run before; used where there is no summary.json yet.
@@ -231,7 +236,9 @@ class RunDirectory:
             raise
 
     def job(self) -> dict[str, Any] | None:
-        """The cluster job that was last submitted for this run: its `id` and `log`; None where there was none.
+        """The cluster job that was last submitted for this run: its `id` and `log`.
+
+        None where there was none.
 
         Raises:
             UserError: the file may not be read.

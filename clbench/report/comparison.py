@@ -12,7 +12,7 @@ from clbench.report import titles
 from clbench.report.reading import FoundRun
 from clbench.report.rows import Row, Variant, published, rows_of
 
-_GEOMETRY = ("dataset.resize", "dataset.crop")  # see _size
+_GEOMETRY = ("dataset.resize", "dataset.crop")  # see _image_size
 
 PAPER_TASKS = [
     "hazelnut",
@@ -98,7 +98,7 @@ class Group:
         tasks = f"{len(self.tasks)} task{'s' * (len(self.tasks) != 1)}"
         if len(self.categories) > len(self.tasks):
             tasks += f" of {len(self.categories)} categories"
-        sizes = {_size(run) for run in self.runs}
+        sizes = {_image_size(run) for run in self.runs}
         size = f", {sizes.pop()} pixels" if len(sizes) == 1 else ""
         return f"{self.dataset}, {tasks}{size}, benchmark={self.benchmark}"
 
@@ -108,7 +108,7 @@ class Group:
         return [*self._notes_on_settings(), *self._notes_on_runs()]
 
     def _notes_on_settings(self) -> Iterator[str]:
-        for name, setting in (("image size", _size), ("backbone", _backbone)):
+        for name, setting in (("image size", _image_size), ("backbone", _backbone)):
             if values := _by_method(self.runs, setting):
                 yield f"{name} is each method's own: {values}"
         if self.pooled:
@@ -215,7 +215,7 @@ def _group_of(run: FoundRun) -> Group:
     Raises:
         KeyError, TypeError, AttributeError: its config.yaml is not a run's.
     """
-    _size(run), _paper_choice(run)  # a group's title and notes ask for them
+    _image_size(run), _paper_choice(run)  # a group's title and notes ask for them
     drawn = run.config["task_order"]["kind"] == "random"
     tasks, categories = (tuple(sorted(names) if drawn else names) for names in (run.tasks, run.categories))
     return Group(
@@ -244,7 +244,7 @@ def _join_same_geometry(groups: dict[Any, Group]) -> None:
     own size it is depart in nothing, and yet belong to the others."""
     alike: dict[Any, list[Group]] = defaultdict(list)
     for group in groups.values():
-        sizes = {_size(run) for run in group.runs}
+        sizes = {_image_size(run) for run in group.runs}
         if len(sizes) == 1:
             alike[group.key(*_GEOMETRY), sizes.pop()].append(group)
     for same in alike.values():
@@ -294,7 +294,7 @@ def _paper_choice(run: FoundRun) -> str | None:
     return (run.config["method"].get("protocol") or {}).get("strategy")
 
 
-def _size(run: FoundRun) -> str:
+def _image_size(run: FoundRun) -> str:
     """What images are brought to, in pixels: `256 cropped to 224`."""
     resize, crop = run.config["dataset"]["resize"], run.config["dataset"]["crop"]
     return f"{resize or 'as in the files'}" + (f" cropped to {crop}" if crop else "")

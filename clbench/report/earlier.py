@@ -11,7 +11,7 @@ from clbench.config import flat
 
 
 @lru_cache
-def strategy_class(target: str) -> Any:
+def imported_strategy(target: str) -> Any:
     """The class that `strategy._target_` of a config names, to read a strategy's flags from.
 
     Returns:
@@ -28,7 +28,7 @@ def strategy_class(target: str) -> Any:
     return found if isinstance(found, type) and issubclass(found, Strategy) else Strategy
 
 
-def departures(config: Mapping[str, Any]) -> dict[str, Any] | None:
+def composed_departures(config: Mapping[str, Any]) -> dict[str, Any] | None:
     """What later versions store under `departures` in config.yaml, found by composing conf/ as it is now.
 
     Args:

@@ -86,7 +86,7 @@ def figures(group: Group) -> list[Figure]:
     makers: Sequence[Callable[[Group, list[Row]], Figure | None]] = (
         _over_stages,
         _against_memory,
-        _matrices,
+        _matrix_charts,
         _forgetting,
         _time,
     )
@@ -344,7 +344,7 @@ def _pareto_front(base: alt.Chart, x: alt.X, y: alt.Y, middle: float) -> list[al
     return [steps, *names]
 
 
-def _matrices(group: Group, rows: list[Row]) -> Figure | None:
+def _matrix_charts(group: Group, rows: list[Row]) -> Figure | None:
     data = [
         {**_about(row), "stage": stage + 1, "category": category, "f1": _short(spread.mean)}
         for row in rows

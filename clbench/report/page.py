@@ -23,7 +23,7 @@ from clbench.report.tables import Table
 
 _MOST_FIGURES = 12  # groups that get figures: each group's take about three seconds
 _MOST_PICTURES = 24_000_000  # bytes in the page
-_LOCAL_TABLES = (tables.comparison, tables.forgetting)  # in the page; the others are files alone
+_LOCAL_TABLES = (tables.comparison, tables.forgetting_table)  # in the page; the others are files alone
 _TABLES = tuple(
     f"{name}.{kind}"
     for name in ("runs", "comparison", "forgetting", "stages", "r-matrices")
@@ -56,7 +56,7 @@ class _Section:
     figures: list[Figure] = field(default_factory=list)
 
 
-def write(runs: Sequence[FoundRun], folder: Path, title: str) -> Report:
+def write_page(runs: Sequence[FoundRun], folder: Path, title: str) -> Report:
     """Write the page, tables and figures of runs into a folder.
 
     Raises:
@@ -77,13 +77,13 @@ def write(runs: Sequence[FoundRun], folder: Path, title: str) -> Report:
     with_runs = [group for group in groups if group.found]
     sections: list[_Section] = []
     for group in with_runs:
-        section = _Section(group, tables.comparison(group), tables.forgetting(group))
+        section = _Section(group, tables.comparison(group), tables.forgetting_table(group))
         if len(sections) < _MOST_FIGURES:
             section.figures = figures(group)
         sections.append(section)
     run_list = tables.run_list(runs, groups)
     text("tables/runs.csv", tables.as_csv([(0, run_list)]))
-    for make in (tables.comparison, tables.forgetting, tables.stages, tables.matrices):
+    for make in (tables.comparison, tables.forgetting_table, tables.stages, tables.matrices):
         made = [(group.number, make(group)) for group in with_runs]
         if not made:
             continue

@@ -15,7 +15,7 @@ from clbench.errors import UserError
 from clbench.metrics import continual
 from clbench.metrics.continual import Matrix
 from clbench.recording.run_directory import RunDirectory
-from clbench.report.settings import Departures, Flags, departures
+from clbench.report.settings import Departures, Flags, read_departures
 
 # In the order of the paper's table.
 REPORTED = ("image_auroc", "image_f1", "pixel_auroc", "pixel_f1", "pixel_ap", "aupro", "image_ap")
@@ -100,8 +100,8 @@ class FoundRun:
 
     @cached_property
     def departures(self) -> Departures:
-        """What differs from what the run's benchmark gives, see `settings.departures`."""
-        return departures(self.config)
+        """What differs from what the run's benchmark gives, see `settings.read_departures`."""
+        return read_departures(self.config)
 
     @property
     def device(self) -> str:
@@ -139,7 +139,7 @@ def read(folders: Sequence[Path]) -> list[FoundRun]:
             ) from error
         if not inside:
             raise UserError(f"{folder} holds no runs: give outputs/EXPERIMENT, of runs that were begun")
-        runs += [_read(path) for path in inside]
+        runs += [_read_run(path) for path in inside]
     return runs
 
 
@@ -147,7 +147,7 @@ def _begun(path: Path) -> bool:
     return any((path / name).exists() for name in ("summary.json", "config.yaml", "run.lock", "job.json"))
 
 
-def _read(path: Path) -> FoundRun:
+def _read_run(path: Path) -> FoundRun:
     directory = RunDirectory(path)
     try:
         summary, config = directory.summary(), directory.config() or {}
@@ -160,7 +160,7 @@ def _read(path: Path) -> FoundRun:
         return FoundRun(path, "unfinished", "not begun", config=config)
     run = FoundRun(path, "unfinished", "", summary, config)
     try:
-        _check(summary)
+        _check_summary(summary)
         if not isinstance(config.get("made_by") or {}, dict):
             raise TypeError("made_by in config.yaml")
         whole, newline, torn = written.rpartition(b"\n")
@@ -179,7 +179,7 @@ def _read(path: Path) -> FoundRun:
     return run
 
 
-def _check(summary: Mapping[str, Any]) -> None:
+def _check_summary(summary: Mapping[str, Any]) -> None:
     """Check that summary.json says what every run says of itself.
 
     Raises:

@@ -57,7 +57,7 @@ class Flags:
         names = [one.name for one in fields(Flags)]
         if "strategy_flags" not in summary:
             target = (config.get("strategy") or {}).get("_target_")
-            known = earlier.strategy_class(str(target)) if target else Flags
+            known = earlier.imported_strategy(str(target)) if target else Flags
             return Flags(**{name: bool(getattr(known, name)) for name in names})
         stored = summary["strategy_flags"]
         if not (isinstance(stored, dict) and all(isinstance(value, bool) for value in stored.values())):
@@ -85,16 +85,16 @@ class Departures:
     known: bool = True
 
 
-def departures(config: Mapping[str, Any]) -> Departures:
+def read_departures(config: Mapping[str, Any]) -> Departures:
     """What a run was set to, apart from method, strategy, replay size and seed, which a report compares.
 
-    It is read from `departures` in config.yaml, so that editing conf/ relabels no run.
+    It is read from `read_departures` in config.yaml, so that editing conf/ relabels no run.
 
     Raises:
         KeyError, TypeError, AttributeError: config.yaml is not a run's.
     """
     values = dict(flat({key: value for key, value in config.items() if key != "departures"}))
-    usual = config["departures"] if "departures" in config else earlier.departures(config)
+    usual = config["departures"] if "departures" in config else earlier.composed_departures(config)
     found = Departures(known=usual is not None)
     if usual is None:
         seeds = {key for key, value in values.items() if key.endswith(".seed") and value == config["seed"]}

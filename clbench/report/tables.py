@@ -80,7 +80,7 @@ class Table:
 _WHO = (Column("method", "method"), Column("strategy", "strategy"))
 
 
-def number(spread: Spread, digits: int) -> str:
+def spread_text(spread: Spread, digits: int) -> str:
     """`0.456 ± 0.012`; a deviation that is exactly nothing is not printed."""
     if spread.mean is None:
         return NOTHING
@@ -90,7 +90,7 @@ def number(spread: Spread, digits: int) -> str:
 
 
 def _spread(spread: Spread, digits: int, mark: Literal["best", "worst"] | None = None) -> Cell:
-    return Cell(number(spread, digits), spread.mean, spread.deviation, mark)
+    return Cell(spread_text(spread, digits), spread.mean, spread.deviation, mark)
 
 
 def _words(text: str) -> Cell:
@@ -139,7 +139,7 @@ def _category_cells(group: Group, row: Row, category: str) -> list[Cell]:
     return cells if group.categories != group.tasks else cells[:1]
 
 
-def forgetting(group: Group) -> Table:
+def forgetting_table(group: Group) -> Table:
     """Pixel F1 of every category, just learned and after the last stage, over seeds."""
     columns = [
         *_WHO,
@@ -280,7 +280,8 @@ def _results(run: FoundRun) -> list[Cell]:
         minutes = (time["train_s"] + time["eval_s"]) / 60
         values = [final["pixel_f1"], minutes, memory["peak_mb"], time["inference_ms_per_image"]]
     return [
-        Cell(number(Spread(value), digits), value) for value, digits in zip(values, (3, 2, 0, 1), strict=True)
+        Cell(spread_text(Spread(value), digits), value)
+        for value, digits in zip(values, (3, 2, 0, 1), strict=True)
     ]
 
 

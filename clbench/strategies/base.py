@@ -1,4 +1,4 @@
-"""How a detector meets the stream: which images it sees at a stage, what is added to its loss, and what is kept."""
+"""How a detector meets the stream: the images of a stage, what is added to the loss, and what is kept."""
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
@@ -16,29 +16,30 @@ from clbench.training import Bookmark, Hooks, held_out, train, with_prefix
 class Strategy(Hooks):
     """Learns the stages of a stream with a detector, and predicts with what was learned.
 
-    Class attributes say what a strategy can do; config, footprint, recording and report look there and never at
-    its name. A subclass's further constructor arguments are the settings of its file in `conf/strategy/`, checked
-    against their annotations when a run is composed. It takes part through hooks: `begin_stage` and `end_stage`
-    here, and inside the training loop `penalty`, `after_backward` and `after_step` (see `Hooks`). Random numbers
-    are drawn from `clbench.randomness.generator(self.seed, purpose, ...)`: a run that is killed and continued draws
-    the same.
+    Class attributes say what a strategy can do; config, footprint, recording and report look there and never
+    at its name. A subclass's further constructor arguments are the settings of its file in `conf/strategy/`,
+    checked against their annotations when a run is composed. It takes part through hooks: `begin_stage` and
+    `end_stage` here, and inside the training loop `penalty`, `after_backward` and `after_step` (see `Hooks`).
+    Random numbers are drawn from `clbench.randomness.generator(self.seed, purpose, ...)`: a run that is
+    killed and continued draws the same.
 
     Args:
         detector: a detector that has learned nothing yet.
         seed: seed of the random numbers that the strategy draws.
 
     Attributes:
-        has_buffer: whether it keeps images of earlier tasks. Then its constructor takes the settings of the `replay`
-            group, under names that begin with `replay_`.
+        has_buffer: whether it keeps images of earlier tasks. Then its constructor takes the settings of the
+            `replay` group, under names that begin with `replay_`.
         joint: whether one stage learns all tasks.
         task_known: whether an image comes with its task, so that each task has a model of its own.
-        continual: whether it learns task by task and predicts without being told the task. Reports mark the best among
-            such strategies and put them into Pareto fronts; the others are bounds to compare with.
-        needs_gradients: whether it works on an optimizer's steps, so that it makes no sense for a detector without one.
+        continual: whether it learns task by task and predicts without being told the task. Reports mark the
+            best among such strategies and put them into Pareto fronts; the others are bounds to compare with.
+        needs_gradients: whether it works on an optimizer's steps, so that it makes no sense for a detector
+            without one.
         needs_native_update: whether it relies on the method's own update of banks and statistics.
         why_no_buffer: the reason given in the error where a buffer is asked for.
-        memory: tensors that it keeps, by name: what `kept` gives and `restore_kept` takes, unless a class overrides
-            both.
+        memory: tensors that it keeps, by name: what `kept` gives and `restore_kept` takes, unless a class
+            overrides both.
         bookmark: where a stage that is being learned is kept and continued from; None for nowhere.
         on_epoch: called after each epoch with the stage, the epoch, both 0-based, and the mean loss.
     """
@@ -65,7 +66,7 @@ class Strategy(Hooks):
         return {name: getattr(cls, name) for name in names}
 
     def stages(self, tasks: int) -> list[list[int]]:
-        """The indices of the tasks that each stage learns: one task a stage, or all in one where training is joint."""
+        """The indices of the tasks that each stage learns: one task a stage, or all in one (`joint`)."""
         return [list(range(tasks))] if self.joint else [[task] for task in range(tasks)]
 
     def check(self, tasks: Sequence[Task]) -> None:
@@ -91,8 +92,8 @@ class Strategy(Hooks):
     def learn(self, stage: int, images: Tensor) -> None:
         """Learn a stage, 0-based, from its images, uint8 [N, 3, H, W], on the detector's device.
 
-        A process that continues within a stage calls `begin_stage` again, with what was kept after the stage before;
-        training then continues from the stage's own checkpoint.
+        A process that continues within a stage calls `begin_stage` again, with what was kept after the stage
+        before; training then continues from the stage's own checkpoint.
 
         Raises:
             Diverged, Stopped, UserError: as `clbench.training.train`.
@@ -109,8 +110,9 @@ class Strategy(Hooks):
         """Called after a stage was learned from its images, uint8 [N, 3, H, W]."""
 
     def replayed(self) -> Sequence[tuple[Tensor, Tensor]]:
-        """Stored images of each earlier stage, both uint8 [M, 3, H, W]: those that are learned again, and those that
-        were held out and stay so. Nothing where there is no buffer."""
+        """Stored images of each earlier stage, both uint8 [M, 3, H, W]: those that are learned again, and
+        those that were held out and stay so. Nothing where there is no buffer.
+        """
         return ()
 
     def kept(self) -> dict[str, Tensor]:
@@ -120,7 +122,10 @@ class Strategy(Hooks):
         self.memory = dict(tensors)
 
     def detector_for(self, task: int) -> Detector:
-        """The detector that predicts images of a task, 0-based. Only strategies with `task_known` may use the task."""
+        """The detector that predicts images of a task, 0-based.
+
+        Only strategies with `task_known` may use the task.
+        """
         return self.detector
 
     def predict(self, images: Tensor, task: int) -> Prediction:

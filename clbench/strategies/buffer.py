@@ -11,8 +11,8 @@ from clbench.randomness import generator
 class Buffer:
     """Stored images: an equal share for each stage seen, chosen at random by seed.
 
-    A share that shrinks keeps a random part of itself. Images that were held out of a stage's training are stored
-    apart, in the proportion that they had, and stay held out when the others are replayed.
+    A share that shrinks keeps a random part of itself. Images that were held out of a stage's training are
+    stored apart, in the proportion that they had, and stay held out when the others are replayed.
 
     Args:
         size: number of images in all, at most.

@@ -6,7 +6,7 @@ from clbench.strategies.base import Strategy
 
 
 class Finetune(Strategy):
-    """Each stage sees the images of its task alone: networks are trained further, banks and statistics are replaced."""
+    """Each stage sees its own images: networks are trained further, banks and statistics replaced."""
 
     why_no_buffer = "fine-tuning keeps nothing of earlier tasks"
 

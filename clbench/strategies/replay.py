@@ -14,8 +14,8 @@ from clbench.training import split
 class Replay(Strategy):
     """Each stage sees the images of its tasks and of the buffer; banks and statistics are rebuilt from both.
 
-    Exception: detectors with `rebuilt_by_replay = False` keep theirs and update them, as CFA its centroids (supplement,
-    Algorithm 3).
+    Exception: detectors with `rebuilt_by_replay = False` keep theirs and update them, as CFA its centroids
+    (supplement, Algorithm 3).
 
     Args:
         detector, seed: as for `Strategy`.

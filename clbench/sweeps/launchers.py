@@ -87,8 +87,8 @@ class SequentialLauncher(Launcher):
 class LocalLauncher(JoblibLauncher):
     """Several runs at a time on this machine, each in a process of its own with its share of the cores.
 
-    Where one of the processes is killed, for its memory perhaps, joblib ends all of them. Runs that were begun and not
-    finished are then continued one at a time: one that is killed again has failed, and the others are run.
+    Where one of the processes is killed, for its memory perhaps, joblib ends all of them. Runs that were
+    begun and not finished are then continued one at a time: one that is killed again has failed.
     """
 
     def start(self, runs: Sequence[SweepRun], first: int) -> Sequence[JobReturn]:
@@ -148,8 +148,8 @@ def failure(directory: RunDirectory, reason: str) -> JobReturn:
 class ClusterLauncher(SlurmLauncher):
     """Submits every run as a job of SLURM, and waits for all of them.
 
-    A run's job is noted in its directory: the same command, started anew, waits for that job in place of submitting a
-    second one. How a run ended is read from its directory too; nothing is unpickled.
+    A run's job is noted in its directory: the same command, started anew, waits for that job in place of
+    submitting a second one. How a run ended is read from its directory too; nothing is unpickled.
     """
 
     def __call__(

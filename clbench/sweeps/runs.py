@@ -49,7 +49,7 @@ def to_launch(runs: Sequence[SweepRun], only: Only | None) -> list[SweepRun]:
 def suited(
     runs: Sequence[list[str]], usual: Mapping[str, str], settings_of: Callable[[str, str], set[str]]
 ) -> list[list[str]]:
-    """The overrides of each run, without settings that its own choice of a group lacks and another run's choice has.
+    """The overrides of each run, without settings that its choice lacks and another run's choice has.
 
     Args:
         runs: the overrides of each run.
@@ -76,7 +76,10 @@ def _choice(overrides: Sequence[str], group: str, usual: str) -> str:
 
 
 def _setting(override: str, group: str) -> str | None:
-    """The name of the setting that an override changes in a group's node; None where it changes something else."""
+    """The name of the setting that an override changes in a group's node.
+
+    None where it changes something else.
+    """
     node, _, name = override.lstrip("+").partition("=")[0].partition(".")
     return name.partition(".")[0] if node == group else None
 

@@ -36,8 +36,8 @@ class RunSweeper(Sweeper):
     Args:
         max_batch_size: number of runs that the launcher is given at a time, at most; None for all at once.
         params: Hydra's own: setting -> values of the sweep.
-        grids: those of a ready-made sweep (sweeps/): setting -> values, each; all combinations of a grid's values are
-            run. Settings of the command line take the place of a grid's.
+        grids: those of a ready-made sweep (sweeps/): setting -> values, each; all combinations of a grid's
+            values are run. Settings of the command line take the place of a grid's.
     """
 
     def __init__(
@@ -138,7 +138,7 @@ class RunSweeper(Sweeper):
         return SweepRun(overrides, directory, state, reason, composed if in_this_process else None)
 
     def _settings_of(self, group: str, choice: str) -> set[str]:
-        """The names of the settings of a group's choice: those in its file, and its class's constructor arguments.
+        """The settings of a group's choice: those in its file, and its class's constructor arguments.
 
         Raises:
             UserError: the class cannot be imported.
@@ -176,7 +176,7 @@ class RunSweeper(Sweeper):
         return bool(failures)
 
     def _jobs(self, pending: list[SweepRun], display: Display) -> list[JobReturn]:
-        """Launch these runs in batches, or one after the other with a line for each, and tell how each ended."""
+        """How each of these runs ended: launched in batches, or one after the other with a line for each."""
         alone = isinstance(self._launcher, SequentialLauncher)
         size = 1 if alone else self.max_batch_size or len(pending)
         jobs: list[JobReturn] = []

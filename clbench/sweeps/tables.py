@@ -15,7 +15,7 @@ from clbench.terminal import SHOWN, TITLES, number
 
 
 def plan_table(runs: Sequence[SweepRun], wanted: Sequence[SweepRun]) -> Table:
-    """What a sweep would do: a row for each run, with the memory and time of the finished runs that are most like it.
+    """What a sweep would do: a row for each run, with memory and time of finished runs like it.
 
     Args:
         runs: all of the sweep.
@@ -73,7 +73,7 @@ def _finished_beside(runs: Sequence[SweepRun]) -> list[tuple[dict[str, str], Map
 def _expected(
     run: SweepRun, known: Sequence[tuple[dict[str, str], Mapping[str, Any]]]
 ) -> tuple[float | None, float | None]:
-    """Peak MB and minutes to expect of a run: means over the finished runs that share the most of its settings.
+    """Peak MB and minutes to expect of a run: means over the finished runs that are most like it.
 
     Args:
         known: settings and summary of each finished run.

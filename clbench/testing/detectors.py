@@ -16,8 +16,8 @@ BuildDetector = Callable[[], Detector]
 
 
 class DetectorContract:
-    """The tests of a detector. Subclass it, and give a fixture `build` that returns a function without arguments, which
-    makes a small detector that has learned nothing.
+    """The tests of a detector. Subclass it, and give a fixture `build` that returns a function without
+    arguments, which makes a small detector that has learned nothing.
 
     Attributes:
         sizes: two sizes of square images, in pixels, that a new detector takes.
@@ -99,16 +99,16 @@ class DetectorContract:
         before, bookmark = copied(kept_state(whole)), Leaving()
         self.learn(whole, 1, bookmark)
         for place in range(1, bookmark.places + 1):
-            left = Leaving()
-            left.leave_at = place
+            leaving = Leaving()
+            leaving.leave_at = place
             for _ in range(2):  # two processes
                 detector = build()
                 detector.prepare(images(6, 0, self.sizes[0]))
                 detector.restore(copied(before))
                 try:
-                    self.learn(detector, 1, left)
+                    self.learn(detector, 1, leaving)
                 except Left:
-                    left.leave_at = None
+                    leaving.leave_at = None
             assert_equal(kept_state(detector), kept_state(whole), f"left at place {place}")
 
     def test_judging_between_stages_changes_nothing(self, build: BuildDetector) -> None:
@@ -125,8 +125,8 @@ class DetectorContract:
         counted = footprint.measure(Native(detector))
         state = kept_state(detector)
         bytes_kept = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
-        own = {name for name, _ in detector.named_parameters()} & state.keys()
-        weights = sum(state[name].numel() * state[name].element_size() for name in own)
+        trained = {name for name, _ in detector.named_parameters()} & state.keys()
+        weights = sum(state[name].numel() * state[name].element_size() for name in trained)
         running = sum(
             tensor.numel() * tensor.element_size()
             for module in detector.modules()
@@ -174,7 +174,7 @@ class DetectorContract:
         detector, given = self.learned(build), images(2, 1, self.sizes[0])
         expected, _ = self.judged(detector, given)
         program, any_number = exporting.trace(detector, given)
-        parts = [given] if any_number else given.split(1)
-        found = torch.cat([program.module()(part)[0] for part in parts])
+        batches = [given] if any_number else given.split(1)
+        found = torch.cat([program.module()(batch)[0] for batch in batches])
         spread = float(expected.max() - expected.min())
         torch.testing.assert_close(found, expected, rtol=0, atol=max(exporting.TOLERANCE * spread, 1e-6))

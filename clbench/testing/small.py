@@ -1,4 +1,4 @@
-"""What contract tests work with: small images, a small detector, and a training that is left in the middle."""
+"""What contract tests work with: small images, a small detector, and a training that is left."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from clbench.methods.base import Detector, Prediction
 
 
 def images(count: int, seed: int, size: int = 48) -> Tensor:
-    """Images of one product: a pattern, the same for the same seed, with noise on it, uint8 [N, 3, size, size]."""
+    """Images of one product, a pattern by `seed` with noise on it: uint8 [N, 3, size, size]."""
     random = torch.Generator().manual_seed(seed)
     coarse = 40 + 160 * torch.rand(1, 3, 6, 6, generator=random)
     noise = 12 * torch.randn(count, 3, size, size, generator=random)

@@ -17,8 +17,8 @@ STAGES = 3  # tasks of the stream
 
 
 class StrategyContract:
-    """The tests of a strategy. Subclass it, and give a fixture `build` that returns a function, which takes a new detector
-    and makes the strategy with it.
+    """The tests of a strategy. Subclass it, and give a fixture `build` that returns a function, which takes a
+    new detector and makes the strategy with it.
 
     For a strategy that only suits some detectors, override `detector` too.
     """
@@ -34,7 +34,10 @@ class StrategyContract:
         return SmallDetector()
 
     def given(self, stage: int) -> Tensor:
-        """The images that a stage learns from, uint8 [6, 3, H, W]. A joint strategy is given those of stage 0 alone."""
+        """The images that a stage learns from, uint8 [6, 3, H, W].
+
+        A joint strategy is given those of stage 0 alone.
+        """
         return images(6, stage, self.size)
 
     def stages(self, strategy: Strategy) -> int:
@@ -97,15 +100,15 @@ class StrategyContract:
         whole.bookmark = bookmark
         whole.learn(last, self.given(last))
         for place in range(1, bookmark.places + 1):
-            left = Leaving()
-            left.leave_at = place
+            leaving = Leaving()
+            leaving.leave_at = place
             for _ in range(2):  # two processes
                 strategy = self.continued(build, before) if before else build(self.detector())
-                strategy.bookmark = left
+                strategy.bookmark = leaving
                 try:
                     strategy.learn(last, self.given(last))
                 except Left:
-                    left.leave_at = None
+                    leaving.leave_at = None
             assert_equal(strategy.state(), whole.state(), f"left at place {place}")
 
     def test_judging_between_stages_changes_nothing(self, build: BuildStrategy) -> None:

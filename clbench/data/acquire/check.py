@@ -16,7 +16,7 @@ Size = tuple[int, int]  # height, width
 
 
 @dataclass
-class Category:
+class CategoryCheck:
     """How many images a category has, and of which sizes."""
 
     name: str
@@ -32,15 +32,15 @@ class Category:
 
 
 @dataclass
-class Report:
+class DatasetCheck:
     """What was found, a line each: problems make a dataset unusable or its results doubtful, notes do not."""
 
-    categories: list[Category] = field(default_factory=list)
+    categories: list[CategoryCheck] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
 
-def check(dataset: Published, root: Path, progress: Callable[[int, int], None]) -> Report:
+def check_files(dataset: Published, root: Path, progress: Callable[[int, int], None]) -> DatasetCheck:
     """Read every image and mask of a dataset.
 
     Args:
@@ -51,11 +51,11 @@ def check(dataset: Published, root: Path, progress: Callable[[int, int], None]) 
     Raises:
         UserError: the root holds nothing that could be checked.
     """
-    report = Report()
+    report = DatasetCheck()
     reader = dataset.layout(str(root), gap=lambda gap: report.problems.append(str(gap)))
-    found: list[tuple[Category, bool, FileSample]] = []
+    found: list[tuple[CategoryCheck, bool, FileSample]] = []
     for name in reader.categories:
-        category = Category(name)
+        category = CategoryCheck(name)
         report.categories.append(category)
         for split in ("train", "test"):
             for sample in reader.samples(name, split):
@@ -65,7 +65,7 @@ def check(dataset: Published, root: Path, progress: Callable[[int, int], None]) 
     tested: list[tuple[str, str]] = []
     pool = ThreadPoolExecutor()
     try:
-        read = pool.map(_read, [sample for _, _, sample in found])
+        read = pool.map(_read_sample, [sample for _, _, sample in found])
         for done, ((category, train, sample), (size, content, problems)) in enumerate(
             zip(found, read, strict=True), start=1
         ):
@@ -93,7 +93,7 @@ def check(dataset: Published, root: Path, progress: Callable[[int, int], None]) 
     return report
 
 
-def _read(sample: FileSample) -> tuple[Size | None, str | None, list[str]]:
+def _read_sample(sample: FileSample) -> tuple[Size | None, str | None, list[str]]:
     """An image's size and its file's SHA-256, both None where it cannot be read, and what is wrong with it."""
     problems: list[str] = []
     size, content = None, None
@@ -111,7 +111,7 @@ def _read(sample: FileSample) -> tuple[Size | None, str | None, list[str]]:
     return size, content, problems
 
 
-def _without_masks(categories: list[Category]) -> list[str]:
+def _without_masks(categories: list[CategoryCheck]) -> list[str]:
     """A note for each category that has defective images without a mask."""
     return [
         f"{category.name}: {category.defective - category.outlined} of {category.defective} defective images "
@@ -122,7 +122,7 @@ def _without_masks(categories: list[Category]) -> list[str]:
     ]
 
 
-def _against_published(dataset: Published, categories: list[Category]) -> list[str]:
+def _against_published(dataset: Published, categories: list[CategoryCheck]) -> list[str]:
     """Notes on how the counts differ from the published ones, where the categories are the published ones."""
     names = {category.name for category in categories}
     notes = [

@@ -3,7 +3,7 @@
 import hashlib
 from pathlib import Path
 
-from clbench.data.acquire.download import Progress, beside
+from clbench.data.acquire.download import BytesProgress, beside
 from clbench.errors import UserError
 
 _BLOCK = 1 << 20  # bytes read at a time
@@ -13,7 +13,7 @@ class BadArchive(UserError):
     """An archive that is not what it should be; whoever knows where it comes from adds the way out."""
 
 
-def checksum(path: Path, progress: Progress) -> str:
+def checksum(path: Path, progress: BytesProgress) -> str:
     """The SHA-256 checksum of a file, 64 hexadecimal digits."""
     total, done, digest = path.stat().st_size, 0, hashlib.sha256()
     with open(path, "rb") as file:

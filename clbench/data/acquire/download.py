@@ -22,7 +22,7 @@ from rich.filesize import decimal
 from clbench.data.acquire.disk import check_room, way_out
 from clbench.errors import UserError
 
-Progress = Callable[[int, int | None], None]  # bytes done, of how many where that is known
+BytesProgress = Callable[[int, int | None], None]  # bytes done, of how many where that is known
 
 _TIMEOUT_S = 30.0  # without a single byte
 _TRIES = 5  # in a row that bring nothing new; and so often is a file begun again
@@ -34,14 +34,14 @@ class _Changed(Exception):
     """The part that is here cannot be continued: the server has another file, or answers another range."""
 
 
-def fetch(url: str, path: Path, progress: Progress) -> None:
+def fetch(url: str, path: Path, progress: BytesProgress) -> None:
     """Download a file. Until it is whole it is `<name>.part`, and the same call continues from there.
 
     Raises:
         UserError: it cannot be downloaded, or the disk is full; says what to do.
     """
     part, note = beside(path, ".part"), beside(path, ".part.json")
-    furthest, failures, restarts = _size(part), 0, 0
+    furthest, failures, restarts = _size_so_far(part), 0, 0
     while True:
         try:
             _append(url, part, note, progress)
@@ -58,8 +58,8 @@ def fetch(url: str, path: Path, progress: Progress) -> None:
         except (OSError, HTTPException) as error:
             cause = error.reason if isinstance(error, URLError) else error
             reason = f"cannot be downloaded ({_headline(cause) or type(cause).__name__})"
-        failures = 0 if _size(part) > furthest else failures + 1
-        furthest = max(furthest, _size(part))
+        failures = 0 if _size_so_far(part) > furthest else failures + 1
+        furthest = max(furthest, _size_so_far(part))
         if _TRIES in (failures, restarts):
             kept = f"repeat the command to go on from {decimal(furthest)}, or " if furthest else ""
             raise UserError(f"{url} {reason}: {kept}{_by_hand(path)}")
@@ -91,7 +91,7 @@ def beside(path: Path, suffix: str) -> Path:
     return path.with_name(path.name + suffix)
 
 
-def _append(url: str, part: Path, note: Path, progress: Progress) -> None:
+def _append(url: str, part: Path, note: Path, progress: BytesProgress) -> None:
     """Append to the part what it lacks, or write it anew; the note says which file the part is of.
 
     Raises:
@@ -99,9 +99,9 @@ def _append(url: str, part: Path, note: Path, progress: Progress) -> None:
         _Changed: the part has to be begun again.
         UserError: the disk is full, or the answer is a web page.
     """
-    noted = _read(note)
-    have = _size(part) if noted.get("url") == url else 0
-    response = _ask(url, part, noted, have)
+    noted = _read_note(note)
+    have = _size_so_far(part) if noted.get("url") == url else 0
+    response = _request(url, part, noted, have)
     if response is None:
         return
     with response:
@@ -140,7 +140,7 @@ def _append(url: str, part: Path, note: Path, progress: Progress) -> None:
         raise ConnectionError(f"it ended after {have:,} of {total:,} bytes")
 
 
-def _ask(url: str, part: Path, noted: dict[str, Any], have: int) -> HTTPResponse | None:
+def _request(url: str, part: Path, noted: dict[str, Any], have: int) -> HTTPResponse | None:
     """The answer to a request for what comes after `have` bytes; None where the server says that nothing does.
 
     Raises:
@@ -166,7 +166,7 @@ def _ask(url: str, part: Path, noted: dict[str, Any], have: int) -> HTTPResponse
         raise UserError(f"{url} leads to no address ({error}): {_by_hand(part)}") from error
 
 
-def _read(note: Path) -> dict[str, Any]:
+def _read_note(note: Path) -> dict[str, Any]:
     """What was noted of a file that was begun; nothing where the note is missing or damaged."""
     try:
         noted = json.loads(note.read_text())
@@ -196,5 +196,5 @@ def _writing(path: Path) -> Iterator[None]:
         raise UserError(f"cannot write {path} ({error.strerror}): {way_out(error)}") from error
 
 
-def _size(path: Path) -> int:
+def _size_so_far(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0

@@ -18,7 +18,7 @@ from typing import IO
 
 from clbench.data.acquire.checksums import BadArchive
 from clbench.data.acquire.disk import check_room, way_out
-from clbench.data.acquire.download import Progress
+from clbench.data.acquire.download import BytesProgress
 from clbench.errors import UserError
 
 _NAMES = {  # what the file system has against an archive's names
@@ -29,7 +29,7 @@ _NAMES = {  # what the file system has against an archive's names
 }
 
 
-def unpack(archive: Path, folder: Path, progress: Progress) -> None:
+def unpack(archive: Path, folder: Path, progress: BytesProgress) -> None:
     """Unpack a tar (also gzip, bzip2, xz) or a zip; the folder appears when it is whole.
 
     Raises:
