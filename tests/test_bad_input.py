@@ -3,13 +3,12 @@
 import json
 import resource
 import shutil
-import subprocess
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
-from conftest import ROOT, Train, command, run_directories
+from conftest import Train, run_directories
 
 MISTAKES = [
     (["metod=padim"], "metod", "nearest: method"),
@@ -200,23 +199,20 @@ def test_outputs_that_cannot_be_written(train: Train, tmp_path: Path) -> None:
     assert_refused(train(f"outputs={tmp_path}/file"), "file", "outputs=")
 
 
-def test_a_full_disk_loses_nothing(folder: Path, tmp_path: Path) -> None:
+def test_a_full_disk_loses_nothing(train: Train, tmp_path: Path) -> None:
     """No file may grow beyond 200 kB: images and tables fit, checkpoints do not."""
-    given = command(folder, tmp_path, "backbone.arguments.channels=[8,16,256,512]")
-    limits = (200_000, 200_000)
-    full = subprocess.run(
-        given,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limits),
-    )
+    given = ("method=padim", "method.features=90")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))
+    try:
+        full = train(*given)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert_refused(full, "stage-0000.safetensors", "File too large", "free space there")
     (directory,) = run_directories(tmp_path)
     assert not list(directory.rglob("*.part")) and not list(directory.rglob("*.safetensors"))
     assert json.loads((directory / "summary.json").read_text())["status"] == "failed"
-    again = subprocess.run(given, cwd=ROOT, capture_output=True, text=True, check=False)
+    again = train(*given)
     assert again.returncode == 0, again.stderr
     assert json.loads((directory / "summary.json").read_text())["status"] == "complete"
 

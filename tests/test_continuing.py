@@ -1,111 +1,29 @@
-"""A training that is left and continued is the training; a damaged checkpoint is passed over."""
+"""Checkpoints: what is kept, what is passed over. That a training that is left and continued is the training is a contract's."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from clbench.backbones import Backbone
-from clbench.methods.base import Detector, kept_state
-from clbench.methods.cfa import CFA
-from clbench.methods.draem import DRAEM
-from clbench.methods.efficientad import EfficientAD
-from clbench.methods.fastflow import FastFlow
 from clbench.methods.stfpm import STFPM
 from clbench.recording.checkpoint import Checkpoints
-from clbench.training import train
+from clbench.testing import DetectorContract
+from clbench.testing.detectors import BuildDetector
 
 
-class Left(BaseException):
-    """A process that ended."""
+class TestSTFPMWithoutMomentum(DetectorContract):
+    """The optimizer keeps nothing of some parameters."""
 
+    exports = False  # as with momentum
 
-class Leaving:
-    """A bookmark that ends the process at the n-th place where it could be kept."""
+    @pytest.fixture
+    def build(self) -> BuildDetector:
+        def backbone() -> Backbone:
+            return Backbone("resnet18", pretrained=False, arguments={"channels": [8, 16, 32, 64]})
 
-    def __init__(self, checkpoints: Checkpoints, place: int | None):
-        self.checkpoints, self.place_left = checkpoints, place
-        self.places = 0
-
-    def find(self, stage: int) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        return self.checkpoints.find(stage)
-
-    def due(self, epoch_ended: bool) -> bool:
-        self.places += 1
-        return self.places == self.place_left
-
-    def place(self, stage: int, tensors: dict[str, Tensor], data: dict[str, Any]) -> None:
-        self.checkpoints.place(stage, tensors, data)
-        raise Left
-
-
-def images(count: int, seed: int) -> Tensor:
-    random = torch.Generator().manual_seed(seed)
-    return torch.randint(0, 256, (count, 3, 48, 48), generator=random, dtype=torch.uint8)
-
-
-def build(method: str, cache: Path) -> Detector:
-    def backbone() -> Backbone:
-        return Backbone("resnet18", pretrained=False, arguments={"channels": [8, 16, 32, 64]})
-
-    early = {"held_out": 0.2, "patience": 1}
-    builders: dict[str, Callable[[], Detector]] = {
-        "cfa": lambda: CFA(backbone(), layers=[1, 2, 3], epochs=2, batch_size=3),
-        "stfpm": lambda: STFPM(backbone(), layers=[1, 2, 3], epochs=4, batch_size=3, **early),
-        "stfpm without momentum": lambda: STFPM(
-            backbone(), layers=[1, 2, 3], epochs=2, batch_size=4, momentum=0.0
-        ),
-        "efficientad": lambda: EfficientAD(
-            teacher="random", width=8, penalty_count=3, epochs=2, batch_size=2, cache=str(cache), **early
-        ),
-        "draem": lambda: DRAEM(
-            reconstructive_width=4,
-            discriminative_width=4,
-            texture_count=3,
-            epochs=2,
-            batch_size=3,
-            cache=str(cache),
-        ),
-        "fastflow": lambda: FastFlow(
-            backbone(), layers=[1, 2, 3], steps=2, trained_normalisation=True, epochs=2, batch_size=3
-        ),
-    }
-    return builders[method]().to(memory_format=torch.channels_last)
-
-
-@pytest.mark.parametrize(
-    "method", ["cfa", "stfpm", "stfpm without momentum", "efficientad", "draem", "fastflow"]
-)
-def test_a_training_left_at_any_step_and_continued_ends_in_the_same_weights(
-    method: str, tmp_path: Path
-) -> None:
-    current, stored = images(7, 0), [(images(3, 1), images(1, 3)), (images(2, 2), images(0, 4))]
-
-    def end(place: int | None, folder: str) -> tuple[dict[str, Tensor], int]:
-        """The state after a training that was left once, and how many places to leave it there were."""
-        checkpoints = Checkpoints(tmp_path / folder)
-        places = 0
-        for leave in (place, None):
-            detector = build(method, tmp_path / "cache")
-            bookmark = Leaving(checkpoints, leave)
-            try:
-                train(detector, 2, current, stored, 0, bookmark)
-            except Left:
-                assert leave is not None
-            places = max(places, bookmark.places)
-        return kept_state(detector), places
-
-    expected, places = end(None, "whole")
-    assert places >= 5
-    for place in range(1, places + 1):
-        found, _ = end(place, f"left-{place}")
-        assert expected.keys() == found.keys()
-        for name, tensor in expected.items():
-            assert torch.equal(tensor, found[name]), (place, name)
+        return lambda: STFPM(backbone(), layers=[1, 2], epochs=2, batch_size=4, momentum=0.0)
 
 
 def test_the_newest_two_of_a_training_are_kept_until_its_stage_is(tmp_path: Path) -> None:

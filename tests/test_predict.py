@@ -3,18 +3,15 @@
 import csv
 import json
 import math
-import os
 import shutil
-import signal
-import subprocess
-import time
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, Train, clbench, command, make_category, run_directories
+from conftest import Train, clbench, command, make_category, run_directories
+from processes import kill_when
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -172,12 +169,9 @@ def test_a_run_killed_and_continued_ends_in_the_same_thresholds(
 ) -> None:
     setting = ("method=patchcore", "method.held_out=0.3", "strategy=native")
     assert train("experiment=whole", *setting).returncode == 0
-    process = subprocess.Popen(command(folder, tmp_path, "experiment=killed", *setting), cwd=ROOT)
-    while not list(tmp_path.glob("outputs/killed/*/checkpoint/stage-0001.json")):
-        assert process.poll() is None
-        time.sleep(0.002)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    words = command(folder, tmp_path, "experiment=killed", *setting)[2:]
+    saved = "outputs/killed/*/checkpoint/stage-0001.json"
+    assert kill_when(lambda: bool(list(tmp_path.glob(saved))), words)
     assert train("experiment=killed", *setting).returncode == 0
     (one,), (other,) = run_directories(tmp_path, "whole"), run_directories(tmp_path, "killed")
     for name in ("thresholds.json", "metrics.csv"):
