@@ -2,7 +2,6 @@
 
 import itertools
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 
 from clbench import evaluation, footprint, thresholds
 from clbench.assembly import Assembly
-from clbench.data.stream import Task
+from clbench.data.stream import fingerprints
 from clbench.errors import UserError
 from clbench.footprint import memory_named
 from clbench.interruption import Interruption
@@ -89,9 +88,7 @@ class Course:
         self.categories = [category for task in self.tasks for category in task.categories]
         self.results = Results([[c.name for c in task.categories] for task in self.tasks], self.stages)
         self.spent = Spent(assembly.device)
-        with ThreadPoolExecutor() as pool:
-            fingerprints = pool.map(Task.fingerprint, self.tasks)
-        self.stream = {task.name: found for task, found in zip(self.tasks, fingerprints, strict=True)}
+        self.stream = fingerprints(self.tasks)
         self.frozen = frozen_digest(self.strategy.detector)
         self.progress = interruption.watching(display.progress)
         self.checkpoints = Checkpoints(

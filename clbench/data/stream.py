@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,6 +58,13 @@ class Task:
             for tensor in (images.images, images.masks):
                 digest.update(tensor.contiguous().numpy().data)
         return digest.hexdigest()[:16]
+
+
+def fingerprints(tasks: Sequence[Task]) -> dict[str, str]:
+    """Every task's name and fingerprint; tasks are read side by side, as hashing lets other threads run."""
+    with ThreadPoolExecutor() as pool:
+        found = pool.map(Task.fingerprint, tasks)
+        return {task.name: digest for task, digest in zip(tasks, found, strict=True)}
 
 
 def order(dataset: Dataset, kind: str, tasks: list | None, seed: int) -> list[list[str]]:
