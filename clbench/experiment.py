@@ -97,16 +97,14 @@ class Course:
             every_s=assembly.config.checkpoint_s,
             urgent=interruption.urgent,
             saved=interruption.saved,
-            beside=lambda: {"stream": self.stream, "frozen": self.frozen, "spent": self.spent.so_far()},
+            beside=self._beside,
         )
         self.strategy.bookmark, self.strategy.detector.progress = self.checkpoints, self.progress
         self.strategy.on_epoch = self._on_epoch
         self.journal = directory.journal()
+        self.epochs = [0] * (len(self.stages) + 1)  # of all stages before each
         self.last_learned = self._continue()
-        evaluations = itertools.product(range(len(self.stages)), range(len(self.categories)))
-        directory.write_metrics(
-            [row for stage, category in evaluations for row in self._rows(stage, category)]
-        )
+        self._write_metrics()
 
     def remaining(self) -> range:
         """The stages to go through, 0-based: the last learned one, which may lack evaluations, and on."""
@@ -211,6 +209,7 @@ class Course:
             "time": {**spent, "inference_ms_per_image": inference},
         }
         self.journal.flush()
+        self._write_metrics()  # so that all of it is on the disk before the run is complete
         message = self.recorder.finish(summary, {metric: self.results.matrix(metric) for metric in METRICS})
         self.directory.write_summary(summary)
         self.display.table(run_table(summary, self.results))
@@ -240,9 +239,8 @@ class Course:
             self.spent.restore(newest["spent"])
             where = f"in stage {last + 2}" if begun else f"after stage {last + 1}"
             self.display.line(f"continuing {where} of {len(self.stages)}")
-        epochs = (
-            begun["epoch"] if begun else 0
-        )  # of the stage after the last, as far as its checkpoint knows them
+        # The journal may know epochs of the stage after the last that came after its checkpoint.
+        epochs = begun["epoch"] if begun else 0
         valid = [
             entry
             for entry in self.journal.entries
@@ -251,8 +249,14 @@ class Course:
         ]
         if len(valid) != len(self.journal.entries):
             self.journal.rewrite(valid)
+        self.journal.entries = []  # they may be many, and are taken now
+        numbers = {name: number for number, name in enumerate(self.results.categories)}
         for entry in valid:
-            self._take(entry)
+            if entry["kind"] == "epoch":
+                self._tell_epoch(entry["stage"], entry["epoch"], entry["loss"])
+            else:
+                self.results.add(entry["stage"], numbers[entry["category"]], entry["values"])
+                self.spent.restore(entry["spent"])
         for stage in range(last):
             if self.to_evaluate(stage):
                 raise UserError(
@@ -262,13 +266,16 @@ class Course:
             self.recorder.stage(stage, self.results.after(stage))
         return last
 
-    def _take(self, entry: Mapping[str, Any]) -> None:
-        """Take an entry of the journal: tell the recorder an epoch's loss, or keep an evaluation's metrics."""
-        if entry["kind"] == "epoch":
-            self._tell_epoch(entry["stage"], entry["epoch"], entry["loss"])
-            return
-        self.results.add(entry["stage"], self.results.categories.index(entry["category"]), entry["values"])
-        self.spent.restore(entry["spent"])
+    def _beside(self) -> dict[str, Any]:
+        """What every checkpoint holds beside its own data; what the journal holds by now is on the disk then."""
+        self.journal.flush()
+        return {"stream": self.stream, "frozen": self.frozen, "spent": self.spent.so_far()}
+
+    def _write_metrics(self) -> None:
+        """Write metrics.csv whole."""
+        evaluations = itertools.product(range(len(self.stages)), range(len(self.categories)))
+        rows = [row for stage, category in evaluations for row in self._rows(stage, category)]
+        self.directory.write_metrics(rows)
 
     def _on_epoch(self, stage: int, epoch: int, loss: float) -> None:
         """Write an epoch's mean loss into the journal and tell the recorder."""
@@ -277,7 +284,8 @@ class Course:
 
     def _tell_epoch(self, stage: int, epoch: int, loss: float) -> None:
         """Tell the recorder an epoch's mean loss, with the epoch counted over all stages."""
-        self.recorder.epoch(stage, stage * self.strategy.detector.epochs + epoch, loss)
+        self.epochs[stage + 1] = self.epochs[stage] + epoch + 1
+        self.recorder.epoch(stage, self.epochs[stage] + epoch, loss)
 
     def _title(self, stage: int) -> str:
         """What a stage is called on the terminal and in errors."""

@@ -101,7 +101,11 @@ class Hooks:
         """Called after the optimizer has changed the weights."""
 
     def kept(self) -> dict[str, Tensor]:
-        """The tensors that a strategy keeps, name -> tensor: checkpointed, and counted as its footprint."""
+        """The tensors that a strategy keeps, name -> tensor: checkpointed, and counted as its footprint.
+
+        Within a stage, a checkpoint has those that are other tensors than when the stage began, or were changed in
+        place; a change through `.data` is not seen.
+        """
         return {}
 
     def restore_kept(self, tensors: dict[str, Tensor]) -> None:
@@ -210,7 +214,11 @@ class Descent:
         self.rates = [group["lr"] for group in optimizer.param_groups]
         names = {id(parameter): name for name, parameter in detector.named_parameters()}
         self.trained = {names[id(parameter)]: parameter for parameter in self._parameters()}
-        self.watched = type(hooks).after_backward is not Hooks.after_backward
+        own = [
+            getattr(type(hooks), name) is not getattr(Hooks, name)
+            for name in ("after_backward", "after_step")
+        ]
+        self.watched = any(own)
         self.kept_before = {name: (tensor, tensor._version) for name, tensor in hooks.kept().items()}
         self.epoch, self.step = 0, 0
         self.losses = torch.empty(0)
@@ -290,21 +298,27 @@ class Descent:
         Args:
             done: share of the training's steps that are done, in [0, 1).
         """
+        self.detector.done = done
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * self.detector.learning_rate_factor(done)
         torch.manual_seed(seed_for(self.seed, "step", self.stage, self.epoch, self.step))
         loss = self._loss(batch)
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()
+        taken = True  # not where half precision overflowed: the scaler passes such a step over
         if self.watched or self.detector.gradient_clip is not None:
             self.scaler.unscale_(self.optimizer)
             gradients = {name: p.grad for name, p in self.trained.items() if p.grad is not None}
-            self.hooks.after_backward(gradients)
+            if self.watched and self.scaler.is_enabled():
+                taken = all(bool(gradient.isfinite().all()) for gradient in gradients.values())
+            if taken:
+                self.hooks.after_backward(gradients)
             if self.detector.gradient_clip is not None:
                 nn.utils.clip_grad_norm_(self.trained.values(), self.detector.gradient_clip)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.hooks.after_step()
+        if taken:
+            self.hooks.after_step()
         self.losses[self.step] = loss.detach()
         self.step += 1
 
@@ -377,11 +391,23 @@ class Descent:
             before, version = self.kept_before.get(name, (None, 0))
             if tensor is not before or tensor._version != version:
                 tensors[f"kept.{name}"] = tensor
+        numbers: dict[str, Any] = {}
         for index, parameter in enumerate(self._parameters()):
             for name, value in self.optimizer.state[parameter].items():
-                if value is not None:  # SGD without momentum has an entry that is None
+                if isinstance(value, Tensor):
                     tensors[f"optimizer.{index}.{name}"] = value
+                elif value is not None:  # SGD without momentum has an entry that is None
+                    numbers[f"{index}.{name}"] = value
         data = {
+            "optimizer": numbers,
+            "groups": [
+                {
+                    name: value
+                    for name, value in group.items()
+                    if isinstance(value, int | float) and name != "lr"
+                }
+                for group in self.optimizer.param_groups
+            ],
             "epoch": self.epoch,
             "step": self.step,
             "best_loss": self.best_loss,
@@ -405,6 +431,11 @@ class Descent:
             same = tensor.shape == parameter.shape
             value = torch.empty_like(parameter, dtype=tensor.dtype).copy_(tensor) if same else tensor
             self.optimizer.state[parameter][key] = value
+        for name, number in data["optimizer"].items():
+            index, _, key = name.partition(".")
+            self.optimizer.state[parameters[int(index)]][key] = number
+        for group, numbers in zip(self.optimizer.param_groups, data["groups"], strict=True):
+            group.update(numbers)
         self.losses = tensors["losses"]
         self.epoch, self.step = data["epoch"], data["step"]
         self.best_loss, self.since = data["best_loss"], data["since"]

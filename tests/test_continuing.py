@@ -111,3 +111,11 @@ def test_data_beside_is_read_without_tensors(tmp_path: Path) -> None:
     assert Checkpoints(tmp_path).peek(2) is None
     (path,) = tmp_path.glob("*.json")
     assert json.loads(path.read_text().split("\n")[1])["epoch"] == 4
+
+
+def test_tensors_of_one_storage_are_kept_each(tmp_path: Path) -> None:
+    values = torch.arange(6.0)
+    tensors = {"all": values, "again": values, "half": values[3:], "turned": values.view(2, 3).T}
+    Checkpoints(tmp_path).save_stage(0, tensors, {})
+    _, found, _ = Checkpoints(tmp_path).load_stage() or (None, {}, {})
+    assert found.keys() == tensors.keys() and all(torch.equal(found[name], tensors[name]) for name in tensors)

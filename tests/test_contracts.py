@@ -1,8 +1,11 @@
 """Every method and strategy of the package passes the contracts that it ships."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+import torch
+from torch import Tensor
 
 from clbench.backbones import Backbone
 from clbench.methods.base import Detector
@@ -13,6 +16,7 @@ from clbench.methods.fastflow import FastFlow
 from clbench.methods.padim import PaDiM
 from clbench.methods.patchcore import PatchCore
 from clbench.methods.stfpm import STFPM
+from clbench.strategies.base import Strategy
 from clbench.strategies.finetune import Finetune
 from clbench.strategies.joint import Joint
 from clbench.strategies.native import Native
@@ -21,6 +25,7 @@ from clbench.strategies.single import Single
 from clbench.testing import DetectorContract, SmallDetector, StrategyContract
 from clbench.testing.detectors import BuildDetector
 from clbench.testing.strategies import BuildStrategy
+from clbench.training import Batch
 
 
 def backbone() -> Backbone:
@@ -122,3 +127,65 @@ class TestSingle(StrategyContract):
     @pytest.fixture
     def build(self) -> BuildStrategy:
         return Single
+
+
+class Integrating(Strategy):
+    """Keeps tensors as SI does, changing them within a stage: one in place, one replaced, one that begins there."""
+
+    needs_gradients = True
+
+    def begin_stage(self, stage: int, images: Tensor) -> None:
+        self.memory.setdefault("path", torch.zeros(()))
+        self.memory.setdefault("norms", torch.zeros(0))
+
+    def penalty(self, detector: Detector, batch: Batch) -> Tensor:
+        return self.memory["path"] * next(detector.parameters()).square().sum()
+
+    def after_backward(self, gradients: Mapping[str, Tensor]) -> None:
+        self.norm = torch.stack([gradient.norm() for gradient in gradients.values()]).sum()[None]
+
+    def after_step(self) -> None:
+        self.memory["path"] += self.norm[0]
+        self.memory["norms"] = torch.cat([self.memory["norms"], self.norm])
+        self.memory[f"after {len(self.memory['norms'])}"] = self.norm.clone()
+        del self.norm
+
+    def end_stage(self, stage: int, images: Tensor) -> None:
+        self.memory["drawn"] = torch.rand(3)  # torch's generators are seeded for it
+
+
+class TestIntegrating(StrategyContract):
+    @pytest.fixture
+    def build(self) -> BuildStrategy:
+        return Integrating
+
+
+def test_a_strategy_that_hides_what_it_keeps_fails_its_contract() -> None:
+    class Hiding(Integrating):
+        def end_stage(self, stage: int, images: Tensor) -> None:
+            self.hidden = {"images": [images.clone()]}
+
+    with pytest.raises(AssertionError, match="held and not among kept"):
+        StrategyContract().test_the_footprint_counts_every_byte_that_it_keeps(Hiding)
+
+
+def test_a_detector_that_forgets_what_it_counted_fails_its_contract() -> None:
+    class Counting(SmallDetector):
+        tasks = 0
+
+        def finish_task(self, images: Tensor) -> None:
+            self.tasks += 1  # is in no state, so a new process begins at nothing
+            self.error = torch.tensor(float(self.tasks))
+
+    with pytest.raises(AssertionError, match="left at place 0: error differs"):
+        DetectorContract().test_a_training_left_at_any_step_and_continued_is_the_training(Counting)
+
+
+def test_a_buffer_registered_while_learning_comes_back() -> None:
+    class Growing(SmallDetector):
+        def finish_task(self, images: Tensor) -> None:
+            super().finish_task(images)
+            self.register_buffer(f"bank_{len(self._buffers)}", images.float().mean(0))
+
+    DetectorContract().test_a_state_brings_a_detector_back(Growing)
+    DetectorContract().test_the_footprint_counts_every_byte_of_the_state(Growing)

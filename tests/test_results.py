@@ -1,6 +1,7 @@
 """R and its summaries, and the file that evaluations are appended to."""
 
 import json
+import resource
 from pathlib import Path
 from random import Random
 
@@ -131,3 +132,19 @@ def test_a_journal_that_may_lose_what_is_damaged_keeps_what_comes_before(tmp_pat
     assert journal.entries == [{"number": 0}] and journal.count == 1
     journal.append({"number": 5})
     assert Journal(path).entries == [{"number": 0}, {"number": 5}] and journal.count == 2
+
+
+def test_a_line_that_the_disk_has_no_room_for_is_not_there_in_part(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "journal.jsonl")
+    journal.append({"number": 0})
+    size = (tmp_path / "journal.jsonl").stat().st_size
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size + 10, hard))
+    try:
+        with pytest.raises(UserError, match="free space there"):
+            journal.append({"number": 1})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    journal.append({"number": 2})
+    assert journal.count == 2
+    assert Journal(tmp_path / "journal.jsonl").entries == [{"number": 0}, {"number": 2}]

@@ -58,6 +58,7 @@ class Detector(nn.Module):
         gradient_clip: largest norm of all gradients together; larger ones are scaled down. None: they are
             left alone.
         precision: type of mixed-precision training; None for single precision.
+        done: share of the task's steps that are done, in [0, 1): set before each, for what follows a schedule.
         progress: called with (phase, done, total, note) during long phases.
     """
 
@@ -70,6 +71,7 @@ class Detector(nn.Module):
     held_out = 0.0
     patience: int | None = None
     precision: torch.dtype | None = None
+    done = 0.0
 
     def __init__(self) -> None:
         super().__init__()
@@ -132,7 +134,7 @@ class Detector(nn.Module):
         """Images, uint8 [B, 3, H, W] -> the trained outputs, with gradients: float tensors [B, ...].
 
         Strategies compare them with those of an earlier model, or with stored ones: there are always as many,
-        in the same order. None of them where nothing is trained.
+        in the same order. None of them where nothing is trained, or where a method does not give them.
         """
         return []
 
@@ -209,12 +211,13 @@ class Detector(nn.Module):
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Take what `kept_state` gave, name -> tensor.
 
-        Buffers and parameters take the sizes that they have there.
+        Buffers and parameters take the sizes that they have there; a buffer that was registered while a task was
+        learned is registered again. Submodules and parameters are those that the constructor makes.
         """
         for name, tensor in state.items():
             owner_name, _, leaf = name.rpartition(".")
             owner = self.get_submodule(owner_name)
-            if leaf in owner._buffers:
+            if leaf in owner._buffers or not hasattr(owner, leaf):
                 device = next((b.device for b in self.buffers() if b is not None), tensor.device)
                 owner._buffers[leaf] = tensor.to(device)
                 continue

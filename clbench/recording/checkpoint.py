@@ -127,36 +127,46 @@ class Checkpoints:
         Raises:
             UserError: the disk is full or may not be written.
         """
-        contiguous = {key: tensor.detach().contiguous() for key, tensor in tensors.items()}
+        written: dict[str, Tensor] = {}
+        storages: set[int] = set()
+        for key, tensor in tensors.items():
+            contiguous = tensor.detach().contiguous()
+            shared = contiguous.untyped_storage().data_ptr() in storages  # which safetensors refuses
+            written[key] = contiguous.clone() if shared else contiguous
+            storages.add(written[key].untyped_storage().data_ptr())
         digest = ""
 
         def write(path: Path) -> None:
             nonlocal digest
             try:
-                save_file(contiguous, path)
+                save_file(written, path)
             except SafetensorError as error:
                 raise OSError(str(error)) from error
             digest = _file_digest(path)
 
         write_whole(self._path(name, "safetensors"), write)
-        # Names, because safetensors keeps no order.
-        text = json.dumps({"tensors": digest, "names": list(contiguous), **self.beside(), **data})
+        # safetensors keeps neither order nor devices.
+        devices = {key: tensor.device.type for key, tensor in written.items()}
+        text = json.dumps({"tensors": digest, "devices": devices, **self.beside(), **data})
         content = f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}\n"
-        write_whole(self._path(name, "json"), lambda path: path.write_text(content))
+        write_whole(self._path(name, "json"), lambda path: path.write_text(content, encoding="utf-8"))
 
     def _load(self, name: str) -> Saved | None:
         """The tensors and data of a checkpoint; None where it is damaged."""
         if (data := self._checked_data(name)) is None:
             return None
-        names = data.pop("names", None)
+        devices = data.pop("devices", None)
         with safe_open(self._path(name, "safetensors"), framework="pt", device=self.device) as file:
-            # Earlier versions kept no order.
-            return {key: file.get_tensor(key) for key in names or file.keys()}, data
+            if devices is None:  # in earlier versions
+                return {key: file.get_tensor(key) for key in file.keys()}, data  # noqa: SIM118
+            # What was kept on the CPU beside a GPU comes back there.
+            tensors = {key: file.get_tensor(key) for key in devices}
+        return {key: found.cpu() if devices[key] == "cpu" else found for key, found in tensors.items()}, data
 
     def _checked_data(self, name: str) -> dict[str, Any] | None:
         """The data of a checkpoint; None where one of its two files is damaged."""
         try:
-            digest, text, _ = self._path(name, "json").read_text().split("\n")
+            digest, text, _ = self._path(name, "json").read_text(encoding="utf-8").split("\n")
             if hashlib.sha256(text.encode()).hexdigest() != digest:
                 return None
             data = json.loads(text)

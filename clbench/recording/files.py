@@ -4,6 +4,7 @@ import errno
 import os
 from collections.abc import Callable
 from contextlib import suppress
+from io import RawIOBase
 from pathlib import Path
 
 from clbench.errors import UserError
@@ -33,6 +34,22 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     finally:
         with suppress(OSError):
             beside.unlink(missing_ok=True)
+
+
+def append_whole(file: RawIOBase, content: bytes) -> None:
+    """Append to a file that is open without a buffer: all of the content, or none of it.
+
+    Raises:
+        OSError: the disk is full or may not be written; the file is as long as before.
+    """
+    begin = file.seek(0, os.SEEK_END)
+    written = 0
+    try:
+        while written < len(content):
+            written += file.write(content[written:]) or 0
+    except OSError:
+        file.truncate(begin)
+        raise
 
 
 def cannot_write(path: Path, error: OSError) -> UserError:

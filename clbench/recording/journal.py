@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from clbench.errors import UserError
-from clbench.recording.files import cannot_write, write_whole
+from clbench.recording.files import append_whole, cannot_write, write_whole
 
 _CHECK = ', "check": "'
 
@@ -49,7 +49,7 @@ class Journal:
             UserError: the disk is full or may not be written.
         """
         try:
-            self._file.write(_line_of(entry))
+            append_whole(self._file, _line_of(entry))
         except OSError as error:
             raise cannot_write(self.path, error) from error
         self.count += 1

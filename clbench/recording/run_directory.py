@@ -20,7 +20,7 @@ import yaml
 
 from clbench.config import differences
 from clbench.errors import UserError, in_one_line
-from clbench.recording.files import cannot_write, write_whole
+from clbench.recording.files import append_whole, cannot_write, write_whole
 from clbench.recording.journal import Journal
 
 # A row of metrics.csv: stage, index of the task, its name, category, metric, value (None: undefined).
@@ -88,7 +88,7 @@ class RunDirectory:
             UserError: it may not be read.
         """
         try:
-            return (self.path / name).read_text(errors="replace")
+            return (self.path / name).read_text(encoding="utf-8", errors="replace")
         except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as error:
@@ -320,7 +320,7 @@ class RunDirectory:
         path = self.path / "metrics.csv"
         try:
             with open(path, "ab", buffering=0) as file:
-                file.write(_csv(rows).encode())
+                append_whole(file, _csv(rows).encode())
         except OSError as error:
             raise cannot_write(path, error) from error
 
@@ -330,7 +330,7 @@ class RunDirectory:
         Raises:
             UserError: the disk is full or may not be written.
         """
-        write_whole(self.path / name, lambda path: path.write_text(text))
+        write_whole(self.path / name, lambda path: path.write_text(text, encoding="utf-8"))
 
 
 def _csv(rows: Sequence[MetricRow]) -> str:

@@ -10,6 +10,7 @@ from clbench.backbones import FeaturePyramid
 from clbench.data.stream import Task
 from clbench.errors import UserError
 from clbench.methods.base import Detector, Prediction, kept_state
+from clbench.randomness import seed_for
 from clbench.training import Bookmark, Hooks, held_out, train, with_prefix
 
 
@@ -98,16 +99,24 @@ class Strategy(Hooks):
         Raises:
             Diverged, Stopped, UserError: as `clbench.training.train`.
         """
+        torch.manual_seed(seed_for(self.seed, "begin of stage", stage))
         self.begin_stage(stage, images)
         stored = self.replayed()
         train(self.detector, stage, images, stored, self.seed, self.bookmark, self.on_epoch, self)
+        torch.manual_seed(seed_for(self.seed, "end of stage", stage))
         self.end_stage(stage, images)
 
     def begin_stage(self, stage: int, images: Tensor) -> None:
-        """Called before a stage is learned from its images, uint8 [N, 3, H, W]."""
+        """Called before a stage is learned from its images, uint8 [N, 3, H, W].
+
+        torch's own generators are seeded for it. In the first stage, weights that depend on the size of images
+        may not have theirs yet: `Detector.prepare` comes later.
+        """
 
     def end_stage(self, stage: int, images: Tensor) -> None:
-        """Called after a stage was learned from its images, uint8 [N, 3, H, W]."""
+        """Called after a stage was learned from its images, uint8 [N, 3, H, W]; torch's own generators are
+        seeded for it.
+        """
 
     def replayed(self) -> Sequence[tuple[Tensor, Tensor]]:
         """Stored images of each earlier stage, both uint8 [M, 3, H, W]: those that are learned again, and
@@ -129,7 +138,10 @@ class Strategy(Hooks):
         return self.detector
 
     def predict(self, images: Tensor, task: int) -> Prediction:
-        """Images of a task, uint8 [B, 3, H, W] -> maps [B, H, W] and scores [B]."""
+        """Images of a task, uint8 [B, 3, H, W] -> maps [B, H, W] and scores [B].
+
+        A strategy that predicts otherwise overrides `detector_for`, by which a loaded run predicts too.
+        """
         return self.detector_for(task)(images)
 
     def unchanged(self, stage: int, learned: int) -> bool:

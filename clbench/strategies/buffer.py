@@ -28,28 +28,35 @@ class Buffer:
         self.seed = seed
         self.shares: list[tuple[Tensor, Tensor]] = []
 
-    def add(self, stage: int, learned: Tensor, held_out: Tensor) -> None:
+    def add(self, stage: int, learned: Tensor, held_out: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Store images of a new stage, and cut the shares of the earlier ones to the same size.
 
         Args:
             stage: 0-based.
             learned, held_out: the stage's images, uint8 [N, 3, H, W].
+
+        Returns:
+            For each stage, which of its images stay, int64 and ascending: of those that were stored so far, or for
+            the new stage were given. What else is kept of an image stays with it by that.
         """
         shares = [*self.shares, (learned, held_out)]
         whole, extra = divmod(self.size, len(shares))
         self.shares = []
+        rows: list[tuple[Tensor, Tensor]] = []
         for owner, share in enumerate(shares):
             stored = sum(map(len, share))
-            count = min(
-                whole + (owner < extra), stored
-            )  # what does not divide evenly goes to the oldest stages
+            # What does not divide evenly goes to the oldest stages.
+            count = min(whole + (owner < extra), stored)
             count_held_out = round(count * len(share[1]) / stored) if stored else 0
             random = generator(self.seed, "replay buffer", stage, owner)
-            kept = []
-            for images, size in zip(share, (count - count_held_out, count_held_out), strict=True):
-                order = torch.randperm(len(images), generator=random)[:size].sort().values
-                kept.append(images[order.to(images.device)].clone())
-            self.shares.append((kept[0], kept[1]))
+            sizes = count - count_held_out, count_held_out
+            first, second = (
+                torch.randperm(len(images), generator=random)[:size].sort().values
+                for images, size in zip(share, sizes, strict=True)
+            )
+            rows.append((first, second))
+            self.shares.append((share[0][first.to(share[0].device)], share[1][second.to(share[1].device)]))
+        return rows
 
     def tensors(self) -> dict[str, Tensor]:
         """The stored images, name -> uint8 [M, 3, H, W], for `Strategy.kept`."""

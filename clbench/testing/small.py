@@ -1,5 +1,7 @@
 """What contract tests work with: small images, a small detector, and a training that is left."""
 
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -8,6 +10,7 @@ from torch.nn import functional as F
 
 from clbench.backbones import unit
 from clbench.methods.base import Detector, Prediction
+from clbench.recording.checkpoint import Checkpoints
 
 
 def images(count: int, seed: int, size: int = 48) -> Tensor:
@@ -95,8 +98,12 @@ class Leaving:
 
 
 def copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copies of tensors, name -> tensor, as if a checkpoint had been written and read."""
-    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
+    """Copies of tensors, name -> tensor, from a checkpoint that was written and read."""
+    with TemporaryDirectory() as folder:
+        Checkpoints(Path(folder)).save_stage(0, tensors, {})
+        saved = Checkpoints(Path(folder)).load_stage()
+    assert saved is not None
+    return saved[1]
 
 
 def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor], case: str) -> None:
@@ -112,3 +119,18 @@ def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor], case: st
     assert found.keys() == expected.keys(), f"{case}: {sorted(found)} in place of {sorted(expected)}"
     for name, tensor in expected.items():
         assert torch.equal(found[name], tensor), f"{case}: {name} differs"
+
+
+def tensors_in(value: Any, seen: set[int] | None = None) -> list[Tensor]:
+    """All tensors that an object holds, in containers and in objects that are no modules too."""
+    seen = set() if seen is None else seen
+    if id(value) in seen or isinstance(value, nn.Module | type):
+        return []
+    seen.add(id(value))
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, dict):
+        return [tensor for one in value.values() for tensor in tensors_in(one, seen)]
+    if isinstance(value, list | tuple | set):
+        return [tensor for one in value for tensor in tensors_in(one, seen)]
+    return tensors_in(vars(value), seen) if hasattr(value, "__dict__") and not callable(value) else []
