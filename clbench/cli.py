@@ -69,6 +69,11 @@ def main(words: Sequence[str] | None = None) -> int:
     try:
         if given[:1] == ["run"]:  # its words are Hydra's, flags and all
             return import_module("clbench.commands.run").main(given[1:])
+        if given[0] in (
+            "-sc",
+            "--shell-completion",
+        ):  # what a shell asks to complete the words of `clbench run`
+            return import_module("clbench.commands.run").complete(given)
         options = parser.parse_args(given)
         return import_module(f"clbench.commands.{options.command}").main(options)
     except UserError as error:

@@ -15,7 +15,7 @@ from conftest import ROOT, Train, run_directories
 from hydra import compose, initialize_config_dir
 
 from clbench.cli import main
-from clbench.config import check, register_resolvers
+from clbench.config import check, register
 from clbench.data.acquire.published import datasets, recognise
 from clbench.data.bmad import BMAD
 from clbench.data.btad import BTAD
@@ -389,7 +389,7 @@ def test_settings_of_a_dataset_are_checked(tmp_path: Path) -> None:
         with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
             check(compose("config", ["dataset=real_iad", f"dataset.root={tmp_path}", *overrides]))
 
-    register_resolvers()
+    register()
     checked("dataset.size=256", "dataset.views=[C1,C2]")
     for override in ("dataset.size=300", "dataset.views=[C6]", "+dataset.gap=x"):
         with pytest.raises(UserError, match=re.escape(override.lstrip("+").split("=")[0])):

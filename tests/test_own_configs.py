@@ -128,3 +128,35 @@ def test_finished_runs_are_composed_again_when_a_config_of_the_user_s_own_change
     (own / "benchmark" / "mine" / "stfpm.yaml").write_text("epochs: 1\nbatch_size: 3\n")
     refused = train(*given)
     assert refused.returncode == 2 and "method.epochs: 2 -> 1" in refused.stderr
+
+
+def test_what_this_machine_s_own_file_changes_is_a_departure(own: Path, train: Train, tmp_path: Path) -> None:
+    (own / "local.yaml").write_text("method:\n  features: 7\ndataset:\n  root: /nowhere\n")
+    given = (f"--config-dir={own}", "method=padim", "task_order.tasks=[brick]")
+    result = train(*given)
+    assert result.returncode == 0, result.stderr
+    (directory,) = run_directories(tmp_path)
+    stored = yaml.safe_load((directory / "config.yaml").read_text())
+    assert stored["method"]["features"] == 7 and stored["departures"]["method.features"] == 100
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["~method.sigma"], "~method.sigma cannot be taken away: give method.sigma="),
+        (["wandb=disabled,offline"], "wandb=disabled,offline: runs that differ in it alone would be one run"),
+        (["maps=few,true"], "maps=few,true: runs that differ in it alone"),
+        (["sweep=demo,task_orders"], "sweep=demo,task_orders: runs that differ in it alone"),
+        (["outputs=a,b"], "outputs=a,b: runs that differ in it alone"),
+        (["hydra/sweeper=basic"], "hydra/sweeper=basic: every run is checked"),
+        (["++hydra.mode=RUN"], "++hydra.mode=RUN: every run is checked"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_what_would_be_passed_over_is_refused(
+    train: Train, tmp_path: Path, overrides: list[str], said: str
+) -> None:
+    result = train("-m", *overrides)
+    (line,) = result.stderr.splitlines()
+    assert result.returncode == 2 and line.startswith("error: ") and said in line
+    assert not (tmp_path / "outputs").exists()

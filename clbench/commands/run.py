@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -38,8 +39,11 @@ def main(words: Sequence[str]) -> int:
     parser = get_args_parser()
     try:
         given = parser.parse_intermixed_args(list(words))
-        if any(text.startswith("hydra.mode=") for text in given.overrides):
-            return _refused(UserError("hydra.mode=...: one run is a sweep of one here; leave it out"))
+        for text in given.overrides:
+            if text.lstrip("+~").startswith(("hydra.mode=", "hydra/sweeper=")):
+                return _refused(
+                    UserError(f"{text}: every run is checked as a sweep of one here; leave it out")
+                )
         with _fresh_hydra():
             _run_hydra(
                 args=given,
@@ -63,6 +67,13 @@ def main(words: Sequence[str]) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def complete(words: Sequence[str]) -> int:
+    """Answer a shell that completes the words of `clbench run`, which Hydra knows without the word `run`."""
+    line = os.environ.get("COMP_LINE", "")
+    os.environ["COMP_LINE"] = re.sub(r"^(\S+) +run( |$)", r"\1 ", line)
+    return main(words)
 
 
 def _refused(error: UserError) -> int:

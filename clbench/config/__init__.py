@@ -13,8 +13,6 @@ from clbench.config.schema import Config
 from clbench.config.sources import composed, composing
 from clbench.config.wandb_access import wandb_key, wandb_mode
 
-register_resolvers = register
-
 __all__ = [
     "NOT_IN_RESULTS",
     "Config",
@@ -28,7 +26,6 @@ __all__ = [
     "flat",
     "in_results",
     "register",
-    "register_resolvers",
     "run_name",
     "takes",
     "wandb_key",

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationKeyError, MissingMandatoryValue, OmegaConfBaseException
 from pydantic import ValidationError
 
 from clbench.config import classes
+from clbench.config.differences import NOT_IN_RESULTS
 from clbench.config.messages import UnknownSetting, invalid
 from clbench.config.schema import Config, SweepSettings
 from clbench.config.wandb_access import wandb_mode
@@ -107,10 +110,13 @@ def check_sweep(composed: DictConfig, overrides: Sequence[str]) -> None:
         SweepSettings.model_validate(values)
     except ValidationError as error:
         raise invalid(error, values, SweepSettings) from error
-    for text in overrides:
-        key, _, value = text.partition("=")
-        if key in ("outputs", "only", "dry_run", "overwrite") and "," in value:
-            raise UserError(f"{text}: it is a setting of the whole sweep: give one value")
+    for override in OverridesParser.create().parse_overrides(list(overrides)):
+        key, text = override.key_or_group, override.input_line
+        if override.is_delete() and not key.startswith("hydra"):
+            raise UserError(f"{text} cannot be taken away: give {key}=... another value, null for none")
+        root = re.split(r"[./@]", key, maxsplit=1)[0]
+        if override.is_sweep_override() and root in NOT_IN_RESULTS and root != "experiment":
+            raise UserError(f"{text}: runs that differ in it alone would be one run; give it one value")
 
 
 def _strategy(config: Config) -> Any:

@@ -16,6 +16,7 @@ from clbench.config.checking import resolved
 from clbench.config.classes import class_of
 from clbench.config.differences import NOT_IN_RESULTS, flat
 from clbench.config.schema import Config
+from clbench.config.sources import USUAL
 
 ABSENT = "absent"  # the usual value of a setting that the benchmark does not have
 
@@ -59,12 +60,12 @@ def _choice_named(group: str, name: str, choices: Mapping[str, str]) -> str:
 
 @lru_cache
 def _usual(overrides: tuple[str, ...], sources: tuple[str, ...]) -> dict[str, Any]:
-    """What overrides compose to: flat key -> value.
+    """What overrides compose to, without local.yaml: flat key -> value.
 
     Args:
         sources: where Hydra looks for configs; only a part of the key under which the result is remembered.
     """
-    usual = dict(flat(resolved(hydra.compose("config", list(overrides)), allow_missing=True)))
+    usual = dict(flat(resolved(hydra.compose(USUAL, list(overrides)), allow_missing=True)))
     if usual["replay.size"] is None and getattr(class_of(usual["strategy._target_"]), "has_buffer", False):
         usual["replay.size"] = usual.get("method.protocol.replay_size")
     return usual

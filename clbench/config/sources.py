@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 _PACKAGE = Path(__file__).parents[1]
+USUAL = "usual"  # the config without local.yaml
 
 
 def conf() -> Path:
@@ -65,17 +66,18 @@ def search_path(config_dir: str | Path | None) -> list[str]:
     return [] if config_dir is None else [f"hydra.searchpath=[file://{Path(config_dir).absolute()}]"]
 
 
-def composed(*overrides: str, config_dir: str | Path | None = None) -> DictConfig:
+def composed(*overrides: str, config_dir: str | Path | None = None, local: bool = True) -> DictConfig:
     """What the overrides of a command line compose to, unchecked.
 
     Args:
         config_dir: a user's own folder of configs, as --config-dir names it.
+        local: whether local.yaml, this machine's own settings, counts.
 
     Raises:
         HydraException: they cannot be composed.
     """
     with composing():
-        return hydra.compose("config", [*search_path(config_dir), *overrides])
+        return hydra.compose("config" if local else USUAL, [*search_path(config_dir), *overrides])
 
 
 def composed_from(hydra_config: Any, overrides: Sequence[str]) -> str:

@@ -65,7 +65,9 @@ def _usual(benchmark: str, method: str, dataset: str) -> dict[str, Any] | None:
     from clbench.config import sources
 
     try:
-        composed = sources.composed(f"benchmark={benchmark}", f"method={method}", f"dataset={dataset}")
+        composed = sources.composed(
+            f"benchmark={benchmark}", f"method={method}", f"dataset={dataset}", local=False
+        )
         names = [str(key) for key in composed if key != "hydra"]
         plain = OmegaConf.to_container(OmegaConf.masked_copy(composed, names), resolve=True)
     except (HydraException, OmegaConfBaseException):

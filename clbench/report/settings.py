@@ -88,7 +88,7 @@ class Departures:
 def read_departures(config: Mapping[str, Any]) -> Departures:
     """What a run was set to, apart from method, strategy, replay size and seed, which a report compares.
 
-    It is read from `read_departures` in config.yaml, so that editing conf/ relabels no run.
+    It is read from `departures` in config.yaml, so that editing conf/ relabels no run.
 
     Raises:
         KeyError, TypeError, AttributeError: config.yaml is not a run's.

@@ -100,7 +100,7 @@ class LocalLauncher(JoblibLauncher):
         suspects: set[int] = set()
         several = self.joblib["n_jobs"]
         # joblib runs a single job at a time in this very process, which would then be the one that is killed.
-        self.joblib["n_jobs"] = several if several == -1 else max(2, several)
+        self.joblib["n_jobs"] = several if several < 0 else max(2, several)
         begun = time.time()
         while len(results) < len(runs):
             rest = [index for index in range(len(runs)) if index not in results]
