@@ -137,7 +137,7 @@ def test_what_this_machine_s_own_file_changes_is_a_departure(own: Path, train: T
     assert result.returncode == 0, result.stderr
     (directory,) = run_directories(tmp_path)
     stored = yaml.safe_load((directory / "config.yaml").read_text())
-    assert stored["method"]["features"] == 7 and stored["departures"]["method.features"] == 100
+    assert stored["method"]["features"] == 7 and stored["departures"]["method.features"] == 350
 
 
 @pytest.mark.parametrize(

@@ -172,7 +172,7 @@ def test_a_sweep_s_own_settings_are_checked_though_its_runs_are_finished(train: 
         ("dry_run=maybe", "dry_run=maybe: input should be a valid boolean"),
         ("checkpoint_s=-1", "checkpoint_s=-1: input should be greater than or equal to 0"),
         ("outputs=", "outputs=: string should have at least 1 character"),
-        ("dry_run=true,false", "dry_run=true,false: it is a setting of the whole sweep"),
+        ("dry_run=true,false", "dry_run=true,false: runs that differ in it alone would be one run"),
         ("seed=range(0)", "asks for no run"),
     ):
         refused = train("-m", "method=padim", override)
