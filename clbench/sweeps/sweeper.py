@@ -93,8 +93,8 @@ class RunSweeper(Sweeper):
         if len(runs) > 1:
             display.table(sweep_table(runs, display.console.width))
         if not failed or len(runs) > 1:
-            single = len(runs) == 1
-            display.line(f"results: {runs[0].directory.path if single else runs[0].directory.path.parent}")
+            folders = dict.fromkeys(str(run.directory.path.parent) for run in runs)
+            display.line(f"results: {runs[0].directory.path if len(runs) == 1 else ', '.join(folders)}")
         if failed:
             sys.exit(1)
 
