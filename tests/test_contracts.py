@@ -39,30 +39,41 @@ class TestSmallDetector(DetectorContract):
 
 
 class TestPatchCore(DetectorContract):
+    exports = False  # tests/test_export.py does, to ONNX too
+
     @pytest.fixture
     def build(self) -> BuildDetector:
         return lambda: PatchCore(backbone(), layers=[2, 3], memory_size=60)
 
 
 class TestPaDiM(DetectorContract):
+    exports = False  # tests/test_export.py does, to ONNX too
+
     @pytest.fixture(params=["average", "pooled", "per_task"])
     def build(self, request: pytest.FixtureRequest) -> BuildDetector:
         return lambda: PaDiM(backbone(), layers=[1, 2], features=20, update=request.param)
 
 
 class TestCFA(DetectorContract):
+    exports = False  # tests/test_export.py does, to ONNX too
+
     @pytest.fixture
     def build(self) -> BuildDetector:
         return lambda: CFA(backbone(), layers=[1, 2, 3], epochs=2, batch_size=3)
 
 
 class TestSTFPM(DetectorContract):
+    exports = False  # tests/test_export.py does, to ONNX too
+
     @pytest.fixture
     def build(self) -> BuildDetector:
         return lambda: STFPM(backbone(), layers=[1, 2, 3], epochs=3, batch_size=3, held_out=0.2, patience=1)
 
 
 class TestEfficientAD(DetectorContract):
+    exports = False  # tests/test_export.py does, to ONNX too
+    sizes = (32, 40)
+
     @pytest.fixture
     def build(self, tmp_path: Path) -> BuildDetector:
         return lambda: EfficientAD(
@@ -71,6 +82,9 @@ class TestEfficientAD(DetectorContract):
 
 
 class TestDRAEM(DetectorContract):
+    exports = False  # tests/test_export.py does, to ONNX too
+    sizes = (32, 48)
+
     @pytest.fixture
     def build(self, tmp_path: Path) -> BuildDetector:
         return lambda: DRAEM(
@@ -84,6 +98,8 @@ class TestDRAEM(DetectorContract):
 
 
 class TestFastFlow(DetectorContract):
+    exports = False  # tests/test_export.py does, to ONNX too
+
     @pytest.fixture(params=[False, True])
     def build(self, request: pytest.FixtureRequest) -> BuildDetector:
         return lambda: FastFlow(

@@ -85,7 +85,7 @@ def test_a_sweep_of_a_user_s_own_parts_is_run_counted_and_reported(
     weighted = sorted(line["strategy"] for line in lines if line["strategy"].startswith("stay_close"))
     assert weighted == ["stay_close", "stay_close, weight=0.01"]  # two rows; 1 is what its config says
     drawn = {path.name: words(path) for path in report.glob("figures/group-1-*.svg")}
-    assert {"stay_close", "first_images"} <= drawn["group-1-stages.svg"]
+    assert {"stay_close", "first_images 6"} <= drawn["group-1-stages.svg"]
     continual = [line for line in lines if line["strategy"] != "joint"]
     continual.sort(key=lambda line: (float(line["additional_mb"]), -float(line["pixel_f1"])))
     front, best = set(), 0.0

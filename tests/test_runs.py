@@ -67,15 +67,19 @@ def test_a_sweep_of_methods_and_replay_sizes(train: Train, tmp_path: Path) -> No
     assert "task 1/3" not in again.stdout
 
 
-def test_every_strategy_with_both_methods_in_local_processes(process: Train, tmp_path: Path) -> None:
-    result = process(
-        "-m", "method=patchcore,padim", "strategy=native,finetune,joint,single", "hydra/launcher=local"
-    )
+def test_every_strategy_with_both_methods_and_half_of_them_in_local_processes(
+    process: Train, train: Train, tmp_path: Path
+) -> None:
+    methods = ("-m", "method=patchcore,padim")
+    result = process(*methods, "strategy=native,single", "hydra/launcher=local")
     assert result.returncode == 0, result.stderr
+    assert train(*methods, "strategy=finetune,joint").returncode == 0
     found = {(about["method"], about["strategy"]): about for about in map(summary, run_directories(tmp_path))}
     assert len(found) == 8
     for directory in run_directories(tmp_path):
-        assert re.search(f"{directory.name}: .*just learned", result.stdout)  # which of them a table is of
+        if "native" in directory.name or "single" in directory.name:
+            # Which of several runs a table is of.
+            assert re.search(f"{directory.name}: .*just learned", result.stdout)
     assert all(about["status"] == "complete" for about in found.values())
     for (_, strategy), about in found.items():
         assert (about["average_forgetting_pct"] is None) == (strategy == "joint")
@@ -93,6 +97,7 @@ def test_every_strategy_with_the_trained_methods(train: Train, tmp_path: Path) -
     small = ("method.epochs=1", "method.batch_size=2")
     narrow = ("method.reconstructive_width=4", "method.discriminative_width=4")  # DRAEM's, and no other's
     small += (*narrow, "method.texture_count=3", "method.penalty_count=3")
+    small += ("task_order.tasks=[brick,cloth]",)
     result = train("-m", methods, "strategy=finetune,joint,single", *small)
     assert result.returncode == 0, result.stderr
     assert train("-m", methods, "replay.size=6", *small).returncode == 0
@@ -198,9 +203,8 @@ def test_random_order_is_a_function_of_the_seed(train: Train, tmp_path: Path) ->
     "setting",
     [
         ("method=patchcore", "replay.size=7"),
-        ("method=padim", "strategy=single"),
         ("method=cfa", "replay.size=7", "method.epochs=4", "method.batch_size=2"),
-        ("method=efficientad", "strategy=single", "method.epochs=2"),
+        ("method=padim", "strategy=single"),
         ("method=draem", "replay.size=7", "method.epochs=1", "method.batch_size=2"),
     ],
 )
