@@ -72,7 +72,7 @@ class TestSTFPM(DetectorContract):
 
 class TestEfficientAD(DetectorContract):
     exports = False  # tests/test_export.py does, to ONNX too
-    sizes = (32, 40)
+    sizes = (40, 48)
 
     @pytest.fixture
     def build(self, tmp_path: Path) -> BuildDetector:
