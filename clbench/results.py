@@ -34,13 +34,10 @@ class Results:
         stage_of = {task: stage for stage, learning in enumerate(stages) for task in learning}
         self.learned = [stage_of[task] for task in self.task_of]
         self._evaluated = np.zeros((len(stages), len(self.categories)), dtype=bool)
-        self._R = {
-            m: np.full(self._evaluated.shape, np.nan) for m in METRICS
-        }  # NaN: undefined, or not evaluated
-        self._best, self._best_until = (
-            self._none_yet(),
-            0,
-        )  # metric -> best of each category before that stage
+        # NaN: undefined, or not evaluated.
+        self._R = {metric: np.full(self._evaluated.shape, np.nan) for metric in METRICS}
+        # The best of each category before a stage.
+        self._best, self._best_until = self._none_yet(), 0
 
     def add(self, stage: int, category: int, values: Values) -> None:
         """Set the metrics of a category after a stage; a category that was evaluated before gets these."""

@@ -70,6 +70,15 @@ def test_a_stage_s_results_are_those_of_the_matrices_so_far(
         }
 
 
+def numbered(path: Path, count: int) -> Path:
+    """A journal of entries that can be told apart, closed."""
+    journal = Journal(path)
+    for number in range(count):
+        journal.append({"number": number, "name": "Größe"})
+    journal.close()
+    return path
+
+
 def test_a_journal_holds_what_was_appended_at_full_precision(tmp_path: Path) -> None:
     entries = [{"stage": 0, "value": 0.1 + 0.2}, {"name": 'größe "x"\n', "value": None}]
     journal = Journal(tmp_path / "journal.jsonl")
@@ -84,11 +93,7 @@ def test_a_journal_holds_what_was_appended_at_full_precision(tmp_path: Path) -> 
 def test_a_line_cut_off_at_any_byte_is_taken_away_and_the_next_is_appended_after_what_was_whole(
     tmp_path: Path,
 ) -> None:
-    path = tmp_path / "journal.jsonl"
-    journal = Journal(path)
-    for number in range(3):
-        journal.append({"number": number, "name": "Größe"})
-    journal.close()
+    path = numbered(tmp_path / "journal.jsonl", 3)
     content = path.read_bytes()
     whole = content.rindex(b"\n", 0, -1) + 1
     for cut in range(whole, len(content)):
@@ -101,20 +106,14 @@ def test_a_line_cut_off_at_any_byte_is_taken_away_and_the_next_is_appended_after
 
 
 def test_a_journal_that_is_damaged_within_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "journal.jsonl"
-    journal = Journal(path)
-    for number in range(3):
-        journal.append({"number": number})
-    journal.close()
-    path.write_text(path.read_text().replace('"number": 1', '"number": 7'))
+    path = numbered(tmp_path / "journal.jsonl", 3)
+    path.write_text(path.read_text(encoding="utf-8").replace('"number": 1', '"number": 7'))
     with pytest.raises(UserError, match=r"journal\.jsonl is damaged in line 2: remove"):
         Journal(path)
 
 
 def test_a_journal_is_rewritten_and_goes_on(tmp_path: Path) -> None:
-    journal = Journal(tmp_path / "journal.jsonl")
-    for number in range(4):
-        journal.append({"number": number})
+    journal = Journal(numbered(tmp_path / "journal.jsonl", 4))
     journal.rewrite([{"number": 2}])
     journal.append({"number": 5})
     journal.flush()
@@ -122,16 +121,13 @@ def test_a_journal_is_rewritten_and_goes_on(tmp_path: Path) -> None:
 
 
 def test_a_journal_that_may_lose_what_is_damaged_keeps_what_comes_before(tmp_path: Path) -> None:
-    path = tmp_path / "journal.jsonl"
-    journal = Journal(path)
-    for number in range(3):
-        journal.append({"number": number})
-    journal.close()
-    path.write_text(path.read_text().replace('"number": 1', '"number": 7') + "\0\0\0\n")
+    path = numbered(tmp_path / "journal.jsonl", 3)
+    path.write_text(path.read_text(encoding="utf-8").replace('"number": 1', '"number": 7') + "\0\0\0\n")
     journal = Journal(path, lose_damaged=True)
-    assert journal.entries == [{"number": 0}] and journal.count == 1
+    first = {"number": 0, "name": "Größe"}
+    assert journal.entries == [first] and journal.count == 1
     journal.append({"number": 5})
-    assert Journal(path).entries == [{"number": 0}, {"number": 5}] and journal.count == 2
+    assert Journal(path).entries == [first, {"number": 5}] and journal.count == 2
 
 
 def test_a_line_that_the_disk_has_no_room_for_is_not_there_in_part(tmp_path: Path) -> None:

@@ -68,10 +68,22 @@ def with_protocol_buffer(config: Config) -> Config:
     Raises:
         UserError: the strategy's class cannot be imported.
     """
-    size = config.method.protocol.replay_size
-    if config.replay.size is None and size is not None and _strategy(config).has_buffer:
-        return config.changed("replay", size=size)
-    return config
+    size = buffer_size(config.replay.size, config.method.protocol.replay_size, config.strategy.target)
+    return config if size == config.replay.size else config.changed("replay", size=size)
+
+
+def buffer_size(given: int | None, protocol: int | None, strategy: str) -> int | None:
+    """The size of a run's buffer, in images: the one given, or else the protocol's, where the strategy has a buffer.
+
+    Args:
+        strategy: dotted path of the strategy's class.
+
+    Raises:
+        UserError: the class cannot be imported.
+    """
+    if given is None and protocol is not None and getattr(classes.class_of(strategy), "has_buffer", False):
+        return protocol
+    return given
 
 
 # Hydra's settings of where runs go, which nobody may change: key -> value in conf/, and the way out.

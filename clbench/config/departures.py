@@ -12,8 +12,7 @@ from typing import Any
 import hydra
 from hydra.core.global_hydra import GlobalHydra
 
-from clbench.config.checking import resolved
-from clbench.config.classes import class_of
+from clbench.config.checking import buffer_size, resolved
 from clbench.config.differences import NOT_IN_RESULTS, flat
 from clbench.config.schema import Config
 from clbench.config.sources import USUAL
@@ -66,8 +65,8 @@ def _usual(overrides: tuple[str, ...], sources: tuple[str, ...]) -> dict[str, An
         sources: where Hydra looks for configs; only a part of the key under which the result is remembered.
     """
     usual = dict(flat(resolved(hydra.compose(USUAL, list(overrides)), allow_missing=True)))
-    if usual["replay.size"] is None and getattr(class_of(usual["strategy._target_"]), "has_buffer", False):
-        usual["replay.size"] = usual.get("method.protocol.replay_size")
+    protocol = usual.get("method.protocol.replay_size")
+    usual["replay.size"] = buffer_size(usual["replay.size"], protocol, usual["strategy._target_"])
     return usual
 
 

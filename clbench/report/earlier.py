@@ -8,6 +8,7 @@ from functools import lru_cache
 from typing import Any
 
 from clbench.config import flat
+from clbench.errors import UserError
 
 
 @lru_cache
@@ -59,18 +60,13 @@ def _with_seeds_named(values: Mapping[str, Any]) -> dict[str, Any]:
 def _usual(benchmark: str, method: str, dataset: str) -> dict[str, Any] | None:
     """What conf/ composes for a benchmark, method and dataset: flat key -> value; None where it cannot."""
     from hydra.errors import HydraException
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
 
     from clbench.config import sources
+    from clbench.config.checking import resolved
 
+    choices = f"benchmark={benchmark}", f"method={method}", f"dataset={dataset}"
     try:
-        composed = sources.composed(
-            f"benchmark={benchmark}", f"method={method}", f"dataset={dataset}", local=False
-        )
-        names = [str(key) for key in composed if key != "hydra"]
-        plain = OmegaConf.to_container(OmegaConf.masked_copy(composed, names), resolve=True)
-    except (HydraException, OmegaConfBaseException):
+        plain = resolved(sources.composed(*choices, local=False), allow_missing=True)
+    except (HydraException, UserError):
         return None
-    assert isinstance(plain, dict)
-    return _with_seeds_named(dict(flat({str(key): value for key, value in plain.items()})))
+    return _with_seeds_named(dict(flat(plain)))

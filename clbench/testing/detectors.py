@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from clbench import footprint
 from clbench.methods.base import Detector, kept_state
 from clbench.strategies.native import Native
-from clbench.testing.small import Leaving, Left, assert_equal, copied, images
+from clbench.testing.small import Leaving, assert_equal, copied, images, left_at_every_place
 from clbench.training import train
 
 BuildDetector = Callable[[], Detector]
@@ -98,18 +98,16 @@ class DetectorContract:
         whole = self.learned(build, stages=1)
         before, bookmark = copied(kept_state(whole)), Leaving()
         self.learn(whole, 1, bookmark)
-        for place in range(bookmark.places + 1):  # 0: a process that only begins the stage
-            leaving = Leaving()
-            leaving.leave_at = place or None
-            for _ in range(2):  # two processes
-                detector = build()
-                detector.prepare(images(6, 0, self.sizes[0]))
-                detector.restore(copied(before))
-                try:
-                    self.learn(detector, 1, leaving)
-                except Left:
-                    leaving.leave_at = None
-            assert_equal(kept_state(detector), kept_state(whole), f"left at place {place}")
+
+        def process(leaving: Leaving) -> dict[str, Tensor]:
+            detector = build()
+            detector.prepare(images(6, 0, self.sizes[0]))
+            detector.restore(copied(before))
+            self.learn(detector, 1, leaving)
+            return kept_state(detector)
+
+        for case, state in left_at_every_place(bookmark.places, process):
+            assert_equal(state, kept_state(whole), case)
 
     def test_no_test_image_influences_what_is_learned(self, build: BuildDetector) -> None:
         expected = kept_state(self.learned(build))

@@ -1,5 +1,6 @@
 """What contract tests work with: small images, a small detector, and a training that is left."""
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -95,6 +96,27 @@ class Leaving:
     def place(self, stage: int, tensors: dict[str, Tensor], data: dict[str, Any]) -> None:
         self._saved[stage] = copied(tensors), data
         raise Left
+
+
+def left_at_every_place(
+    places: int, process: Callable[[Leaving], dict[str, Tensor]]
+) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """What trainings end in that a process left and another continued: at each place, and first left nowhere.
+
+    Args:
+        places: how many places to leave the training at there are.
+        process: trains, from the beginning of a stage or with the bookmark it is given from where it was left, and
+            gives the state at the end.
+    """
+    for place in range(places + 1):
+        leaving = Leaving()
+        leaving.leave_at = place or None
+        try:
+            state = process(leaving)
+        except Left:
+            leaving.leave_at = None
+            state = process(leaving)
+        yield f"left at place {place}", state
 
 
 def copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -9,7 +9,15 @@ from torch import Tensor
 from clbench import footprint
 from clbench.methods.base import Detector, kept_state
 from clbench.strategies.base import Strategy
-from clbench.testing.small import Leaving, Left, SmallDetector, assert_equal, copied, images, tensors_in
+from clbench.testing.small import (
+    Leaving,
+    SmallDetector,
+    assert_equal,
+    copied,
+    images,
+    left_at_every_place,
+    tensors_in,
+)
 
 BuildStrategy = Callable[[Detector], Strategy]
 
@@ -99,17 +107,15 @@ class StrategyContract:
         bookmark = Leaving()
         whole.bookmark = bookmark
         whole.learn(last, self.given(last))
-        for place in range(bookmark.places + 1):  # 0: a process that only begins the last stage
-            leaving = Leaving()
-            leaving.leave_at = place or None
-            for _ in range(2):  # two processes
-                strategy = self.continued(build, before) if before else build(self.detector())
-                strategy.bookmark = leaving
-                try:
-                    strategy.learn(last, self.given(last))
-                except Left:
-                    leaving.leave_at = None
-            assert_equal(strategy.state(), whole.state(), f"left at place {place}")
+
+        def process(leaving: Leaving) -> dict[str, Tensor]:
+            strategy = self.continued(build, before) if before else build(self.detector())
+            strategy.bookmark = leaving
+            strategy.learn(last, self.given(last))
+            return strategy.state()
+
+        for case, state in left_at_every_place(bookmark.places, process):
+            assert_equal(state, whole.state(), case)
 
     def test_no_test_image_influences_what_is_learned(self, build: BuildStrategy) -> None:
         expected = self.learned(build).state()
