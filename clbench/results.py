@@ -1,5 +1,6 @@
 """R by stage, category and metric: the evaluations of a run, and means, forgetting and transfer."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -50,15 +51,21 @@ class Results:
         """The metrics of a category after a stage; None where it was not evaluated."""
         if not self._evaluated[stage, category]:
             return None
-        return {metric: _value(R[stage, category]) for metric, R in self._R.items()}
+        return dict(
+            zip(self._R, _plain(np.array([R[stage, category] for R in self._R.values()])), strict=True)
+        )
 
     def matrix(self, metric: str) -> Matrix:
         """R of one metric, [stage][category]; None where it is undefined or was not evaluated."""
-        return [list(map(_value, row)) for row in self._R[metric]]
+        return [_plain(row) for row in self._R[metric]]
 
     def seen(self, stage: int) -> list[int]:
         """The indices of the categories learned up to a stage, this one included."""
         return [category for category, learned in enumerate(self.learned) if learned <= stage]
+
+    def mean_seen(self, metric: str, stage: int) -> float | None:
+        """A metric's mean over the categories learned up to a stage; None where it is defined for none."""
+        return continual.mean(_plain(self._R[metric][stage, self.seen(stage)]))
 
     def after(self, stage: int) -> dict[str, Values]:
         """The results of a stage: name -> metric -> value.
@@ -70,11 +77,10 @@ class Results:
         found: dict[str, Values] = {}
         for category in np.flatnonzero(self._evaluated[stage]).tolist():
             found[self.categories[category]] = self.get(stage, category) or {}
-        seen = self.seen(stage)
-        found["mean"] = {m: continual.mean(map(_value, R[stage, seen])) for m, R in self._R.items()}
+        found["mean"] = {metric: self.mean_seen(metric, stage) for metric in METRICS}
         best = self._best_before(stage)
         found["forgetting"] = {
-            metric: continual.mean(map(_value, best[metric] - R[stage])) for metric, R in self._R.items()
+            metric: continual.mean(_plain(best[metric] - R[stage])) for metric, R in self._R.items()
         }
         return found
 
@@ -98,7 +104,7 @@ class Results:
 
     def just_learned(self, metric: str) -> list[float | None]:
         """Each category's value after the stage that learned it."""
-        return [_value(self._R[metric][stage, category]) for category, stage in enumerate(self.learned)]
+        return _plain(self._R[metric][self.learned, range(len(self.learned))])
 
     def summary(self) -> dict[str, Any]:
         """The means of R in summary.json: final values, forgetting and transfer, each over the categories."""
@@ -112,6 +118,6 @@ class Results:
         }
 
 
-def _value(number: float) -> float | None:
-    """An entry of R as plain data: None for NaN."""
-    return None if np.isnan(number) else float(number)
+def _plain(entries: np.ndarray) -> list[float | None]:
+    """Entries of R, float64 [N], as plain data: None for NaN."""
+    return [None if math.isnan(value) else value for value in entries.tolist()]

@@ -16,6 +16,7 @@ from clbench.metrics import continual
 from clbench.metrics.continual import Matrix
 from clbench.recording.run_directory import RunDirectory
 from clbench.report.settings import Departures, Flags, read_departures
+from clbench.results import Results, Values
 
 # In the order of the paper's table.
 REPORTED = ("image_auroc", "image_f1", "pixel_auroc", "pixel_f1", "pixel_ap", "aupro", "image_ap")
@@ -31,7 +32,8 @@ class FoundRun:
         reason: why it is not among the finished ones.
         summary: what summary.json holds; empty where the run has not begun.
         config: what config.yaml holds.
-        R: metric -> [stage][category], of the stages that were written.
+        results: what metrics.csv holds; None where the run has not begun.
+        stages: number of stages that metrics.csv has.
     """
 
     path: Path
@@ -39,7 +41,8 @@ class FoundRun:
     reason: str = ""
     summary: Mapping[str, Any] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
-    R: Mapping[str, Matrix] = field(default_factory=dict)
+    results: Results | None = None
+    stages: int = 0
 
     @property
     def name(self) -> str:
@@ -78,10 +81,10 @@ class FoundRun:
             isinstance(task, list) and len(task) > 1 for task in named
         )
 
-    @property
-    def stages(self) -> int:
-        """Number of stages that metrics.csv has."""
-        return len(self.R.get("pixel_f1", []))
+    @cached_property
+    def R(self) -> Mapping[str, Matrix]:
+        """Metric -> [stage][category], of the stages that were written."""
+        return {} if self.results is None else {m: self.results.matrix(m)[: self.stages] for m in REPORTED}
 
     @cached_property
     def flags(self) -> Flags:
@@ -96,7 +99,7 @@ class FoundRun:
     @property
     def learned(self) -> list[int]:
         """The stage, from 0, that learns each category."""
-        return [0 if self.flags.joint else task for task in self.task_of.values()]
+        return [] if self.results is None else self.results.learned
 
     @cached_property
     def departures(self) -> Departures:
@@ -110,11 +113,7 @@ class FoundRun:
 
     def over_stages(self, metric: str) -> list[float | None]:
         """The mean of a metric over the categories seen, for each stage."""
-        learned = self.learned
-        return [
-            continual.final_mean([[value for value, at in zip(row, learned, strict=True) if at <= stage]])
-            for stage, row in enumerate(self.R[metric])
-        ]
+        return [] if self.results is None else [self.results.mean_seen(metric, s) for s in range(self.stages)]
 
 
 def read(folders: Sequence[Path]) -> list[FoundRun]:
@@ -164,8 +163,8 @@ def _read_run(path: Path) -> FoundRun:
         if not isinstance(config.get("made_by") or {}, dict):
             raise TypeError("made_by in config.yaml")
         whole, newline, torn = written.rpartition(b"\n")
-        run.R = _matrices((whole + newline).decode(), _categories(summary), summary["tasks"])
         expected = run.expected_stages
+        run.results, run.stages = _results((whole + newline).decode(), run)
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, csv.Error) as error:
         return FoundRun(path, "damaged", f"it does not read as a run: {type(error).__name__} {error}")
     if summary["status"] == "failed":
@@ -233,32 +232,34 @@ def _wrong(run: FoundRun) -> str:
     return ""
 
 
-def _matrices(text: str, categories: Sequence[Sequence[str]], tasks: Sequence[str]) -> dict[str, Matrix]:
-    """R of each metric, [stage][category], from the text of metrics.csv with or without `category`.
-
-    Args:
-        categories: the categories of each task.
+def _results(text: str, run: FoundRun) -> tuple[Results, int]:
+    """What the text of metrics.csv holds, with or without `category`, and the number of stages that it has.
 
     Raises:
-        ValueError, IndexError: the text is none of a metrics.csv of these tasks.
+        ValueError, IndexError: the text is none of a metrics.csv of the run's tasks.
     """
-    columns = {name: column for column, name in enumerate(name for names in categories for name in names)}
-    R: dict[str, list[list[float | None]]] = {metric: [] for metric in REPORTED}
-    last, stage, column = None, 0, 0
+    tasks, categories = run.tasks, _categories(run.summary)
+    columns = {name: column for column, name in enumerate(run.categories)}
+    found: dict[tuple[int, int], Values] = {}
+    last, values = None, {}
     for *where, metric, value in list(csv.reader(io.StringIO(text)))[1:]:
         if where != last:  # the metrics of a category stand together
             last = where
-            task, name = int(where[1]), where[-1]
-            stage, column = int(where[0]), columns.get(name, -1)
+            stage, task, name = int(where[0]), int(where[1]), where[-1]
             if stage not in range(len(tasks)) or tasks[task] != where[2] or name not in categories[task]:
                 raise ValueError(
                     f"a row of metrics.csv is of stage {stage}, task {task} '{where[2]}' and '{name}'"
                 )
-            for rows in R.values():
-                rows += [[None] * len(columns) for _ in range(stage + 1 - len(rows))]
-        if metric in R and value != "undefined":
+            values = found.setdefault((stage, columns[name]), dict.fromkeys(REPORTED))
+        if metric in values and value != "undefined":
             number = float(value)
             if not math.isfinite(number):
                 raise ValueError(f"{metric} of '{where[-1]}' in metrics.csv is {value}")
-            R[metric][stage][column] = number
-    return dict(R)
+            values[metric] = number
+    stages = 1 + max((stage for stage, _ in found), default=-1)
+    every = range(len(tasks))
+    learning: list[list[int]] = [list(every)] if run.flags.joint else [[task] for task in every]
+    results = Results(categories, learning + [[]] * (stages - len(learning)))
+    for (stage, column), one in found.items():
+        results.add(stage, column, one)
+    return results, stages
