@@ -1,6 +1,5 @@
 """The protocol: for each task, learn; then for each category, evaluate; record; checkpoint."""
 
-import itertools
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -9,18 +8,15 @@ import torch
 
 from clbench import evaluation, footprint, thresholds
 from clbench.assembly import Assembly
-from clbench.data.stream import fingerprints
 from clbench.errors import UserError
 from clbench.footprint import memory_named
+from clbench.history import History
 from clbench.interruption import Interruption
-from clbench.methods.base import check_frozen, frozen_digest
 from clbench.metrics.curves import METRICS
 from clbench.recording import heat_maps
-from clbench.recording.checkpoint import Checkpoints
 from clbench.recording.recorder import Recorder
-from clbench.recording.run_directory import MetricRow, RunDirectory
-from clbench.results import Results, Values
-from clbench.spent import Spent
+from clbench.recording.run_directory import RunDirectory
+from clbench.results import Values
 from clbench.terminal import Display, number, run_table
 from clbench.training import Diverged
 
@@ -53,7 +49,7 @@ def run(
     course = Course(assembly, directory, display, interruption, recorder)
     for stage in course.remaining():
         course.learn(stage)
-        for category in course.to_evaluate(stage):
+        for category in course.history.to_evaluate(stage):
             course.evaluate(stage, category)
         course.record(stage)
     return course.finish()
@@ -61,10 +57,6 @@ def run(
 
 class Course:
     """A run on its way through the stream: what `run` does, step by step.
-
-    What was measured goes into a journal, which is appended to, and what was learned into checkpoints, which
-    are replaced. A line of the journal counts once the checkpoint of its stage is there: a process that
-    continues removes the other lines.
 
     Args:
         assembly, directory, display, interruption, recorder: as for `run`.
@@ -84,31 +76,19 @@ class Course:
     ):
         self.assembly, self.directory, self.display, self.recorder = assembly, directory, display, recorder
         self.strategy, self.tasks = assembly.strategy, assembly.tasks
-        self.stages = self.strategy.stages(len(self.tasks))
         self.categories = [category for task in self.tasks for category in task.categories]
-        self.results = Results([[c.name for c in task.categories] for task in self.tasks], self.stages)
-        self.spent = Spent(assembly.device)
-        self.stream = fingerprints(self.tasks)
-        self.frozen = frozen_digest(self.strategy.detector)
         self.progress = interruption.watching(display.progress)
-        self.checkpoints = Checkpoints(
-            directory.path / "checkpoint",
-            str(assembly.device),
-            every_s=assembly.config.checkpoint_s,
-            urgent=interruption.urgent,
-            saved=interruption.saved,
-            beside=self._beside,
-        )
-        self.strategy.bookmark, self.strategy.detector.progress = self.checkpoints, self.progress
-        self.strategy.on_epoch = self._on_epoch
-        self.journal = directory.journal()
-        self.epochs = [0] * (len(self.stages) + 1)  # of all stages before each
-        self.last_learned = self._continue()
-        self._write_metrics()
+        self.history = History(assembly, directory, recorder, interruption)
+        self.stages, self.results = self.history.stages, self.history.results
+        self.spent = self.history.spent
+        self.strategy.bookmark, self.strategy.on_epoch = self.history.checkpoints, self.history.add_epoch
+        self.strategy.detector.progress = self.progress
+        if self.history.continued:
+            display.line(f"continuing {self.history.continued}")
 
     def remaining(self) -> range:
         """The stages to go through, 0-based: the last learned one, which may lack evaluations, and on."""
-        return range(max(self.last_learned, 0), len(self.stages))
+        return range(max(self.history.last_learned, 0), len(self.stages))
 
     def learn(self, stage: int) -> None:
         """Learn a stage, unless an earlier process did, and save what was learned.
@@ -119,7 +99,7 @@ class Course:
                 written.
         """
         self.display.heading(self._title(stage))
-        if stage <= self.last_learned:
+        if stage <= self.history.last_learned:
             return
         train = [self.tasks[task].train.images for task in self.stages[stage]]
         names = "+".join(self.tasks[task].name for task in self.stages[stage])
@@ -128,14 +108,7 @@ class Course:
                 images = torch.cat(train) if len(train) > 1 else train[0]
                 self.strategy.learn(stage, images.to(self.assembly.device))
             self.strategy.detector.release(self.strategy.stored_images())
-        self.journal.flush()  # before the checkpoints go from which its lines could be made again
-        self.checkpoints.save_stage(stage, self.strategy.state(), {})
-
-    def to_evaluate(self, stage: int) -> list[int]:
-        """The indices of the categories that are to be evaluated after a stage and were not yet."""
-        every = self.assembly.config.evaluate == "all"
-        wanted = range(len(self.categories)) if every else self.results.seen(stage)
-        return [category for category in wanted if self.results.get(stage, category) is None]
+        self.history.add_learned(stage)
 
     def evaluate(self, stage: int, category: int) -> None:
         """Evaluate a category after a stage, and keep the metrics.
@@ -152,10 +125,7 @@ class Course:
             values = self.results.get(stage - 1, category) if unchanged else None
             if values is None or self.assembly.config.maps is True:
                 values = self._measure(stage, category)
-        self.results.add(stage, category, values)
-        entry = {"kind": "evaluation", "stage": stage, "category": name, "values": values}
-        self.journal.append({**entry, "spent": self.spent.so_far()})
-        self.directory.append_metrics(self._rows(stage, category))
+        self.history.add_evaluation(stage, category, values)
 
     def _measure(self, stage: int, category: int) -> Values:
         """Predict a category's test images, write the heat maps that are asked for, and give the metrics."""
@@ -208,8 +178,7 @@ class Course:
             "memory": {**footprint.measure(self.strategy), "peak_mb": peak_mb},
             "time": {**spent, "inference_ms_per_image": inference},
         }
-        self.journal.flush()
-        self._write_metrics()  # so that all of it is on the disk before the run is complete
+        self.history.close()  # so that all of it is on the disk before the run is complete
         message = self.recorder.finish(summary, {metric: self.results.matrix(metric) for metric in METRICS})
         self.directory.write_summary(summary)
         self.display.table(run_table(summary, self.results))
@@ -217,113 +186,11 @@ class Course:
             self.display.line(message)
         return summary
 
-    def _continue(self) -> int:
-        """Restore what an earlier process saved, and tell the recorder everything again: that one may have
-        been killed before it did.
-
-        Returns:
-            The last stage that is learned, 0-based; -1 where none is.
-
-        Raises:
-            UserError: the run was begun with other images or other frozen weights, or its journal lacks
-                results.
-        """
-        last, data = -1, None
-        if saved := self.checkpoints.load_stage():
-            last, tensors, data = saved
-            self.strategy.restore(tensors)
-        begun = self.checkpoints.peek(last + 1)
-        if newest := begun or data:
-            _check_stream(newest["stream"], self.stream, self.directory)
-            check_frozen(newest.get("frozen"), self.frozen, self.directory.path)
-            self.spent.restore(newest["spent"])
-            where = f"in stage {last + 2}" if begun else f"after stage {last + 1}"
-            self.display.line(f"continuing {where} of {len(self.stages)}")
-        # The journal may know epochs of the stage after the last that came after its checkpoint.
-        epochs = begun["epoch"] if begun else 0
-        valid = [
-            entry
-            for entry in self.journal.entries
-            if entry["stage"] <= last
-            or (entry["stage"] == last + 1 and entry["kind"] == "epoch" and entry["epoch"] < epochs)
-        ]
-        if len(valid) != len(self.journal.entries):
-            self.journal.rewrite(valid)
-        self.journal.entries = []  # they may be many, and are taken now
-        numbers = {name: number for number, name in enumerate(self.results.categories)}
-        for entry in valid:
-            if entry["kind"] == "epoch":
-                self._tell_epoch(entry["stage"], entry["epoch"], entry["loss"])
-            else:
-                self.results.add(entry["stage"], numbers[entry["category"]], entry["values"])
-                self.spent.restore(entry["spent"])
-        for stage in range(last):
-            if self.to_evaluate(stage):
-                raise UserError(
-                    f"{self.journal.path} lacks results of stage {stage + 1}, and what was learned then is gone: put it "
-                    "back, take another experiment=NAME, or overwrite=true"
-                )
-            self.recorder.stage(stage, self.results.after(stage))
-        return last
-
-    def _beside(self) -> dict[str, Any]:
-        """What every checkpoint holds beside its own data; what the journal holds by now is on the disk then."""
-        self.journal.flush()
-        return {"stream": self.stream, "frozen": self.frozen, "spent": self.spent.so_far()}
-
-    def _write_metrics(self) -> None:
-        """Write metrics.csv whole."""
-        evaluations = itertools.product(range(len(self.stages)), range(len(self.categories)))
-        rows = [row for stage, category in evaluations for row in self._rows(stage, category)]
-        self.directory.write_metrics(rows)
-
-    def _on_epoch(self, stage: int, epoch: int, loss: float) -> None:
-        """Write an epoch's mean loss into the journal and tell the recorder."""
-        self.journal.append({"kind": "epoch", "stage": stage, "epoch": epoch, "loss": loss})
-        self._tell_epoch(stage, epoch, loss)
-
-    def _tell_epoch(self, stage: int, epoch: int, loss: float) -> None:
-        """Tell the recorder an epoch's mean loss, with the epoch counted over all stages."""
-        self.epochs[stage + 1] = self.epochs[stage] + epoch + 1
-        self.recorder.epoch(stage, self.epochs[stage] + epoch, loss)
-
     def _title(self, stage: int) -> str:
         """What a stage is called on the terminal and in errors."""
         if len(self.stages) < len(self.tasks):
             return "all tasks"
         return f"task {stage + 1}/{len(self.stages)} {self.tasks[stage].name}"
-
-    def _rows(self, stage: int, category: int) -> list[MetricRow]:
-        """The rows of metrics.csv for the evaluation of a category after a stage.
-
-        None where there was none.
-        """
-        values = self.results.get(stage, category)
-        task = self.results.task_of[category]
-        where = (stage, task, self.tasks[task].name, self.results.categories[category])
-        return [(*where, metric, value) for metric, value in (values or {}).items()]
-
-
-def _check_stream(before: Mapping[str, str], now: Mapping[str, str], directory: RunDirectory) -> None:
-    """Check that a run that is continued has the tasks and images that it was begun with.
-
-    Args:
-        before, now: task name -> fingerprint of its images, in the stream's order.
-
-    Raises:
-        UserError: it has others, or in another order.
-    """
-    if list(before.items()) == list(now.items()):
-        return
-    changed = [
-        *(f"'{name}' joined" for name in now if name not in before),
-        *(f"'{name}' is gone" for name in before if name not in now),
-        *(f"the images of '{name}' changed" for name in now if before.get(name, now[name]) != now[name]),
-    ]
-    raise UserError(
-        f"{directory.path} was begun with other images ({', '.join(changed) or 'in another order'}): put them back, "
-        "take another experiment=NAME, or overwrite=true"
-    )
 
 
 @contextmanager

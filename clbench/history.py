@@ -1,0 +1,214 @@
+"""What a run has done so far, and where it stands written.
+
+What was measured goes into a journal, which is appended to, and what was learned into checkpoints, which are
+replaced. A line of the journal counts once the checkpoint of its stage is there: a process that continues removes
+the other lines.
+"""
+
+import itertools
+from collections.abc import Mapping
+from typing import Any
+
+from clbench.assembly import Assembly
+from clbench.data.stream import fingerprints
+from clbench.errors import UserError
+from clbench.interruption import Interruption
+from clbench.methods.base import check_frozen, frozen_digest
+from clbench.recording.checkpoint import Checkpoints
+from clbench.recording.recorder import Recorder
+from clbench.recording.run_directory import MetricRow, RunDirectory
+from clbench.results import Results, Values
+from clbench.spent import Spent
+
+
+class History:
+    """The evaluations, epochs, time and memory of a run, over all processes that worked on it.
+
+    Args:
+        assembly: everything that the run is made of; its strategy is restored.
+        directory: where journal, metrics.csv and checkpoints are.
+        recorder: told of every epoch and of every stage that an earlier process recorded: that one may have been
+            killed before it told.
+        interruption: asked whether to save, and told when all is saved.
+
+    Attributes:
+        stages: the indices of the tasks that each stage learns.
+        results: the evaluations.
+        spent: time and memory.
+        checkpoints: what was learned.
+        last_learned: the last stage that an earlier process learned, 0-based; -1 where none is.
+        continued: where an earlier process stopped, to show to people; None where this one is the first.
+
+    Raises:
+        UserError: the run was begun with other images or other frozen weights, its journal lacks results, or a
+            file cannot be read or written.
+    """
+
+    def __init__(
+        self, assembly: Assembly, directory: RunDirectory, recorder: Recorder, interruption: Interruption
+    ):
+        self.directory, self.recorder = directory, recorder
+        self.strategy, self.tasks = assembly.strategy, assembly.tasks
+        self.stages = self.strategy.stages(len(self.tasks))
+        categories = [[category.name for category in task.categories] for task in self.tasks]
+        self.results = Results(categories, self.stages)
+        self.spent = Spent(assembly.device)
+        self.checkpoints = Checkpoints(
+            directory.path / "checkpoint",
+            str(assembly.device),
+            every_s=assembly.config.checkpoint_s,
+            urgent=interruption.urgent,
+            saved=interruption.saved,
+            beside=self._beside,
+        )
+        self._every = assembly.config.evaluate == "all"
+        self.continued: str | None = None
+        self._stream = fingerprints(self.tasks)
+        self._frozen = frozen_digest(self.strategy.detector)
+        self._journal = directory.journal()
+        self._epochs = [0] * (len(self.stages) + 1)  # of all stages before each
+        self.last_learned = self._restore()
+        self._write_metrics()
+
+    def to_evaluate(self, stage: int) -> list[int]:
+        """The indices of the categories that are to be evaluated after a stage and were not yet."""
+        wanted = range(len(self.results.categories)) if self._every else self.results.seen(stage)
+        return [category for category in wanted if self.results.get(stage, category) is None]
+
+    def add_epoch(self, stage: int, epoch: int, loss: float) -> None:
+        """Keep an epoch's mean loss; stage and epoch are 0-based.
+
+        Raises:
+            UserError: the disk is full or may not be written.
+        """
+        self._journal.append({"kind": "epoch", "stage": stage, "epoch": epoch, "loss": loss})
+        self._tell_epoch(stage, epoch, loss)
+
+    def add_learned(self, stage: int) -> None:
+        """Keep what the strategy has learned by the end of a stage.
+
+        Raises:
+            UserError: the disk is full or may not be written.
+        """
+        self._journal.flush()  # before the checkpoints go from which its lines could be made again
+        self.checkpoints.save_stage(stage, self.strategy.state(), {})
+
+    def add_evaluation(self, stage: int, category: int, values: Values) -> None:
+        """Keep the metrics of a category after a stage.
+
+        Raises:
+            UserError: the disk is full or may not be written.
+        """
+        self.results.add(stage, category, values)
+        name = self.results.categories[category]
+        entry = {"kind": "evaluation", "stage": stage, "category": name, "values": values}
+        self._journal.append({**entry, "spent": self.spent.so_far()})
+        self.directory.append_metrics(self._rows(stage, category))
+
+    def close(self) -> None:
+        """Write metrics.csv whole, and wait until all is on the disk.
+
+        Raises:
+            UserError: the disk is full or may not be written.
+        """
+        self._journal.flush()
+        self._write_metrics()
+
+    def _restore(self) -> int:
+        """Restore what an earlier process saved, and tell the recorder everything again.
+
+        Returns:
+            The last stage that is learned, 0-based; -1 where none is.
+
+        Raises:
+            UserError: the run was begun with other images or other frozen weights, or its journal lacks results.
+        """
+        last, data = -1, None
+        if saved := self.checkpoints.load_stage():
+            last, tensors, data = saved
+            self.strategy.restore(tensors)
+        begun = self.checkpoints.peek(last + 1)
+        if newest := begun or data:
+            _check_stream(newest["stream"], self._stream, self.directory)
+            check_frozen(newest.get("frozen"), self._frozen, self.directory.path)
+            self.spent.restore(newest["spent"])
+            where = f"in stage {last + 2}" if begun else f"after stage {last + 1}"
+            self.continued = f"{where} of {len(self.stages)}"
+        numbers = {name: number for number, name in enumerate(self.results.categories)}
+        for entry in self._valid_entries(last, begun["epoch"] if begun else 0):
+            if entry["kind"] == "epoch":
+                self._tell_epoch(entry["stage"], entry["epoch"], entry["loss"])
+            else:
+                self.results.add(entry["stage"], numbers[entry["category"]], entry["values"])
+                self.spent.restore(entry["spent"])
+        for stage in range(last):
+            if self.to_evaluate(stage):
+                raise UserError(
+                    f"{self._journal.path} lacks results of stage {stage + 1}, and what was learned then is gone: put "
+                    "it back, take another experiment=NAME, or overwrite=true"
+                )
+            self.recorder.stage(stage, self.results.after(stage))
+        return last
+
+    def _valid_entries(self, last: int, epochs: int) -> list[dict[str, Any]]:
+        """The journal's entries that checkpoints stand behind; the others are removed from the file.
+
+        Args:
+            last: the last stage with a checkpoint of its end, 0-based; -1 where none has.
+            epochs: the number of epochs of the stage after it that a checkpoint holds.
+        """
+        entries, self._journal.entries = self._journal.entries, []  # they may be many, and are needed once
+        valid = [
+            entry
+            for entry in entries
+            if entry["stage"] <= last
+            or (entry["stage"] == last + 1 and entry["kind"] == "epoch" and entry["epoch"] < epochs)
+        ]
+        if len(valid) != len(entries):
+            self._journal.rewrite(valid)
+        return valid
+
+    def _beside(self) -> dict[str, Any]:
+        """What every checkpoint holds beside its own data; what the journal holds by now is on the disk then."""
+        self._journal.flush()
+        return {"stream": self._stream, "frozen": self._frozen, "spent": self.spent.so_far()}
+
+    def _tell_epoch(self, stage: int, epoch: int, loss: float) -> None:
+        """Tell the recorder an epoch's mean loss, with the epoch counted over all stages."""
+        self._epochs[stage + 1] = self._epochs[stage] + epoch + 1
+        self.recorder.epoch(stage, self._epochs[stage] + epoch, loss)
+
+    def _write_metrics(self) -> None:
+        """Write metrics.csv whole."""
+        evaluations = itertools.product(range(len(self.stages)), range(len(self.results.categories)))
+        rows = [row for stage, category in evaluations for row in self._rows(stage, category)]
+        self.directory.write_metrics(rows)
+
+    def _rows(self, stage: int, category: int) -> list[MetricRow]:
+        """The rows of metrics.csv for the evaluation of a category after a stage; none where there was none."""
+        task = self.results.task_of[category]
+        where = (stage, task, self.tasks[task].name, self.results.categories[category])
+        values = self.results.get(stage, category) or {}
+        return [(*where, metric, value) for metric, value in values.items()]
+
+
+def _check_stream(before: Mapping[str, str], now: Mapping[str, str], directory: RunDirectory) -> None:
+    """Check that a run that is continued has the tasks and images that it was begun with.
+
+    Args:
+        before, now: task name -> fingerprint of its images, in the stream's order.
+
+    Raises:
+        UserError: it has others, or in another order.
+    """
+    if list(before.items()) == list(now.items()):
+        return
+    changed = [
+        *(f"'{name}' joined" for name in now if name not in before),
+        *(f"'{name}' is gone" for name in before if name not in now),
+        *(f"the images of '{name}' changed" for name in now if before.get(name, now[name]) != now[name]),
+    ]
+    raise UserError(
+        f"{directory.path} was begun with other images ({', '.join(changed) or 'in another order'}): put them back, "
+        "take another experiment=NAME, or overwrite=true"
+    )
