@@ -14,7 +14,7 @@ from clbench.config import Config, takes, wandb_mode
 from clbench.config.classes import BUFFER, class_of_kind
 from clbench.config.schema import Gpu
 from clbench.data import stream
-from clbench.data.samples import Dataset, Geometry
+from clbench.data.samples import Dataset
 from clbench.data.stream import Task
 from clbench.errors import UserError
 from clbench.methods.base import Detector, Progress
@@ -103,7 +103,7 @@ def reader(config: Config) -> Callable[[Progress], list[Task]]:
     dataset: Dataset = class_of_kind("dataset", config.dataset.target, Dataset)(**config.dataset.settings)
     order = config.task_order
     categories = stream.order(dataset, order.kind, order.tasks, config.seed)
-    geometry = Geometry(config.dataset.resize, config.dataset.crop)
+    geometry = config.dataset.geometry()
     size = config.replay.size
     images = sum(len(dataset.samples(name, "train")) for group in categories for name in group)
     if size is not None and size > images:

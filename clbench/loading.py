@@ -227,7 +227,7 @@ def load(
             else f"{which}: {directory.path} has learned {', '.join(tasks)}; leave it out, as one model judges all"
         )
     found = directory.thresholds() or {}
-    geometry = Geometry(config.dataset.resize, config.dataset.crop)
+    geometry = config.dataset.geometry()
     side = geometry.crop or geometry.resize
     size = tuple(found.get("image_size") or ([side, side] if side else []))
     return TrainedDetector(

@@ -292,7 +292,8 @@ def _write_pictures(one: Found, heat: Any, mask: Any, output: Path, name: str, l
     from clbench.recording.heat_maps import overlay
 
     assert one.threshold is not None
-    picture = cv2.cvtColor(read_image(one.path), cv2.COLOR_RGB2BGR)  # read again: images may be large
+    pixels = one.geometry.eight_bits(read_image(one.path))  # read again: images may be large
+    picture = cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR)
     high = low + 2 * (one.threshold - low)
     written = (
         ("overlays", overlay(picture, mask, heat, low, high)),

@@ -161,10 +161,10 @@ def _check_settings(config: Config) -> None:
     """
     classes.check_settings("method", _detector(config), config.method.settings, ("protocol",))
     dataset = classes.class_of_kind("dataset", config.dataset.target, Dataset)
-    classes.check_settings("dataset", dataset, config.dataset.settings, ("resize", "crop"))
+    classes.check_settings("dataset", dataset, config.dataset.settings, tuple(Geometry.__annotations__))
     classes.check_settings("backbone", classes.class_of(classes.BACKBONE), config.backbone.settings)
     classes.check_settings("strategy", _strategy(config), config.strategy.settings)
-    Geometry(config.dataset.resize, config.dataset.crop)
+    config.dataset.geometry()
 
 
 def _check_buffer(config: Config) -> None:

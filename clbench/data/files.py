@@ -1,11 +1,13 @@
 """Image and mask files on disk: decoded whole, or refused."""
 
 import glob
+import hashlib
 import io
 import os
 import stat
-from collections.abc import Iterable
-from dataclasses import dataclass
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import cv2
@@ -17,6 +19,8 @@ from clbench.errors import UserError
 
 FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
+
+_CLOCK_NS = 2_000_000_000  # how coarse the clocks of file systems are: FAT's counts in steps of 2 s
 
 _WHITE_IS_ZERO = 0  # TIFF tag 262, photometric interpretation
 _SEPARATE_PLANES = 2  # TIFF tag 284, planar configuration
@@ -64,13 +68,58 @@ class FileSample(Sample):
 
     name: str
     kind: str
-    identity: str
     image: Path
     masks: tuple[Path, ...] = ()
+    identity: str = field(init=False)
+    _changed_ns: int = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        status = self._status()
+        object.__setattr__(self, "identity", _identity(status))
+        object.__setattr__(self, "_changed_ns", max(found.st_ctime_ns for found in status.values()))
+
+    def _status(self) -> dict[Path, os.stat_result]:
+        """What the system says of each file, the image first.
+
+        Raises:
+            UserError: one cannot be found.
+        """
+        found = {}
+        for path in (self.image, *self.masks):
+            try:
+                found[path] = path.stat()
+            except OSError as error:
+                raise UserError(f"cannot read image file {path}: {error.strerror}") from error
+        return found
 
     @property
     def outlined(self) -> bool:
         return self.kind == GOOD or bool(self.masks)
+
+    def content(self) -> str:
+        """The SHA-256 of each file, the image's first."""
+        digests = []
+        for path in (self.image, *self.masks):
+            try:
+                digests.append(hashlib.sha256(path.read_bytes()).hexdigest())
+            except OSError as error:
+                raise UserError(f"cannot read image file {path}: {error.strerror}") from error
+        self._check_unchanged()
+        return " ".join(digests)
+
+    def settled(self) -> bool:
+        return abs(time.time_ns() - self._changed_ns) > _CLOCK_NS
+
+    def _check_unchanged(self) -> None:
+        """Check that the files are those that were listed: what is read stands for the sample's identity.
+
+        Raises:
+            UserError: one has changed since.
+        """
+        if _identity(self._status()) != self.identity:
+            raise UserError(
+                f"image file {self.image} or its mask changed while it was read: start again when all is written"
+            )
 
     def read(self) -> tuple[np.ndarray, np.ndarray | None]:
         image = read_image(self.image)
@@ -78,23 +127,20 @@ class FileSample(Sample):
         for path in self.masks:
             mask = read_mask_of(self.image, path, image.shape[:2])
             merged = mask if merged is None else merged | mask
+        self._check_unchanged()
         return image, merged
 
 
 def read_image(path: Path) -> np.ndarray:
-    """Read an image file as a person sees it: uint8 [H, W, 3] RGB.
+    """Read an image file as a person sees it: uint8 or uint16 [H, W, 3] RGB.
 
-    Grey becomes three equal channels, 16 bits are scaled by the full range (65535 -> 255: / 257, rounded),
-    alpha is dropped, and the EXIF orientation is applied.
+    Grey becomes three equal channels, alpha is dropped, and the EXIF orientation is applied.
 
     Raises:
         UserError: the file is missing, no regular file, truncated, corrupt, or has pixels that cannot be read
             for certain (float, 32-bit, and two kinds of 16-bit TIFF).
     """
-    pixels = _decode(path)
-    if pixels.dtype == np.uint16:
-        pixels = ((pixels.astype(np.uint32) + 128) // 257).astype(np.uint8)
-    return cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)
+    return cv2.cvtColor(_decode(path), cv2.COLOR_BGR2RGB)
 
 
 def read_mask(path: Path) -> np.ndarray:
@@ -190,14 +236,13 @@ def _unsupported(path: Path, what: str) -> UserError:
     return UserError(f"image file {path} has {what}: convert it to 8- or 16-bit unsigned grey or RGB")
 
 
-def file_identity(path: Path) -> str:
-    """A text that changes when the file does: path, size in bytes, time of last change in nanoseconds.
+def _identity(status: Mapping[Path, os.stat_result]) -> str:
+    """A text that changes when a file does: paths, sizes in bytes, times of the last change in nanoseconds.
 
-    Raises:
-        UserError: the file cannot be found.
+    Two times of each: what restores a file sets that of its content, but not that of its record. And the record's
+    number, which is another for a file that was put in the place of one.
     """
-    try:
-        status = path.stat()
-    except OSError as error:
-        raise UserError(f"cannot read image file {path}: {error.strerror}") from error
-    return f"{path} {status.st_size} {status.st_mtime_ns}"
+    return " mask ".join(
+        f"{path} {found.st_size} {found.st_mtime_ns} {found.st_ctime_ns} {found.st_ino}"
+        for path, found in status.items()
+    )

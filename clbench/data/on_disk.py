@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from clbench.data.files import SUFFIXES, FileSample, file_identity
+from clbench.data.files import SUFFIXES, FileSample
 from clbench.data.samples import GOOD, Dataset, Sample, Split
 from clbench.errors import UserError
 
@@ -135,18 +135,12 @@ class OnDisk(Dataset):
 
     def _sample(self, entry: Entry) -> FileSample | None:
         """An entry as a sample; None, after a call of `gap`, where a file cannot be found."""
+        name = str(entry.image).removeprefix(f"{self.root}/")
         try:
-            identity = " mask ".join(map(file_identity, (entry.image, *entry.masks)))
+            return FileSample(name, entry.kind, entry.image, entry.masks)
         except UserError as error:  # a link that leads nowhere
             self.gap(error)
             return None
-        return FileSample(
-            name=str(entry.image).removeprefix(f"{self.root}/"),
-            kind=entry.kind,
-            identity=identity,
-            image=entry.image,
-            masks=entry.masks,
-        )
 
 
 def folders(parent: Path) -> list[Path]:

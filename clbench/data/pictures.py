@@ -10,7 +10,7 @@ from pydantic import AfterValidator
 from torch import Tensor
 
 from clbench.data import cache
-from clbench.data.files import SUFFIXES, FileSample, file_identity
+from clbench.data.files import SUFFIXES, FileSample
 from clbench.data.samples import GOOD, Geometry, Sample
 from clbench.data.textures import texture
 from clbench.errors import UserError
@@ -79,8 +79,7 @@ class Pictures:
             )
         order = torch.randperm(len(paths), generator=random)[:count].sort().values
         self.samples = [
-            FileSample(str(path), GOOD, file_identity(path), path)
-            for path in (paths[index] for index in order.tolist())
+            FileSample(str(path), GOOD, path) for path in (paths[index] for index in order.tolist())
         ]
 
     def load(self, height: int, width: int) -> Tensor:
