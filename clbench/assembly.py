@@ -153,7 +153,7 @@ def identity(config: Config, tasks: list[Task] | None = None) -> dict[str, Any]:
     """The part of summary.json that is known before training.
 
     Args:
-        tasks: the stream; None while it is not read, where the lists of tasks and categories are empty.
+        tasks: the stream; None while it is not read, where what it says of them is empty.
 
     Raises:
         UserError: the strategy's or the method's class cannot be imported.
@@ -169,6 +169,7 @@ def identity(config: Config, tasks: list[Task] | None = None) -> dict[str, Any]:
         "dataset": config.dataset.name,
         "tasks": [task.name for task in tasks or []],
         "categories": [[category.name for category in task.categories] for task in tasks or []],
+        "images": stream.fingerprints(tasks or []),
         "seed": config.seed,
     }
 

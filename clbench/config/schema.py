@@ -87,7 +87,7 @@ class DatasetNode(Node):
     target: str = Field(alias="_target_")
     resize: PositiveInt | None
     crop: PositiveInt | None
-    bit_depth: Annotated[int, Field(ge=9, le=16)] | None = None
+    bit_depth: Annotated[int, Field(ge=8, le=16)] | None = None
 
     def geometry(self) -> Geometry:
         """What images are brought to.

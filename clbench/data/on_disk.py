@@ -13,6 +13,10 @@ from clbench.errors import UserError
 Gap = Callable[[UserError], None]
 
 
+class NoRoot(UserError):
+    """The folder of a dataset is not there."""
+
+
 def refuse(gap: UserError) -> None:
     """Raise a gap, an image or mask that is missing: a run needs a whole dataset.
 
@@ -113,7 +117,7 @@ class OnDisk(Dataset):
     def _found(self, whole: bool) -> list[str]:
         if not self.root.is_dir():
             problem = "is not a folder" if self.root.exists() else "does not exist"
-            raise UserError(
+            raise NoRoot(
                 f"dataset.root={self.root} {problem}: set dataset.root=... to the folder of categories"
             )
         return self.find(whole)

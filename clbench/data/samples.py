@@ -1,6 +1,7 @@
 """What a dataset is made of: categories, and samples that know how to read themselves."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -167,6 +168,14 @@ class Geometry:
             )
         top, left = (height - self.crop) // 2, (width - self.crop) // 2
         return array[top : top + self.crop, left : left + self.crop]
+
+
+def different_sizes(first: str, size: Sequence[int], other: str, other_size: Sequence[int]) -> UserError:
+    """The error for two named images that cannot share a tensor, with their sizes (H, W)."""
+    return UserError(
+        f"{first} is {size[1]}x{size[0]} but {other} is {other_size[1]}x{other_size[0]}: "
+        "bring all images to one size with dataset.resize=..."
+    )
 
 
 def _weights(original: int, resized: int, known: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

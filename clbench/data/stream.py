@@ -1,10 +1,7 @@
 """The stream: tasks in their order, and their images."""
 
-import hashlib
-import json
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -12,6 +9,7 @@ import torch
 from clbench.data import cache
 from clbench.data.images import ImageSet
 from clbench.data.samples import Dataset, Geometry
+from clbench.data.unchanged import Fingerprints
 from clbench.errors import UserError
 from clbench.randomness import generator
 
@@ -25,10 +23,14 @@ class Category:
     Attributes:
         name: its name in the dataset.
         test: the images that it is evaluated on.
+        fingerprints: of its training images and of its test images; empty where they are not known.
+        doubts: a line for each thing about its images that is doubtful.
     """
 
     name: str
     test: ImageSet
+    fingerprints: list[str] = field(default_factory=list)
+    doubts: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -45,26 +47,10 @@ class Task:
     train: ImageSet
     categories: tuple[Category, ...]
 
-    def fingerprint(self) -> str:
-        """A text that changes where an image joins, leaves or changes, and not where its file is moved.
 
-        It is a digest of the names, kinds, pixels and masks of all images: a quarter of a second for 1,000
-        images of 224 x 224 pixels.
-        """
-        digest = hashlib.sha256()
-        for images in (self.train, *(category.test for category in self.categories)):
-            about = [images.names, images.kinds, images.unknown, images.images.shape]
-            digest.update(json.dumps(about).encode())
-            for tensor in (images.images, images.masks):
-                digest.update(tensor.contiguous().numpy().data)
-        return digest.hexdigest()[:16]
-
-
-def fingerprints(tasks: Sequence[Task]) -> dict[str, str]:
-    """Every task's name and fingerprint; tasks are read side by side, as hashing lets other threads run."""
-    with ThreadPoolExecutor() as pool:
-        found = pool.map(Task.fingerprint, tasks)
-        return {task.name: digest for task, digest in zip(tasks, found, strict=True)}
+def fingerprints(tasks: Sequence[Task]) -> Fingerprints:
+    """The fingerprints of all categories, in the order of the stream; see `clbench.data.unchanged`."""
+    return {category.name: category.fingerprints for task in tasks for category in task.categories}
 
 
 def order(dataset: Dataset, kind: str, tasks: list | None, seed: int) -> list[list[str]]:
@@ -152,7 +138,13 @@ def load_tasks(
         Task(
             name="+".join(group),
             train=ImageSet.concatenate([sets[name, "train"] for name in group]),
-            categories=tuple(Category(name, sets[name, "test"]) for name in group),
+            categories=tuple(_category(name, sets[name, "train"], sets[name, "test"]) for name in group),
         )
         for group in categories
     ]
+
+
+def _category(name: str, train: ImageSet, test: ImageSet) -> Category:
+    """A category, from its images."""
+    doubts = [f"{name}: {doubt}" for doubt in dict.fromkeys([*train.doubts, *test.doubts])]
+    return Category(name, test, [train.fingerprint, test.fingerprint], doubts)

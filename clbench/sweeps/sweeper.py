@@ -24,6 +24,7 @@ from clbench.config.explanations import setting_of_other_choices
 from clbench.config.messages import UnknownSetting
 from clbench.errors import UserError, in_one_line
 from clbench.recording.run_directory import RunDirectory
+from clbench.sweeps.images import FinishedImages
 from clbench.sweeps.launchers import SequentialLauncher, Starts
 from clbench.sweeps.runs import SweepRun, distinct, finished_unchanged, suited, to_launch
 from clbench.sweeps.tables import plan_table, sweep_table
@@ -105,7 +106,8 @@ class RunSweeper(Sweeper):
             arguments: its overrides.
 
         Raises:
-            UserError: the settings of one are wrong, its directory cannot be read, or no run is asked for.
+            UserError: the settings of one are wrong, its directory cannot be read, it is finished and its images
+                have changed since, or no run is asked for.
         """
         parser = OverridesParser.create(config_loader=self._loader)
         given: list[list[str]] = []
@@ -113,12 +115,15 @@ class RunSweeper(Sweeper):
             texts = [*(f"{key}={value}" for key, value in {**self.params, **grid}.items()), *arguments]
             given += combinations(parser.parse_overrides(texts))
         settings_of = functools.cache(self._settings_of)
+        images = FinishedImages(Display("sweep").line)
         found: dict[Path, SweepRun] = {}
         for overrides in suited(given, self._config.hydra.runtime.choices, settings_of):
             try:
                 run = finished_unchanged(self._config, overrides) or self._composed(overrides)
             except UnknownSetting as error:
                 raise setting_of_other_choices(error, self._loader.get_group_options, settings_of) from error
+            if run.state == "finished" and run.directory.path not in found:
+                images.check(run.directory)
             found.setdefault(run.directory.path, run)
         if not found:
             raise UserError(f"{' '.join(arguments)} asks for no run: a list in it is empty")
