@@ -32,6 +32,7 @@ class Assembly:
         strategy: the strategy with its detector, which have learned nothing yet.
         tasks: the stream, in its order.
         identity: what summary.json says of the run before it has results.
+        notes: a line for each thing about the images that is doubtful, or that was left out.
     """
 
     config: Config
@@ -39,6 +40,7 @@ class Assembly:
     strategy: Strategy
     tasks: list[Task]
     identity: dict[str, Any]
+    notes: list[str]
 
 
 def assemble(config: Config, progress: Progress) -> Assembly:
@@ -55,12 +57,14 @@ def assemble(config: Config, progress: Progress) -> Assembly:
     """
     device = select_device(config.gpu)
     footprint.reset_peak(device)
-    read = reader(config)
+    dataset = build_dataset(config)
+    read = reader(config, dataset)
     detector = build_detector(config).to(device)
     tasks = read(progress)
     strategy = build_strategy(config, detector)
     strategy.check(tasks)
-    return Assembly(config, device, strategy, tasks, identity(config, tasks))
+    notes = [*dataset.notes, *stream.doubts(tasks, config.dataset.bit_depth)]
+    return Assembly(config, device, strategy, tasks, identity(config, tasks), notes)
 
 
 def select_device(gpu: Gpu) -> torch.device:
@@ -92,15 +96,24 @@ def select_device(gpu: Gpu) -> torch.device:
     return chosen
 
 
-def reader(config: Config) -> Callable[[Progress], list[Task]]:
-    """Find the dataset's folders and categories, and give a function that reads the tasks of the stream.
+def build_dataset(config: Config) -> Dataset:
+    """The dataset, whose folders are looked through.
+
+    Raises:
+        UserError: the class cannot be imported, or a folder or category is not there.
+    """
+    dataset: Dataset = class_of_kind("dataset", config.dataset.target, Dataset)(**config.dataset.settings)
+    return dataset
+
+
+def reader(config: Config, dataset: Dataset) -> Callable[[Progress], list[Task]]:
+    """Find the stream's categories, and give a function that reads its tasks.
 
     The function takes a progress to tell, and raises what `clbench.data.stream.load_tasks` raises.
 
     Raises:
-        UserError: a folder or category is not there, or the buffer is larger than the stream.
+        UserError: a category is not there, or the buffer is larger than the stream.
     """
-    dataset: Dataset = class_of_kind("dataset", config.dataset.target, Dataset)(**config.dataset.settings)
     order = config.task_order
     categories = stream.order(dataset, order.kind, order.tasks, config.seed)
     geometry = config.dataset.geometry()

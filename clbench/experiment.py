@@ -83,6 +83,8 @@ class Course:
         self.spent = self.history.spent
         self.strategy.bookmark, self.strategy.on_epoch = self.history.checkpoints, self.history.add_epoch
         self.strategy.detector.progress = self.progress
+        for note in assembly.notes:
+            display.line(f"note: {note}")
         if self.history.continued:
             display.line(f"continuing {self.history.continued}")
 

@@ -21,6 +21,7 @@ from PIL import Image
 
 from clbench.data import cache
 from clbench.data.cache import contents_of, load_cached
+from clbench.data.doubts import doubts
 from clbench.data.files import read_image, read_mask
 from clbench.data.images import ImageSet
 from clbench.data.mvtec import MVTec
@@ -565,10 +566,10 @@ def test_the_cache_never_serves_other_images(
     restore(paths[1], changed)
     images = load_cached(samples_of(root, "train"), WHOLE, tmp_path / "cache")
     np.testing.assert_array_equal(images.images[1].permute(1, 2, 0), changed)
-    assert images.fingerprint != before.fingerprint
+    assert images.contents != before.contents
     restore(paths[1], noise(8, 8, 3))
     back = load_cached(samples_of(root, "train"), WHOLE, tmp_path / "cache")
-    assert back.fingerprint == before.fingerprint and torch.equal(back.images, before.images)
+    assert back.contents == before.contents and torch.equal(back.images, before.images)
 
 
 def test_a_moved_dataset_is_not_decoded_again(root: Path, tmp_path: Path) -> None:
@@ -576,7 +577,7 @@ def test_a_moved_dataset_is_not_decoded_again(root: Path, tmp_path: Path) -> Non
     first = load_cached(samples_of(root), WHOLE, tmp_path / "cache", decoded.append)
     moved = Path(shutil.copytree(root, tmp_path / "elsewhere"))
     again = load_cached(samples_of(moved), WHOLE, tmp_path / "cache", decoded.append)
-    assert sum(decoded) == 4 and again.fingerprint == first.fingerprint
+    assert sum(decoded) == 4 and again.contents == first.contents
     assert torch.equal(again.images, first.images)
 
 
@@ -588,27 +589,41 @@ def test_a_file_that_changes_while_it_is_read_is_refused(root: Path, tmp_path: P
     assert len(load_cached(samples_of(root, "train"), WHOLE, tmp_path / "cache")) == 3
 
 
-@pytest.mark.parametrize(("bits", "said"), [(10, True), (12, True), (14, True), (15, False), (16, False)])
-def test_images_that_leave_their_range_empty_are_told_of(tmp_path: Path, bits: int, said: bool) -> None:
-    """And with the bit depth that is named, they read as images of the full range do."""
+@pytest.mark.parametrize("bits", [10, 12, 14, 15, 16])
+def test_white_of_a_camera_with_fewer_bits_is_white(tmp_path: Path, bits: int) -> None:
     scene = np.linspace(0, 1, 48).reshape(4, 4, 3)
     root = tmp_path / "data" / "cable"
     write(root / "train" / "good" / "0.png", np.rint(scene * (2**bits - 1)).astype(np.uint16))
     write(root / "test" / "good" / "0.png", np.rint(scene * 255).astype(np.uint8))
-    found = load_cached(samples_of(root.parent, "train"), WHOLE, tmp_path / "cache")
-    hint = f"the largest value of its 16-bit images is {2**bits - 1} of 65535"
-    assert [doubt[: len(hint)] for doubt in found.doubts] == ([hint] if said else [])
-    assert not said or f"set dataset.bit_depth={bits}" in found.doubts[0]
-    right = load_cached(samples_of(root.parent, "train"), Geometry(None, bit_depth=bits), tmp_path / "cache")
-    assert not right.doubts
-    np.testing.assert_allclose(right.images[0].permute(1, 2, 0), scene * 255, atol=0.63)
-    if bits < 16:
-        with pytest.raises(
-            UserError, match=rf"0.png: dataset.bit_depth={bits - 1} ends at .*at least {bits}"
-        ):
-            load_cached(
-                samples_of(root.parent, "train"), Geometry(None, bit_depth=bits - 1), tmp_path / "cache"
-            )
+    samples = samples_of(root.parent, "train")
+    found = load_cached(samples, Geometry(None, bit_depth=bits), tmp_path / "cache")
+    assert found.contents and found.contents.peak == 2**bits - 1
+    np.testing.assert_allclose(found.images[0].permute(1, 2, 0), scene * 255, atol=0.63)  # rounded twice
+    assert contents_of(samples_of(root.parent, "test"), WHOLE, tmp_path / "cache").peak is None
+    with pytest.raises(UserError, match=rf"0.png: dataset.bit_depth={bits - 1} ends at .*at least {bits}"):
+        load_cached(samples, Geometry(None, bit_depth=bits - 1), tmp_path / "cache")
+
+
+@pytest.mark.parametrize(
+    ("peak", "bit_depth", "said"),
+    [
+        (1023, None, "dataset.bit_depth=10"),
+        (700, None, "dataset.bit_depth=10"),
+        (4095, None, "dataset.bit_depth=12"),
+        (16383, None, "dataset.bit_depth=14"),
+        (200, None, "dataset.bit_depth=8"),
+        (16384, None, None),
+        (65535, None, None),
+        (4095, 12, None),
+        (None, None, None),
+    ],
+)
+def test_images_that_leave_their_range_empty_are_told_of(
+    peak: int | None, bit_depth: int | None, said: str | None
+) -> None:
+    lines = doubts({"a": None, "b": peak}, {}, bit_depth)
+    assert len(lines) == (said is not None)
+    assert said is None or (lines[0].startswith("b: the largest value") and lines[0].endswith(f"set {said}"))
 
 
 def test_decoding_holds_few_images_at_a_time(tmp_path: Path) -> None:

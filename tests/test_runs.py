@@ -334,7 +334,7 @@ def test_a_run_is_not_continued_with_other_images(folder: Path, train: Train, tm
     shutil.rmtree(root / "apple")
     good = root / "cloth" / "train" / "good"
     (good / "000.png").rename(good / "020.png")
-    assert "the images of 'cloth' changed" in train(*given).stderr
+    assert "training images of 'cloth' changed" in train(*given).stderr
     (good / "020.png").rename(good / "000.png")
     assert train(*given).returncode == 0
     assert (directory / "thresholds.json").read_bytes() == thresholds

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, BinaryIO, TypeVar
 
 import numpy as np
 
-from clbench.data.doubts import few_levels, marks_nearly_all, nearly_all
+from clbench.data.doubts import nearly_all
 from clbench.data.samples import Geometry, Sample, different_sizes
 from clbench.errors import UserError
 
@@ -67,19 +67,6 @@ class Contents:
         about = [[sample.name, sample.kind, sample.outlined] for sample in samples]
         return _digest([about, self.digest])[:16]
 
-    def doubts(self, samples: Sequence[Sample], bit_depth: int | None) -> list[str]:
-        """A line for each thing that is doubtful.
-
-        Args:
-            samples: those that these are the contents of.
-            bit_depth: the setting `dataset.bit_depth`.
-        """
-        few = few_levels(self.peak, bit_depth)
-        return [
-            *([few] if few else []),
-            *(marks_nearly_all(samples[index].name) for index in self.nearly_all),
-        ]
-
 
 def load_cached(
     samples: list[Sample], geometry: Geometry, directory: Path, progress: Callable[[int], None] = ignore
@@ -112,8 +99,7 @@ def load_cached(
         kinds=[sample.kind for sample in samples],
         names=[sample.name for sample in samples],
         unknown=[number for number, sample in enumerate(samples) if not sample.outlined],
-        fingerprint=contents.fingerprint(samples),
-        doubts=contents.doubts(samples, geometry.bit_depth),
+        contents=contents,
     )
 
 

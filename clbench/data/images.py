@@ -7,6 +7,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from clbench.data.cache import Contents
 from clbench.data.samples import GOOD, different_sizes
 
 
@@ -20,8 +21,7 @@ class ImageSet:
         kinds: `GOOD` or the kind of defect, one for each image.
         names: names to show to people, one for each image.
         unknown: indices of the defective images whose defect was not outlined: their masks mean nothing.
-        fingerprint: a text that changes with any pixel, mask, name or kind; empty where it is not known.
-        doubts: a line for each thing about the images that is doubtful.
+        contents: what was found when they were decoded; None where they come from elsewhere.
     """
 
     images: Tensor
@@ -29,8 +29,7 @@ class ImageSet:
     kinds: list[str]
     names: list[str]
     unknown: list[int] = field(default_factory=list)
-    fingerprint: str = ""
-    doubts: list[str] = field(default_factory=list)
+    contents: Contents | None = None
 
     def __len__(self) -> int:
         return len(self.images)

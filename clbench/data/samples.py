@@ -54,10 +54,17 @@ class Sample(ABC):
 
 
 class Dataset(ABC):
-    """Product categories with normal training images and labelled test images."""
+    """Product categories with normal training images and labelled test images.
+
+    Attributes:
+        name: the dataset's, as the config has it.
+        categories: names of the categories, in the order of the stream unless the config gives another.
+        notes: a line for each thing about it that people should know of, such as files that were left out.
+    """
 
     name: str
     categories: list[str]
+    notes: Sequence[str] = ()
 
     @abstractmethod
     def samples(self, category: str, split: Split) -> list[Sample]:

@@ -7,9 +7,10 @@ from pathlib import Path
 import torch
 
 from clbench.data import cache
+from clbench.data import doubts as doubtful
 from clbench.data.images import ImageSet
 from clbench.data.samples import Dataset, Geometry
-from clbench.data.unchanged import Fingerprints
+from clbench.data.unchanged import SPLITS, Fingerprints
 from clbench.errors import UserError
 from clbench.randomness import generator
 
@@ -24,13 +25,15 @@ class Category:
         name: its name in the dataset.
         test: the images that it is evaluated on.
         fingerprints: of its training images and of its test images; empty where they are not known.
-        doubts: a line for each thing about its images that is doubtful.
+        peak: the largest value of its 16-bit images; None where it has none.
+        nearly_all: the names of the test images whose masks mark nearly all of them.
     """
 
     name: str
     test: ImageSet
     fingerprints: list[str] = field(default_factory=list)
-    doubts: list[str] = field(default_factory=list)
+    peak: int | None = None
+    nearly_all: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -120,7 +123,7 @@ def load_tasks(
         (name, split): dataset.samples(name, split)
         for group in categories
         for name in group
-        for split in ("train", "test")
+        for split in SPLITS
     }
     total = sum(len(samples) for samples in found.values())
     done = 0
@@ -134,17 +137,39 @@ def load_tasks(
     first = next(iter(sets.values()))
     for images in sets.values():
         ImageSet.same_size(first, images)
+
+    def category(name: str) -> Category:
+        contents = [sets[name, split].contents for split in SPLITS]
+        known = [each for each in contents if each is not None]
+        return Category(
+            name,
+            test=sets[name, "test"],
+            fingerprints=[
+                each.fingerprint(found[name, split]) for split, each in zip(SPLITS, known, strict=True)
+            ],
+            peak=max((each.peak for each in known if each.peak is not None), default=None),
+            nearly_all=[sets[name, "test"].names[index] for index in known[1].nearly_all],
+        )
+
     return [
         Task(
             name="+".join(group),
             train=ImageSet.concatenate([sets[name, "train"] for name in group]),
-            categories=tuple(_category(name, sets[name, "train"], sets[name, "test"]) for name in group),
+            categories=tuple(map(category, group)),
         )
         for group in categories
     ]
 
 
-def _category(name: str, train: ImageSet, test: ImageSet) -> Category:
-    """A category, from its images."""
-    doubts = [f"{name}: {doubt}" for doubt in dict.fromkeys([*train.doubts, *test.doubts])]
-    return Category(name, test, [train.fingerprint, test.fingerprint], doubts)
+def doubts(tasks: Sequence[Task], bit_depth: int | None) -> list[str]:
+    """A line for each thing that is doubtful about the images of a stream.
+
+    Args:
+        bit_depth: the setting `dataset.bit_depth`.
+    """
+    categories = [category for task in tasks for category in task.categories]
+    return doubtful.doubts(
+        {category.name: category.peak for category in categories},
+        {category.name: category.nearly_all for category in categories},
+        bit_depth,
+    )
