@@ -1,5 +1,6 @@
 """The stream: tasks in their order, and their images."""
 
+import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +15,9 @@ from clbench.data.unchanged import SPLITS, Fingerprints
 from clbench.errors import UserError
 from clbench.randomness import generator
 
-_TAKEN = ("mean", "forgetting", "maps")  # names that results are filed under beside those of categories
+# Names that results are filed under beside those of categories, in tables and in Weights & Biases.
+_TAKEN = ("mean", "forgetting", "maps", "training", "final", "R")
+_LONGEST = 200  # bytes of a name; file systems take 255, of which files that are named after it need some
 
 
 @dataclass(frozen=True)
@@ -67,15 +70,32 @@ def order(dataset: Dataset, kind: str, tasks: list | None, seed: int) -> list[li
 
     Raises:
         UserError: the list is empty, has an empty task, or names a category twice or one that the dataset
-            does not have; or a category has a name that results need for themselves.
+            does not have; or a category's name cannot be used.
     """
     grouped = _grouped(dataset, kind, tasks, seed)
     for name in (name for group in grouped for name in group):
-        if name in _TAKEN:
-            raise UserError(
-                f"the category '{name}' has a name that results need for themselves; rename its folder"
-            )
+        if problem := name_problem(name):
+            raise UserError(problem)
     return grouped
+
+
+def name_problem(name: str) -> str | None:
+    """Why a category cannot be called so, and what to do; None where it can.
+
+    Files, keys and columns of tables are named after categories.
+    """
+    reason = None
+    if name in _TAKEN:
+        reason = "has a name that results need for themselves"
+    elif any(unicodedata.category(sign) in ("Cc", "Cs") for sign in name):
+        reason = "has a name with signs that are no text in UTF-8"
+    elif "/" in name or name in ("", ".", ".."):
+        reason = "has a name that no folder can have"
+    elif len(name.encode()) > _LONGEST:
+        reason = f"has a name of {len(name.encode())} bytes, and files with longer ones are named after it"
+        name = f"{name[:20]}..."
+    shown = name.encode("unicode_escape").decode("ascii") if reason and not name.isprintable() else name
+    return reason and f"the category '{shown}' {reason}; rename its folder"
 
 
 def _grouped(dataset: Dataset, kind: str, tasks: list | None, seed: int) -> list[list[str]]:
