@@ -35,14 +35,17 @@ NAMES = (
 def main() -> None:
     """Print the tables asked for, each when it is measured."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("names", nargs="*", choices=[[], *NAMES], metavar="NAME")
+    parser.add_argument("names", nargs="*", metavar="NAME")
     parser.add_argument("--checkpoint", help="weights of timm's resnet18, .safetensors or .pth")
     parser.add_argument("--root", help="a folder of categories in the MVTec AD layout")
     given = parser.parse_args()
+    if unknown := [name for name in given.names if name not in NAMES]:
+        parser.error(f"there is no {', '.join(unknown)}; there are {', '.join(NAMES)}")
     console = Console(width=120)
     for name in given.names or NAMES:
+        console.print(f"measuring {name}", style="dim")
         table = importlib.import_module(f"benchmarks.{name}").table(given.checkpoint, given.root)
         console.print(table)
         console.print()

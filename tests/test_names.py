@@ -85,3 +85,12 @@ def test_names_from_a_list_can_be_no_paths(name: str) -> None:
     assert (
         name_problem(name) == f"the category '{name}' has a name that no folder can have; rename its folder"
     )
+
+
+def test_two_tasks_cannot_have_one_name(train: Train, tmp_path: Path) -> None:
+    for number, name in enumerate(("a", "b", "a+b")):
+        make_category(tmp_path / "data" / name, np.random.default_rng(number), train=2)
+    given = ("strategy=joint", f"dataset.root={tmp_path / 'data'}")
+    refused = train(*given, "task_order.tasks=[[a,b],'a+b']")
+    assert refused.returncode == 1 and "two tasks would be called 'a+b'" in refused.stderr
+    assert train(*given, "task_order.tasks=[a,b,'a+b']").returncode == 0

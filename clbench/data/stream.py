@@ -76,6 +76,12 @@ def order(dataset: Dataset, kind: str, tasks: list | None, seed: int) -> list[li
     for name in (name for group in grouped for name in group):
         if problem := name_problem(name):
             raise UserError(problem)
+    tasks_called = ["+".join(group) for group in grouped]
+    for name in tasks_called:
+        if tasks_called.count(name) > 1:
+            raise UserError(
+                f"two tasks would be called '{name}', after their categories: rename the folder of a category with a +"
+            )
     return grouped
 
 

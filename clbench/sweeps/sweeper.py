@@ -6,6 +6,7 @@ import functools
 import itertools
 import sys
 import traceback
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -90,7 +91,16 @@ class RunSweeper(Sweeper):
                 display.line(f"finished already, skipped: {run.directory.path}")
             elif run.state == "failed" and run in wanted:
                 display.line(f"failed before, tried again: {run.directory.path}: {run.reason}")
-        failed = self._launch(wanted, runs[0].directory.path.parent, display)
+        if self._config.only and not wanted:
+            states = Counter(run.state for run in runs)
+            counts = ", ".join(f"{count} {state}" for state, count in states.items())
+            display.line(f"only={self._config.only}: nothing to start; {counts}")
+            return
+        try:
+            failed = self._launch(wanted, runs[0].directory.path.parent, display)
+        except UserError as error:  # the launcher's: there is no cluster, or it rejects the jobs
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(1)
         if len(runs) > 1:
             display.table(sweep_table(runs, display.console.width))
         if not failed or len(runs) > 1:
@@ -159,14 +169,22 @@ class RunSweeper(Sweeper):
             folder: where the directories of the runs are.
 
         Returns:
-            Whether one failed, or none could be launched.
+            Whether one failed.
+
+        Raises:
+            UserError: none could be launched.
         """
         self._config.hydra.sweep.dir = str(folder)
-        try:
-            jobs = self._jobs(pending, display)
-        except UserError as error:  # the launcher's: there is no cluster, or it rejects the jobs
-            print(f"error: {error}", file=sys.stderr)
-            return True
+        unwritable = []
+        for run in pending:
+            try:
+                run.directory.create()  # Hydra's own error would end all runs
+            except UserError as error:
+                unwritable.append(run)
+                run.reason = str(error)
+                print(f"error: {error}", file=sys.stderr)
+        pending = [run for run in pending if run not in unwritable]
+        jobs = self._jobs(pending, display)
         failures = [
             (run, job) for run, job in zip(pending, jobs, strict=True) if job.status != JobStatus.COMPLETED
         ]
@@ -178,12 +196,12 @@ class RunSweeper(Sweeper):
             run.reason = message
             named = len(pending) == 1 or str(run.directory.path) in message
             print(f"error: {'' if named else run.directory.path.name + ': '}{message}", file=sys.stderr)
-        return bool(failures)
+        return bool(failures or unwritable)
 
     def _jobs(self, pending: list[SweepRun], display: Display) -> list[JobReturn]:
         """How each of these runs ended: launched in batches, or one after the other with a line for each."""
         alone = isinstance(self._launcher, SequentialLauncher)
-        size = 1 if alone else self.max_batch_size or len(pending)
+        size = 1 if alone else self.max_batch_size or max(1, len(pending))
         jobs: list[JobReturn] = []
         names = distinct(pending) if pending else []
         for first in range(0, len(pending), size):
