@@ -12,7 +12,7 @@ from torch import Tensor
 
 from clbench import assembly, thresholds
 from clbench.config import Config
-from clbench.data.files import find_images, read_image
+from clbench.data.files import find_images, read_image_at
 from clbench.data.samples import Geometry
 from clbench.errors import UserError
 from clbench.evaluation import BATCH_SIZE
@@ -161,8 +161,7 @@ class TrainedDetector:
         Raises:
             UserError: it cannot be read, or cannot be brought to the run's size.
         """
-        picture = read_image(path)
-        height, width = picture.shape[:2]
+        picture, (height, width) = read_image_at(path, self.geometry)
         try:
             pixels = self.geometry.image(picture)
         except UserError as error:

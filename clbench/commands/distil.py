@@ -77,7 +77,8 @@ def main(options: argparse.Namespace) -> int:
     pyramid = backbone.pyramid(options.layers).to(device)
     with tempfile.TemporaryDirectory(prefix="clbench-") as cache:
         pictures = Pictures(options.images, options.count, "--images", options.seed, cache)
-        print(f"reading {len(pictures.samples)} images", flush=True)
+        left_out = f"; left out of {options.images}: {pictures.left_out}" if str(pictures.left_out) else ""
+        print(f"reading {len(pictures.samples)} images{left_out}", flush=True)
         loaded = pictures.load(options.size, options.size).to(device)
         with Display("distillation") as display:
             network, explained = distil(

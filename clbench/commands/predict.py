@@ -74,10 +74,15 @@ def main(options: argparse.Namespace) -> int:
         )
 
     from clbench.data.files import find_images
+    from clbench.data.listing import LeftOut
 
-    files = find_images(options.images, without=options.output)
+    left_out = LeftOut()
+    files = find_images(options.images, options.output, left_out)
     if not files:
-        raise UserError(f"{' '.join(options.images)} holds no image: name files, folders or patterns")
+        more = f" (left out: {left_out})" if str(left_out) else ""
+        raise UserError(f"{' '.join(options.images)} holds no image{more}: name files, folders or patterns")
+    if str(left_out):
+        print(f"left out of the folders given: {left_out}", flush=True)
     folder = _common(options.images, files)
     pictures = {} if options.only_scores else _pictures(files, folder)
     trained = _load(options)

@@ -275,7 +275,7 @@ def _decoded(samples: list[Sample], geometry: Geometry) -> Generator[Decoded, No
     """The samples at the run's size in their order, decoded by a few threads a few images ahead."""
 
     def decode(sample: Sample) -> Decoded:
-        image, mask = sample.read()
+        image, mask = sample.at(geometry).read()
         largest = int(image.max()) if image.dtype == np.uint16 else None
         try:
             return geometry.image(image), None if mask is None else geometry.mask(mask), largest

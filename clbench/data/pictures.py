@@ -10,7 +10,8 @@ from pydantic import AfterValidator
 from torch import Tensor
 
 from clbench.data import cache
-from clbench.data.files import SUFFIXES, FileSample
+from clbench.data.files import FileSample
+from clbench.data.listing import SUFFIXES, LeftOut, images_in
 from clbench.data.samples import GOOD, Geometry, Sample
 from clbench.data.textures import texture
 from clbench.errors import UserError
@@ -54,12 +55,16 @@ class Pictures:
         seed: seed of the choice of pictures.
         directory: folder of the cache of decoded images.
 
+    Attributes:
+        left_out: what was left out of the folder.
+
     Raises:
         UserError: the folder does not exist or holds no image.
     """
 
     def __init__(self, folder: str | None, count: int, setting: str, seed: int, directory: str):
         self.directory = Path(directory).expanduser()
+        self.left_out = LeftOut()
         random = generator(seed, "pictures")
         if folder is None:
             numbers = torch.randint(2**31, (count,), generator=random).tolist()
@@ -71,7 +76,7 @@ class Pictures:
         root = Path(folder).expanduser()
         if not root.is_dir():
             raise UserError(f"{setting}={folder} {_NO_FOLDER}")
-        paths = sorted(path for path in root.rglob("*") if path.suffix.lower() in SUFFIXES)
+        paths = images_in(root, self.left_out)
         if not paths:
             raise UserError(
                 f"{setting}={folder} holds no image ({', '.join(SUFFIXES)}), nor do the folders in it: "

@@ -41,12 +41,17 @@ class Sample(ABC):
         """Whether `identity` would be another if the sample changed from now on; of a new file it might be the same."""
         return True
 
+    def at(self, geometry: "Geometry") -> "Sample":
+        """The sample to `read` where only what `geometry` makes of it is wanted: the default is itself."""
+        return self
+
     @abstractmethod
     def read(self) -> tuple[np.ndarray, np.ndarray | None]:
         """The image and the mask of its defect.
 
         Returns:
-            The image, uint8 or uint16 [H, W, 3] RGB, and the mask, bool [H, W]; None where it has no mask.
+            The image, uint8 or uint16 [H, W, 3] RGB, and the mask, bool [H, W]; None where it has no mask. Both have the
+            size of the file, unless the sample was asked for `at` a geometry.
 
         Raises:
             UserError: the file is unreadable or truncated, or its mask is missing or has another size.

@@ -92,7 +92,11 @@ def check_files(dataset: Published, root: Path, progress: Callable[[int, int], N
         for content, name in tested
         if content in seen
     ]
-    report.notes = [*_without_masks(report.categories), *_against_published(dataset, report.categories)]
+    report.notes = [
+        *reader.notes,
+        *_without_masks(report.categories),
+        *_against_published(dataset, report.categories),
+    ]
     return report
 
 
