@@ -213,6 +213,11 @@ def test_a_meaning_in_alpha_alone_is_refused(tmp_path: Path) -> None:
             read_mask(tmp_path / "a.png")
 
 
+def test_of_a_few_pixels_every_positive_one_marks(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 9, (16, 16), dtype=np.uint8) * 28
+    np.testing.assert_array_equal(read_mask(as_png(noise, tmp_path / "a.png")), noise > 0)
+
+
 def test_a_mask_without_black_is_refused_unless_it_is_white_all_over(tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match="a.png has no black, the lowest of its values is 1: give the background 0"

@@ -11,6 +11,7 @@ _HALF = 0.5
 _FEW = 16  # positive levels, at most, of masks whose labels may touch one another
 _SPECK = 2  # pixels: what compression leaves near black comes in smaller specks, on average
 _SPOT = 4  # pixels: what colours leave beside a point in a lossy format, at most
+_SMALL = 32 * 32  # pixels: of fewer, it cannot be said that they have no order
 _NEAR_BLACK = 1 / 32  # of the largest level
 _FAINTEST = 1 / 8  # of white: a lossy file that is not brighter blurs its levels with its noise
 
@@ -64,6 +65,8 @@ def marked(pixels: np.ndarray, lossy: bool, alpha: bool = False) -> np.ndarray:
             "white on black"
         )
     if _in_no_order(levels, lowest, highest):
+        if not lossy and levels.size < _SMALL:
+            return levels > 0
         raise Doubtful(
             "has grey levels that are neither background nor defect nor the edge between them, as a heat map, a "
             "photograph or labels in a lossy format have: save it as PNG, white on black"
