@@ -1,6 +1,5 @@
 """Images at the run's size, decoded once per machine and memory-mapped by every job of a sweep."""
 
-import fcntl
 import hashlib
 import json
 import os
@@ -21,6 +20,7 @@ import torch
 from clbench.data.images import ImageSet, different_sizes
 from clbench.data.samples import Geometry, Sample
 from clbench.errors import UserError
+from clbench.locks import open_lock, take_lock
 
 _FORMAT = 1  # raise it when the same samples and geometry would be stored differently
 _ABANDONED_S = 3600  # seconds: a part file not written to for so long belongs to a killed process
@@ -166,12 +166,12 @@ def _whole_file(path: Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def _lock(path: Path) -> Iterator[None]:
-    """Held by one process at a time, and released by the system when it dies."""
-    with open(path, "ab") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError:
-            pass  # a disk without locks: jobs may decode the same images, each into its own file; only slower
+    """Held by one process at a time.
+
+    Where the disk has no locks, jobs may decode the same images, each into a file of its own: that is only slower.
+    """
+    with open_lock(path) as file:
+        take_lock(file, wait=True)
         yield
 
 

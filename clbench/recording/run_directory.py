@@ -4,12 +4,12 @@ A file is replaced as a whole, or appended to.
 """
 
 import csv
-import fcntl
 import io
 import json
 import os
 import shutil
 import socket
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
@@ -20,6 +20,7 @@ import yaml
 
 from clbench.config import differences
 from clbench.errors import UserError, in_one_line
+from clbench.locks import open_lock, take_lock
 from clbench.recording.files import append_whole, cannot_write, write_whole
 from clbench.recording.journal import Journal
 
@@ -181,31 +182,37 @@ class RunDirectory:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Inside, this process alone works in the directory.
-
-        The system releases the lock when the process dies.
+        """Inside, this process alone works in the directory, as far as its disk has locks to tell by.
 
         Raises:
             UserError: another process holds it, or the directory cannot be written.
         """
         self.create()
         try:
-            file = open(self.path / "run.lock", "a+b", buffering=0)  # noqa: SIM115
+            file = open_lock(self.path / "run.lock")
         except OSError as error:
             raise cannot_write(self.path, error) from error
-        with file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
+        try:
+            whose, reason = take_lock(file, wait=False)
+            if whose == "another's":
                 file.seek(0)
                 raise UserError(
-                    f"{self.path} is in use by {file.read().decode().strip() or 'another process'}: "
+                    f"{self.path} is in use by {file.read().decode(errors='replace').strip() or 'another process'}: "
                     "wait for it, or give this run another experiment=NAME"
-                ) from error
+                )
+            if whose == "none":
+                print(
+                    f"warning: the disk of {self.path} has no locks ({reason}): two processes in one run directory "
+                    "would not notice each other",
+                    file=sys.stderr,
+                )
             with suppress(OSError):  # on a full disk the lock holds too, but does not say who has it
                 file.truncate(0)
                 file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
             yield
+        finally:
+            with suppress(OSError):
+                file.close()
 
     @contextmanager
     def reporting(self, identity: Mapping[str, Any]) -> Iterator[Callable[[Mapping[str, Any]], None]]:
