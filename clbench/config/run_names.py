@@ -15,6 +15,11 @@ def _order(override: str) -> tuple[int, str]:
     return (_FIRST.index(key) if key in _FIRST else len(_FIRST)), override.lstrip("+")
 
 
+def _digest(text: str) -> str:
+    """SHA-256 of a text, which may hold bytes of a file's name that are no text."""
+    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()
+
+
 def run_name(overrides: Iterable[str]) -> str:
     """The name of a run's directory, made of its overrides: the same command finds the same directory.
 
@@ -28,7 +33,7 @@ def run_name(overrides: Iterable[str]) -> str:
             continue
         readable = re.sub(r"[^\w.+\-]+", "-", value.rstrip("/").rsplit("/", 1)[-1]).strip("-")[:40]
         if readable != value:
-            readable += f"~{hashlib.sha256(value.encode()).hexdigest()[:6]}"
+            readable += f"~{_digest(value)[:6]}"
         words.append(f"{key.lstrip('+')}={readable}")
     name = ",".join(words) or "default"
-    return name if len(name) <= 200 else f"{name[:190]}~{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    return name if len(name) <= 200 else f"{name[:190]}~{_digest(name)[:8]}"

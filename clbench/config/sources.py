@@ -90,7 +90,7 @@ def composed_from(hydra_config: Any, overrides: Sequence[str]) -> str:
     folders = [source.path for source in hydra_config.runtime.config_sources if source.schema == "file"]
     files = [_folder_digest(str(folder)) for folder in (*folders, sweeps())]
     named = sorted(text for text in overrides if in_results(text))
-    return hashlib.sha256("\n".join([*files, *named]).encode()).hexdigest()
+    return hashlib.sha256("\n".join([*files, *named]).encode(errors="surrogateescape")).hexdigest()
 
 
 def read_again() -> None:
@@ -107,5 +107,5 @@ def _folder_digest(folder: str) -> str:
         for name in sorted(files):
             if name.endswith((".yaml", ".yml")):
                 file = Path(path) / name
-                digest.update(str(file.relative_to(folder)).encode() + b"\0" + file.read_bytes() + b"\0")
+                digest.update(os.fsencode(file.relative_to(folder)) + b"\0" + file.read_bytes() + b"\0")
     return digest.hexdigest()
