@@ -181,7 +181,8 @@ class Course:
         self.history.close()  # so that all of it is on the disk before the run is complete
         message = self.recorder.finish(summary, {metric: self.results.matrix(metric) for metric in METRICS})
         self.directory.write_summary(summary)
-        self.display.table(run_table(summary, self.results))
+        with self.display.showing():
+            self.display.table(run_table(summary, self.results))
         if message:
             self.display.line(message)
         return summary

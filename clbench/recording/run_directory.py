@@ -19,7 +19,7 @@ from typing import Any, Literal
 import yaml
 
 from clbench.config import differences
-from clbench.errors import UserError, in_one_line
+from clbench.errors import UserError, first_line, in_one_line
 from clbench.locks import open_lock, take_lock
 from clbench.recording.files import append_whole, cannot_write, write_whole
 from clbench.recording.journal import Journal
@@ -43,6 +43,7 @@ class RunDirectory:
 
     def __init__(self, path: Path | str):
         self.path = Path(path)
+        self._completed = False  # whether this object has written that the run is complete
 
     def summary(self) -> dict[str, Any] | None:
         """What summary.json holds; None where the run has not begun, or the file is damaged.
@@ -219,13 +220,14 @@ class RunDirectory:
         """Inside, the run's status is in summary.json: `failed` after an exception.
 
         Gives a function that is called with the whole identity of the run once that is known, and writes it,
-        with its status `running`.
+        with its status `running`. A run that was complete before the exception came stays so: what came is
+        printed in a line.
 
         Args:
             identity: what is known of the run before; used where there is no summary.json yet.
 
         Raises:
-            Exception: whatever is raised inside, after it was written down.
+            Exception: whatever is raised inside a run that is not complete, after it was written down.
         """
         about = self.summary() or dict(identity)
 
@@ -237,6 +239,9 @@ class RunDirectory:
         try:
             yield begin
         except Exception as error:
+            if self._completed:
+                print(f"warning: {self.path} is complete; after that: {first_line(error)}", file=sys.stderr)
+                return
             reason = in_one_line(error) or f"{type(error).__name__}: {error}"
             with suppress(UserError):  # where nothing can be written, the error itself matters more
                 self.write_summary({**about, "status": "failed", "reason": reason})
@@ -300,6 +305,7 @@ class RunDirectory:
             UserError: the disk is full or may not be written.
         """
         self._write("summary.json", json.dumps(summary, indent=2) + "\n")
+        self._completed = summary["status"] == "complete"
 
     def journal(self) -> Journal:
         """Open journal.jsonl: losses and metrics at full precision, for a process that continues the run.
