@@ -154,9 +154,7 @@ def run_one(config: Config, hydra_config: Any) -> None:
                 )
                 directory.write_config(config.plain(), departures(config, hydra_config), made_by(made.device))
                 report(made.identity)
-                recorder, notice = assembly.build_recorder(made, directory.path)
-                if notice:
-                    display.line(notice)
+                recorder = assembly.build_recorder(made, directory.path, display.line)
                 experiment.run(made, directory, display, interruption, recorder)
     except Stopped as stopped:
         again = "the same command without overwrite=true" if config.overwrite else "the same command"

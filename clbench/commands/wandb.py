@@ -59,10 +59,12 @@ def main(options: argparse.Namespace) -> int:
 
 
 def _sync(options: argparse.Namespace) -> int:
+    from clbench.recording.completing import complete
     from clbench.recording.sending import sync
 
     if not wandb_key():
         raise UserError("sending needs a key: set WANDB_API_KEY or run wandb login")
+    complete(options.folders)
     sync(options.folders)
     return 0
 
