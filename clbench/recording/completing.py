@@ -8,12 +8,14 @@ from clbench.config.schema import BESIDE_SETTINGS
 from clbench.errors import first_line
 from clbench.metrics.curves import METRICS
 from clbench.recording.run_directory import RunDirectory
-from clbench.recording.wandb import WandbRun
+from clbench.recording.wandb import UNTOLD_END, WandbRun
 from clbench.results import Results
+
+_COMPLETED = "W&B failed in this run, and may lack heat maps; clbench wandb sync completed the rest"
 
 
 def complete(folders: Sequence[Path]) -> None:
-    """Write what W&B was not told of complete runs, to be sent. Heat maps cannot be made again.
+    """Write what W&B was not told of complete runs, to be sent; heat maps cannot be made again.
 
     What goes wrong with a run is printed in a line, and the others go on.
 
@@ -35,7 +37,10 @@ def _complete(directory: RunDirectory) -> None:
         Exception: what wandb raises.
     """
     summary = directory.summary()
-    if summary is None or summary["status"] != "complete" or not summary.pop("not_recorded", None):
+    if summary is None or summary["status"] != "complete":
+        return
+    missing = summary.pop("not_recorded", _COMPLETED)
+    if missing == _COMPLETED:
         return
     tasks = summary["categories"]
     every = range(len(tasks))
@@ -57,4 +62,5 @@ def _complete(directory: RunDirectory) -> None:
         for stage in range(1 + max(entry["stage"] for entry in journal.entries)):
             recorder.stage(stage, results.after(stage))
         recorder.finish(summary, {metric: results.matrix(metric) for metric in METRICS})
-        directory.write_summary(summary)
+        rest = {} if missing.startswith(UNTOLD_END) else {"not_recorded": _COMPLETED}
+        directory.write_summary({**summary, **rest})

@@ -30,6 +30,7 @@ from clbench.recording.journal import Journal
 from clbench.recording.recorder import Recorder
 from clbench.recording.sending import answers, fragments, own_folders, send_live, sent
 
+UNTOLD_END = "W&B is not told of the end of this run"
 _LONGEST = 128  # characters of a name that W&B's server takes
 _GRACE, _LEAST_GRACE = 0.03, 10.0  # share of a run's time, and s, that its end may wait until all is sent
 
@@ -110,7 +111,7 @@ class WandbRun(Recorder):
         self._log("stage", stage, {"stage": stage, **values})
 
     def missing(self) -> str | None:
-        return None if ("finished", None) in self._logged else "W&B is not told of the end of this run"
+        return None if ("finished", None) in self._logged else UNTOLD_END
 
     def finish(self, summary: Mapping[str, Any], matrices: Mapping[str, Matrix]) -> str | None:
         if self._run is not None:
