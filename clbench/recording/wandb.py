@@ -196,10 +196,10 @@ def _begin(
             mode="offline",
             dir=str(directory),
             id=identity,
-            name=_cut(directory.name),
+            name=cut_name(directory.name),
             project=settings["project"],
             entity=settings["entity"],
-            group=_cut(config["experiment"]),
+            group=cut_name(config["experiment"]),
             tags=settings["tags"] or None,
             notes=settings["notes"],
             config=dict(config),
@@ -232,7 +232,7 @@ def run_id(directory: Path) -> str:
     return made
 
 
-def _cut(name: str) -> str:
+def cut_name(name: str) -> str:
     """A name as W&B's server takes it: one that is cut ends in a hash of the whole, and stays distinct."""
     if len(name) <= _LONGEST:
         return name
