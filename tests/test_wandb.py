@@ -28,13 +28,14 @@ from conftest import ROOT, Train, clbench, command, run_directories
 from processes import CONTEXT
 from wandb.proto import wandb_internal_pb2
 from wandb_server import Server, serving
+from wandb_server import records as fragment_records
 
 from clbench.commands.run import main
 from clbench.config import wandb_mode
 from clbench.errors import UserError
 from clbench.interruption import Stopped
 from clbench.metrics.curves import METRICS
-from clbench.recording import dashboard, staged
+from clbench.recording import dashboard
 from clbench.recording import wandb as recording
 from clbench.recording.completing import complete
 from clbench.recording.recorder import Recorder, Surviving
@@ -126,7 +127,6 @@ def test_everything_is_logged_once_under_an_id_that_stays(finished: tuple[Path, 
     check_everything_once(directory)
     pictures = list(fragment.parent.glob("files/media/images/maps/*.png"))
     assert len(pictures) == 2 * (1 + 2 + 3)
-    assert not (directory / "wandb" / "pictures").exists()
 
 
 def test_a_killed_run_is_told_whole_when_it_is_continued_and_sent_when_it_is_online(
@@ -297,7 +297,6 @@ def check_told(directory: Path) -> None:
     summary = server.summary[identity]
     assert (summary["final/f1"], summary["average_forgetting_pct"]) == (0.5, 1.5)
     assert len([name for name in server.files if name.startswith("media/images/maps/")]) == 3
-    assert not (directory / "wandb" / "pictures").exists()
 
 
 def test_a_recorder_that_is_told_of_a_run(tmp_path: Path) -> None:
@@ -331,11 +330,6 @@ def _after_wandb_finished() -> None:
     WandbRun._end = lambda self, *what: (end(self, *what), die())  # type: ignore
 
 
-def _before_the_pictures_are_removed() -> None:
-    rmtree = shutil.rmtree
-    shutil.rmtree = lambda path, **how: die() if Path(path).name == "pictures" else rmtree(path, **how)  # type: ignore
-
-
 @pytest.mark.parametrize(
     "killing",
     [
@@ -343,7 +337,6 @@ def _before_the_pictures_are_removed() -> None:
         _pictures_wait_without_a_line,
         _while_pictures_are_written,
         _after_wandb_finished,
-        _before_the_pictures_are_removed,
     ],
 )
 def test_killed_between_the_file_and_wandb(killing: Callable[[], None], tmp_path: Path) -> None:
@@ -358,30 +351,6 @@ def test_a_run_of_before_there_was_our_own_file_is_told_whole(tmp_path: Path) ->
     (tmp_path / "wandb" / "logged.jsonl").unlink()
     assert apart(tmp_path) != "killed"
     check_told(tmp_path)
-
-
-def test_a_run_that_was_moved_is_sent_with_its_tables(tmp_path: Path) -> None:
-    """As to a machine that has a network: nothing is where it was when it was written."""
-    assert apart(tmp_path / "here") is not None
-    moved = (tmp_path / "here").rename(tmp_path / "there")
-    assert "artifact/R/f1.table.json" in receive(moved).files
-    check_told(moved)
-
-
-def test_a_fragment_is_written_anew_as_wandb_writes_it(finished: tuple[Path, str]) -> None:
-    (fragment,) = fragments(finished[0])
-    content = fragment.read_bytes()
-    assert staged._chunks(staged._records(content)) == content[7:]
-    sizes = [
-        0,
-        1,
-        *range(32768 - 24, 32768 + 3),
-        100_000,
-    ]  # about the size of a block, with what it begins with
-    records = [bytes([size % 251]) * size for size in sizes]
-    written = content[:7] + staged._chunks(records)
-    assert list(staged._records(written)) == records
-    assert list(staged._records(written[:-1])) == records[:-1]
 
 
 def test_a_run_that_is_written_over_is_another_run(tmp_path: Path) -> None:
@@ -565,6 +534,15 @@ def test_a_run_that_was_killed_after_its_summary_is_completed_where_it_was_moved
     check_everything_once(moved, pictures=False)
 
 
+def test_a_run_that_was_moved_is_sent_whole(train: Train, tmp_path: Path) -> None:
+    """As to a machine that has a network: nothing is where it was when it was written."""
+    assert train(*SMALL, "wandb=offline").returncode == 0
+    (directory,) = run_directories(tmp_path)
+    moved = directory.rename(tmp_path / "moved")
+    send(moved)
+    check_everything_once(moved)
+
+
 def send(directory: Path) -> None:
     """Call clbench wandb sync without a home folder; all tables of R arrive."""
     with serving() as server:
@@ -614,7 +592,7 @@ def test_runs_of_a_process_write_into_their_own_directories_alone(process: Train
         identity = json.loads((directory / "wandb" / "id.json").read_bytes())["id"]
         assert fragment.stem == f"run-{identity}"
         records = [
-            wandb_internal_pb2.Record.FromString(one) for one in staged._records(fragment.read_bytes())
+            wandb_internal_pb2.Record.FromString(one) for one in fragment_records(fragment.read_bytes())
         ]
         (run,) = [record.run for record in records if record.HasField("run")]
         names.append(run.display_name)

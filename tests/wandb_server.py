@@ -3,7 +3,9 @@
 import gzip
 import http.server
 import json
+import struct
 import threading
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -99,3 +101,27 @@ def serving() -> Iterator[Server]:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield server
         server.shutdown()
+
+
+_BEGIN = 7  # bytes before the first chunk, in the first block
+_BLOCK = 32768
+_HEAD = struct.Struct("<IHB")  # CRC-32, length, kind
+_WHOLE, _FIRST, _LAST = 1, 2, 4
+
+
+def records(content: bytes) -> Iterator[bytes]:
+    """The records of a `.wandb` file, up to one that is cut off or damaged."""
+    at, record = _BEGIN, b""
+    while at + _HEAD.size <= len(content):
+        if _BLOCK - at % _BLOCK < _HEAD.size:
+            at += _BLOCK - at % _BLOCK
+            continue
+        checksum, length, kind = _HEAD.unpack_from(content, at)
+        at += _HEAD.size
+        part = content[at : at + length]
+        at += length
+        if len(part) < length or zlib.crc32(bytes([kind]) + part) != checksum:
+            return
+        record = part if kind in (_WHOLE, _FIRST) else record + part
+        if kind in (_WHOLE, _LAST):
+            yield record

@@ -1,4 +1,4 @@
-"""Telling W&B what it was not told of runs that are complete, from their directories."""
+"""Writing what W&B was not told of complete runs, and what names files where they are no more, from their directories."""
 
 import sys
 from collections.abc import Sequence
@@ -8,14 +8,14 @@ from clbench.config.schema import BESIDE_SETTINGS
 from clbench.errors import first_line
 from clbench.metrics.curves import METRICS
 from clbench.recording.run_directory import RunDirectory
-from clbench.recording.wandb import UNTOLD_END, WandbRun
+from clbench.recording.wandb import UNTOLD_END, WandbRun, moved
 from clbench.results import Results
 
 _COMPLETED = "W&B failed in this run, and may lack heat maps; clbench wandb sync completed the rest"
 
 
 def complete(folders: Sequence[Path]) -> None:
-    """Write what W&B was not told of complete runs, to be sent; heat maps cannot be made again.
+    """Write what W&B was not told of complete runs, and runs that were moved, to be sent; lost heat maps stay lost.
 
     What goes wrong with a run is printed in a line, and the others go on.
 
@@ -30,7 +30,7 @@ def complete(folders: Sequence[Path]) -> None:
 
 
 def _complete(directory: RunDirectory) -> None:
-    """Write what W&B was not told of a run; nothing where the run is not complete, or all is recorded.
+    """Write a run anew where W&B was not told all of it, or it was moved; nothing where it is not complete.
 
     Raises:
         UserError: another process works in the directory, or a file of it cannot be read or written.
@@ -39,8 +39,8 @@ def _complete(directory: RunDirectory) -> None:
     summary = directory.summary()
     if summary is None or summary["status"] != "complete":
         return
-    missing = summary.pop("not_recorded", _COMPLETED)
-    if missing == _COMPLETED:
+    missing = summary.pop("not_recorded", None)
+    if missing in (None, _COMPLETED) and not moved(directory.path / "wandb"):
         return
     tasks = summary["categories"]
     every = range(len(tasks))
@@ -62,5 +62,6 @@ def _complete(directory: RunDirectory) -> None:
         for stage in range(1 + max(entry["stage"] for entry in journal.entries)):
             recorder.stage(stage, results.after(stage))
         recorder.finish(summary, {metric: results.matrix(metric) for metric in METRICS})
-        rest = {} if missing.startswith(UNTOLD_END) else {"not_recorded": _COMPLETED}
-        directory.write_summary({**summary, **rest})
+        if missing is not None:
+            rest = {} if missing.startswith(UNTOLD_END) else {"not_recorded": _COMPLETED}
+            directory.write_summary({**summary, **rest})

@@ -18,7 +18,6 @@ from contextlib import suppress
 from pathlib import Path
 
 from clbench.errors import UserError
-from clbench.recording.staged import find_again
 
 _PATIENCE = 1.5  # s that a server has to answer; one that takes longer is not waited for
 
@@ -111,7 +110,6 @@ def sync(folders: Sequence[Path]) -> None:
         raise UserError(f"{', '.join(map(str, folders))}: no runs of W&B there; give outputs/EXPERIMENT")
     for file in files:
         if not _sent(file):
-            find_again(file)
             # A marker that is older than the file would make wandb skip it.
             file.with_suffix(".wandb.synced").unlink(missing_ok=True)
     print("sending; a server that cannot be reached is tried again until Ctrl-C", flush=True)

@@ -4,10 +4,10 @@ What was logged is in `wandb/logged.jsonl`, a JSON line each; the number of a li
 written before wandb is told. wandb writes its own file, the fragment, by a process of its own and some seconds late,
 and what a killed job had yet to write is lost. So a continued run removes the fragment of the process before it, and
 logs all lines again into a new one: the same values at the same steps under the same id, whatever a server has got of
-them already. Pictures wait in `wandb/pictures` until the run is over.
+them already. Pictures stay in `wandb/pictures` for that.
 
-wandb's own files are in the run directory too, whatever the home folder is: the fragment names those of tables, which
-are sent with it.
+wandb's own files are in the run directory too, whatever the home folder is. A fragment names those of tables by their whole
+paths: one of a directory that was moved is written anew before it is sent.
 """
 
 import hashlib
@@ -69,9 +69,10 @@ class WandbRun(Recorder):
         self._logged = {(line["key"], line["at"]) for line in self._file.entries}
         self._run: Any = None  # the wandb.Run that is told; None where there is nothing more to tell
         finished = ("finished", None) in self._logged  # by a process that was killed before the run's own end
-        if not finished or not fragments(self.folder):
+        if not finished or not fragments(self.folder) or moved(self.folder):
             for left in [*fragments(self.folder), self.folder / "artifacts"]:
                 shutil.rmtree(left, ignore_errors=True)
+            _write_about(self.folder, {"id": self.id, "folder": str(self.folder.resolve())})
             self._run = _begin(directory, self.id, settings, config, names)
             for step, line in enumerate(self._file.entries):
                 self._tell(step, line)
@@ -116,11 +117,12 @@ class WandbRun(Recorder):
     def finish(self, summary: Mapping[str, Any], matrices: Mapping[str, Matrix]) -> str | None:
         if self._run is not None:
             self._end(summary, matrices)
-            self._append("finished", None, {})
-        shutil.rmtree(self._pictures, ignore_errors=True)
+            if ("finished", None) not in self._logged:
+                self._append("finished", None, {})
         if self._sender is not None and self._sender.poll() is None and answers(self._address):
             with suppress(subprocess.TimeoutExpired):
                 self._sender.wait(max(_LEAST_GRACE, _GRACE * (time.perf_counter() - self._begun)))
+        _end_process()
         if sent(self._fragment):
             return None
         command = f"clbench wandb sync {self.folder.parent}"
@@ -169,7 +171,7 @@ class WandbRun(Recorder):
             for metric, R in matrices.items()
         }
         with _writing_into(self.folder):
-            self._run.log(tables, step=self._file.count)
+            self._run.log(tables, step=self._file.count - (("finished", None) in self._logged))
             for group in ("final", "forgetting", "memory", "time"):
                 self._run.summary.update({f"{group}/{key}": value for key, value in summary[group].items()})
             self._run.summary["average_forgetting_pct"] = summary["average_forgetting_pct"]
@@ -189,8 +191,7 @@ def _begin(
     """
     import wandb
 
-    with suppress(Exception):
-        wandb.teardown()
+    _end_process()
     with _writing_into(directory / "wandb"):
         run = wandb.init(
             mode="offline",
@@ -214,27 +215,53 @@ def _begin(
         )
     for over in ("stage", "epoch"):
         run.define_metric(over)
-    for name in (
-        *(name for name in names if "*" not in name),
-        "mean",
-        "forgetting",
-        "maps",
-    ):  # a `*` is a pattern
+    plain = [name for name in names if "*" not in name]  # which wandb takes for a pattern
+    for name in (*plain, "mean", "forgetting", "maps"):
         run.define_metric(f"{name}/*", step_metric="stage", step_sync=False)
     run.define_metric("training/*", step_metric="epoch", step_sync=False)
     return run
 
 
+def _end_process() -> None:
+    """End wandb's own process, which other processes that this one starts would talk to, where there is one."""
+    import wandb
+
+    with suppress(Exception):
+        wandb.teardown()
+
+
 def run_id(directory: Path) -> str:
     """A run's id in Weights & Biases: made once for a run directory, and kept in its `wandb/id.json`."""
-    place = directory / "wandb" / "id.json"
-    with suppress(OSError, ValueError, KeyError):
-        return json.loads(place.read_text(encoding="utf-8"))["id"]
-    made = hashlib.sha256(
-        f"{directory.resolve()} {time.time_ns()}".encode(errors="surrogateescape")
-    ).hexdigest()[:16]
-    write_whole(place, lambda part: part.write_text(json.dumps({"id": made}) + "\n", encoding="utf-8"))
-    return made
+    about = _read_about(directory / "wandb")
+    if "id" not in about:
+        text = f"{directory.resolve()} {time.time_ns()}"
+        about = {"id": hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:16]}
+        _write_about(directory / "wandb", about)
+    return str(about["id"])
+
+
+def moved(folder: Path) -> bool:
+    """Whether a fragment that is not all sent was written when the folder `wandb` of a run was elsewhere."""
+    before = _read_about(folder).get("folder")
+    return before not in (None, str(folder.resolve())) and not all(map(sent, fragments(folder)))
+
+
+def _read_about(folder: Path) -> dict[str, Any]:
+    """What `wandb/id.json` holds: `id`, and the `folder` that it was in; empty where it is missing or damaged."""
+    with suppress(OSError, ValueError):
+        found = json.loads((folder / "id.json").read_text(encoding="utf-8"))
+        return found if isinstance(found, dict) else {}
+    return {}
+
+
+def _write_about(folder: Path, about: Mapping[str, str]) -> None:
+    """Write `wandb/id.json`.
+
+    Raises:
+        UserError: the disk is full or may not be written.
+    """
+    text = json.dumps(dict(about)) + "\n"  # in ASCII, whatever bytes a folder's name has
+    write_whole(folder / "id.json", lambda part: part.write_text(text, encoding="utf-8"))
 
 
 def cut_name(name: str) -> str:
