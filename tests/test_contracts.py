@@ -148,8 +148,6 @@ class TestSingle(StrategyContract):
 class Integrating(Strategy):
     """Keeps tensors as SI does, changing them within a stage: one in place, one replaced, one that begins there."""
 
-    needs_gradients = True
-
     def begin_stage(self, stage: int, images: Tensor) -> None:
         self.memory.setdefault("path", torch.zeros(()))
         self.memory.setdefault("norms", torch.zeros(0))
@@ -205,3 +203,27 @@ def test_a_buffer_registered_while_learning_comes_back() -> None:
 
     DetectorContract().test_a_state_brings_a_detector_back(Growing)
     DetectorContract().test_the_footprint_counts_every_byte_of_the_state(Growing)
+
+
+def test_what_overrides_a_hook_of_steps_needs_gradients_unless_it_says_otherwise_itself() -> None:
+    class Mixed:
+        def after_step(self) -> None: ...
+
+    class ByMixing(Mixed, Strategy): ...
+
+    class Distilled(Replay):
+        def penalty(self, detector: Detector, batch: Batch) -> None: ...
+
+    class Inheriting(Distilled): ...
+
+    class WhereThereAreSome(Distilled):
+        needs_gradients = False  # it replays, too
+
+    class StillSo(WhereThereAreSome): ...
+
+    class NotAnyMore(WhereThereAreSome):
+        def after_backward(self, gradients: Mapping[str, Tensor]) -> None: ...
+
+    assert all(kind.needs_gradients for kind in (ByMixing, Distilled, Inheriting, NotAnyMore, Integrating))
+    assert not any(kind.needs_gradients for kind in (Strategy, Replay, Single, WhereThereAreSome, StillSo))
+    StrategyContract().test_its_flags_say_what_it_does(lambda detector: StillSo(detector, replay_size=7))
