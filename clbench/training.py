@@ -112,6 +112,15 @@ class Hooks:
         """Take what `kept` gave, in this process or in an earlier one."""
 
 
+OF_GRADIENTS = ("after_backward", "after_step")  # hooks that are called where there is an optimizer,
+OF_STEPS = ("penalty", *OF_GRADIENTS)  # and with the one of its loss
+
+
+def overrides(strategy: type[Hooks], names: Sequence[str], parent: type[Hooks] = Hooks) -> bool:
+    """Whether a class has one of these hooks otherwise than its parent has."""
+    return any(getattr(strategy, name) is not getattr(parent, name) for name in names)
+
+
 def train(
     detector: Detector,
     stage: int,
@@ -214,11 +223,7 @@ class Descent:
         self.rates = [group["lr"] for group in optimizer.param_groups]
         names = {id(parameter): name for name, parameter in detector.named_parameters()}
         self.trained = {names[id(parameter)]: parameter for parameter in self._parameters()}
-        own = [
-            getattr(type(hooks), name) is not getattr(Hooks, name)
-            for name in ("after_backward", "after_step")
-        ]
-        self.watched = any(own)
+        self.watched = overrides(type(hooks), OF_GRADIENTS)
         self.kept_before = {name: (tensor, tensor._version) for name, tensor in hooks.kept().items()}
         self.epoch, self.step = 0, 0
         self.losses = torch.empty(0)

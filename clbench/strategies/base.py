@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from clbench.data.stream import Task
 from clbench.errors import UserError
 from clbench.methods.base import Detector, Prediction, kept_state
 from clbench.randomness import seed_for
-from clbench.training import Bookmark, Hooks, held_out, train, with_prefix
+from clbench.training import OF_STEPS, Bookmark, Hooks, held_out, overrides, train, with_prefix
 
 
 class Strategy(Hooks):
@@ -36,7 +37,8 @@ class Strategy(Hooks):
         continual: whether it learns task by task and predicts without being told the task. Reports mark the
             best among such strategies and put them into Pareto fronts; the others are bounds to compare with.
         needs_gradients: whether it works on an optimizer's steps, so that it makes no sense for a detector
-            without one.
+            without one. True for a class that overrides `penalty`, `after_backward` or `after_step`, unless it
+            says False itself: then it does something for detectors without one too, as to replay images.
         needs_native_update: whether it relies on the method's own update of banks and statistics.
         why_no_buffer: the reason given in the error where a buffer is asked for.
         memory: tensors that it keeps, by name: what `kept` gives and `restore_kept` takes, unless a class
@@ -52,6 +54,12 @@ class Strategy(Hooks):
     needs_gradients = False
     needs_native_update = False
     why_no_buffer = "it keeps no images"
+
+    def __init_subclass__(cls, **arguments: Any) -> None:
+        super().__init_subclass__(**arguments)
+        parent = next(base for base in cls.__mro__[1:] if issubclass(base, Strategy))
+        if "needs_gradients" not in vars(cls) and overrides(cls, OF_STEPS, parent):
+            cls.needs_gradients = True
 
     def __init__(self, detector: Detector, *, seed: int = 0):
         self.detector = detector
