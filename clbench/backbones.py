@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from clbench.errors import UserError, first_line
 from clbench.feature_store import FeatureStore
+from clbench.paths import PATH_FOR_USE, absolute_path, expanded
 from clbench.randomness import seed_for
 
 PACKAGED = "package:"  # a checkpoint that the package ships
@@ -30,16 +31,18 @@ def _ascending(layers: list[int]) -> list[int]:
 
 
 def existing_weights(name: str) -> str:
-    """Check, when a config is checked, that the file which a setting names is there; gives the name back.
+    """The absolute path of a file of weights, when a config is checked; `package:NAME` stays as it is.
 
     Raises:
         ValueError: it is not there.
     """
-    if not weights_path(name).is_file():
+    path = name if name.startswith(PACKAGED) else absolute_path(name)
+    if not weights_path(path).is_file():
         raise ValueError("it does not exist: give a .safetensors or .pth file")
-    return name
+    return path
 
 
+Weights = Annotated[str, AfterValidator(existing_weights), PATH_FOR_USE]  # a file of weights
 Layers = Annotated[list[int], AfterValidator(_ascending)]  # levels of a pyramid
 
 
@@ -67,7 +70,7 @@ class Backbone:
         name: str,
         *,
         pretrained: bool = True,
-        checkpoint: Annotated[str, AfterValidator(existing_weights)] | None = None,
+        checkpoint: Weights | None = None,
         arguments: Mapping[str, Any] | None = None,
         seed: int = 0,
         batch_size: PositiveInt = 16,
@@ -251,7 +254,7 @@ def weights_path(name: str) -> Path:
     """The file that a setting names: a path, or `package:NAME` for one of the package's weights."""
     if name.startswith(PACKAGED):
         return Path(__file__).parent / "weights" / name.removeprefix(PACKAGED)
-    return Path(name).expanduser()
+    return expanded(name)
 
 
 class Normalisation(nn.Module):

@@ -1,6 +1,6 @@
 """The detector that a run has trained, for use elsewhere."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from clbench import assembly, thresholds
-from clbench.config import Config
+from clbench.config.using import for_use
 from clbench.data.files import find_images, read_image
 from clbench.data.samples import Geometry
 from clbench.errors import UserError
 from clbench.evaluation import BATCH_SIZE
 from clbench.methods.base import Detector, Prediction, check_frozen, frozen_digest
+from clbench.paths import expanded
 from clbench.recording.checkpoint import Checkpoints
 from clbench.recording.run_directory import RunDirectory
 from clbench.thresholds import Thresholds
@@ -182,6 +183,7 @@ def load(
     task: str | None = None,
     device: str = "auto",
     gpu: dict[str, Any] | None = None,
+    replace: Mapping[str, str | Path] | None = None,
 ) -> TrainedDetector:
     """The detector that a run has trained so far.
 
@@ -191,16 +193,20 @@ def load(
             each task (`strategy=single`); None otherwise.
         device: `auto`, `cpu`, `cuda` or `cuda:1`.
         gpu: settings of the `gpu` group to use in place of the run's, such as `precision`.
+        replace: where files that the run was trained with are now: flat key of the setting, such as
+            `backbone.checkpoint`, -> path.
 
     Raises:
-        UserError: the directory holds no trained run, a file in it is damaged, the task is not one of its
-            tasks, the frozen weights are not those that the run was begun with, or the device is not there.
+        UserError: the directory holds no trained run, a file in it is damaged or of another version of clbench, a
+            class of the user's own cannot be imported, a file of weights is not there or holds others than the run
+            was begun with, `replace` names what is no path of the run, the task is not one of its tasks, or the device
+            is not there.
     """
-    directory = RunDirectory(run_directory)
+    directory = RunDirectory(expanded(run_directory))
     stored, summary = directory.config(), directory.summary()
     if stored is None or summary is None:
         raise _nothing_trained(directory)
-    config = Config.stored(stored).changed("gpu", **(gpu or {}))
+    config = for_use(stored, gpu or {}, replace or {})
     # The device is chosen as if for fp32: one trained in fp16 also runs on a CPU, slowly.
     settings = config.gpu.model_copy(update={"device": device, "precision": "fp32"})
     chosen = assembly.select_device(settings)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from clbench.commands.numbers import whole
 from clbench.errors import UserError
+from clbench.paths import absolute, expanded
 
 if TYPE_CHECKING:
     from clbench.methods.base import Progress
@@ -27,7 +28,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--layers", type=whole(0), nargs="+", default=[2, 3], help="levels to imitate, ascending (2 3)"
     )
-    parser.add_argument("--images", help="folder of any images; left out: procedural textures")
+    parser.add_argument("--images", type=absolute, help="folder of any images; left out: procedural textures")
     parser.add_argument("--count", type=whole(1), default=20_000, help="images of it, at most (20000)")
     parser.add_argument("--size", type=whole(1), default=256, help="pixels a side (256)")
     parser.add_argument(
@@ -40,7 +41,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:1 (auto)")
     parser.add_argument("--seed", type=int, default=0, help="of first weights and the order of images (0)")
     parser.add_argument(
-        "--output", type=Path, required=True, metavar="FILE", help=".safetensors, for method.teacher="
+        "--output", type=expanded, required=True, metavar="FILE", help=".safetensors, for method.teacher="
     )
 
 
@@ -50,7 +51,7 @@ def main(options: argparse.Namespace) -> int:
     Raises:
         UserError: the backbone, images, device or output cannot be had.
     """
-    output: Path = options.output.expanduser()
+    output: Path = options.output
     if output.suffix != ".safetensors":
         raise UserError(f"--output={output}: its name must end in .safetensors, to be read as a teacher")
     try:
@@ -77,7 +78,7 @@ def main(options: argparse.Namespace) -> int:
     pyramid = backbone.pyramid(options.layers).to(device)
     with tempfile.TemporaryDirectory(prefix="clbench-") as cache:
         pictures = Pictures(options.images, options.count, "--images", options.seed, cache)
-        print(f"reading {len(pictures.samples)} images", flush=True)
+        print(f"reading {len(pictures.look_up())} images", flush=True)
         loaded = pictures.load(options.size, options.size).to(device)
         with Display("distillation") as display:
             network, explained = distil(

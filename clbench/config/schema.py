@@ -18,6 +18,7 @@ from pydantic import (
 )
 
 from clbench.errors import UserError
+from clbench.paths import PATH
 
 BESIDE_SETTINGS = ("departures", "made_by")  # keys of config.yaml that are no settings
 
@@ -145,7 +146,7 @@ class Wandb(Closed):
 class SweepSettings(Closed):
     """The settings that all runs of a sweep share and that change no results."""
 
-    outputs: Annotated[str, Field(min_length=1)]
+    outputs: Annotated[str, Field(min_length=1), PATH]
     maps: bool | Literal["few"]
     overwrite: bool
     only: Literal["failed", "missing"] | None
@@ -166,7 +167,7 @@ class Config(SweepSettings):
     wandb: Wandb
     benchmark: str
     experiment: Annotated[str, AfterValidator(_folder_name)]
-    cache: Annotated[str, Field(min_length=1)]
+    cache: Annotated[str, Field(min_length=1), PATH]
     seed: Annotated[int, Field(ge=0)]
     evaluate: Literal["seen", "all"]
 

@@ -83,14 +83,17 @@ def composed(*overrides: str, config_dir: str | Path | None = None, local: bool 
 def composed_from(hydra_config: Any, overrides: Sequence[str]) -> str:
     """SHA-256 of everything that a run's config is composed from: all files of configs, and its overrides.
 
+    The folder of this process counts too, and the values of variables: what relative paths and `~` mean.
+
     Args:
         hydra_config: the `hydra` node of a composed config.
         overrides: the run's; those that change no results do not count.
     """
     folders = [source.path for source in hydra_config.runtime.config_sources if source.schema == "file"]
     files = [_folder_digest(str(folder)) for folder in (*folders, sweeps())]
-    named = sorted(text for text in overrides if in_results(text))
-    return hashlib.sha256("\n".join([*files, *named]).encode()).hexdigest()
+    named = sorted(os.path.expandvars(text) for text in overrides if in_results(text))
+    where = [os.getcwd(), os.path.expanduser("~")]
+    return hashlib.sha256("\n".join([*files, *where, *named]).encode(errors="surrogateescape")).hexdigest()
 
 
 def read_again() -> None:

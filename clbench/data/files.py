@@ -14,6 +14,7 @@ from PIL import Image
 
 from clbench.data.samples import GOOD, Sample
 from clbench.errors import UserError
+from clbench.paths import expanded
 
 FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
@@ -35,7 +36,7 @@ def find_images(given: Iterable[Path | str], without: Path | None = None) -> lis
     """
     found: dict[Path, None] = {}
     for each in given:
-        path = Path(each).expanduser()
+        path = expanded(each)
         pattern = not path.exists() and glob.has_magic(str(path))
         matches = sorted(map(Path, glob.glob(str(path), recursive=True))) if pattern else [path]
         if not matches:

@@ -9,6 +9,7 @@ from pathlib import Path
 from clbench.data.files import SUFFIXES, FileSample, file_identity
 from clbench.data.samples import GOOD, Dataset, Sample, Split
 from clbench.errors import UserError
+from clbench.paths import Place, absolute
 
 Gap = Callable[[UserError], None]
 
@@ -47,8 +48,8 @@ class OnDisk(Dataset):
         UserError: the root or a category is missing or incomplete, or cannot be listed.
     """
 
-    def __init__(self, root: str, categories: list[str] | None = None, gap: Gap = refuse) -> None:
-        self.root = Path(root).expanduser().absolute()
+    def __init__(self, root: Place, categories: list[str] | None = None, gap: Gap = refuse) -> None:
+        self.root = Path(absolute(root, "dataset.root"))
         self.gap = gap
         try:
             found = self._found(whole=categories is None)

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import yaml
 
-from clbench.config import differences
+from clbench.config.differences import differences
 from clbench.errors import UserError, in_one_line
 from clbench.recording.files import append_whole, cannot_write, write_whole
 from clbench.recording.journal import Journal
