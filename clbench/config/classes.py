@@ -9,9 +9,9 @@ import inspect
 import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 
-from hydra.utils import get_class
 from pydantic import TypeAdapter, ValidationError
 
 from clbench.config.messages import UnknownSetting, reason
@@ -48,14 +48,43 @@ def class_of(target: str) -> type:
         UserError: it cannot be imported, or is no class.
     """
     try:
-        return get_class(target)
+        found = _located(target)
+        if not isinstance(found, type):
+            raise TypeError("it is no class")
+        return found
     except Exception as error:  # also whatever a user's own file raises while it is imported
-        cause = error.__cause__ or error
-        message = " ".join(str(cause).split()) or type(cause).__name__
-        raise UserError(
-            f"_target_={target} cannot be imported ({message}): put the folder that holds "
-            f"{target.partition('.')[0]} on PYTHONPATH, or pip install its package"
-        ) from error
+        message = " ".join(str(error).split()) or type(error).__name__
+        package = target.partition(".")[0]
+        way_out = f"put the folder that holds {package} on PYTHONPATH, or pip install its package"
+        if isinstance(error, AttributeError | TypeError):  # the module is there
+            way_out = f"name a class that is there, or install the version of {package} that has it"
+        raise UserError(f"_target_={target} cannot be imported ({message}): {way_out}") from error
+
+
+def _located(target: str) -> Any:
+    """What a dotted path names: something of a module, or within a class there.
+
+    Hydra's own function for it logs errors, line by line, beside raising them.
+
+    Raises:
+        Exception: it is not there, or whatever its module raises while it is imported.
+    """
+    module, _, name = target.rpartition(".")
+    names = [name]
+    while True:
+        try:
+            found: Any = import_module(module)
+            break
+        except ModuleNotFoundError as error:
+            above, _, name = module.rpartition(".")
+            if not above or not f"{module}.".startswith(
+                f"{error.name}."
+            ):  # the latter: what it imports is missing
+                raise
+            module, names = above, [name, *names]
+    for name in names:
+        found = getattr(found, name)
+    return found
 
 
 def class_of_kind(node: str, target: str, kind: type) -> type:
