@@ -40,7 +40,14 @@ def absolute(given: str | Path, setting: str | None = None) -> str:
     Raises:
         UserError: as `expanded`.
     """
-    return str(expanded(given, setting).absolute())
+    return _absolute(expanded(given, setting))
+
+
+def _absolute(path: Path) -> str:
+    """The absolute path, without `..` where that leads to the same place: it does not where a link is left by it."""
+    whole = str(path.absolute())
+    plain = os.path.normpath(whole)
+    return plain if os.path.realpath(plain) == os.path.realpath(whole) else whole
 
 
 def _expanded(text: str) -> Path:
@@ -104,7 +111,7 @@ def absolute_path(text: str) -> str:
     """
     if not text:
         raise ValueError("it is empty: give a path")
-    return str(_expanded(text).absolute())
+    return _absolute(_expanded(text))
 
 
 def _file(path: str) -> str:

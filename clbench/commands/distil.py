@@ -30,7 +30,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--images", type=absolute, help="folder of any images; left out: procedural textures")
     parser.add_argument("--count", type=whole(1), default=20_000, help="images of it, at most (20000)")
-    parser.add_argument("--size", type=whole(1), default=256, help="pixels a side (256)")
+    parser.add_argument(
+        "--size", type=whole(1), default=256, help="pixels a side (256); the backbone sees twice as many"
+    )
+    parser.add_argument(
+        "--img-size", type=whole(1), metavar="PIXELS", help="that a transformer is made for: twice --size"
+    )
     parser.add_argument(
         "--width", type=whole(1), default=256, help="channels of the first layer (256, the medium size)"
     )
@@ -68,14 +73,17 @@ def main(options: argparse.Namespace) -> int:
     from clbench.terminal import Display
 
     device = _device(options.device)
+    arguments = {"channels": options.channels, "img_size": options.img_size}
     backbone = Backbone(
         options.backbone,
         checkpoint=options.checkpoint,
-        arguments={"channels": options.channels} if options.channels else None,
+        arguments={name: value for name, value in arguments.items() if value},
         batch_size=options.batch_size,
         precision=options.precision,
     )
     pyramid = backbone.pyramid(options.layers).to(device)
+    seen = torch.zeros(1, 3, 2 * options.size, 2 * options.size, dtype=torch.uint8, device=device)
+    pyramid.check(seen, "give another --size", "--img-size ")
     with tempfile.TemporaryDirectory(prefix="clbench-") as cache:
         pictures = Pictures(options.images, options.count, "--images", options.seed, cache)
         print(f"reading {len(pictures.look_up())} images", flush=True)

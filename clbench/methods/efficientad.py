@@ -1,7 +1,7 @@
 """EfficientAD: a student and an autoencoder imitate a distilled teacher (Batzner et al., 2024)."""
 
 import itertools
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from annotated_types import MultipleOf
@@ -32,13 +32,13 @@ _GREY_PENALTY = 0.3  # share of penalty images shown in grey
 _JITTER = 0.2  # largest relative change of brightness, contrast or saturation
 
 
-def _teacher(name: str | None) -> str:
+def _teacher(name: Any) -> Any:
     if name is None:
         raise ValueError(
             "it has no value: give a file of distilled weights (clbench distil makes one, published ones "
             "are read too), or random"
         )
-    return name if name == "random" else existing_weights(name)
+    return existing_weights(name) if isinstance(name, str) and name != "random" else name
 
 
 class EfficientAD(Detector):
