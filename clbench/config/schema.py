@@ -196,7 +196,7 @@ class Config(SweepSettings):
         except ValidationError as error:
             first = error.errors()[0]
             raise UserError(
-                f"config.yaml is not of this version of clbench ({'.'.join(map(str, first['loc']))}: "
+                f"config.yaml is damaged, or not of this version of clbench ({'.'.join(map(str, first['loc']))}: "
                 f"{first['msg']}): repeat the run's command with another experiment=NAME"
             ) from error
 
