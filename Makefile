@@ -11,7 +11,7 @@ EXPERIMENT ?= demo
 $(INSTALLED): pyproject.toml
 	@echo "installing into .venv: 6.4 GB, some minutes"
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --config-settings editable_mode=compat --editable '.[dev]'
 	touch $@
 
 install: $(INSTALLED)

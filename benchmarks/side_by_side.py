@@ -86,7 +86,8 @@ def main() -> None:
 def _row(
     given: argparse.Namespace, method: str, category: str, folder: Path, metrics: list[str]
 ) -> list[str]:
-    task = assembly.reader(_settings(given, method, category, 0))(lambda *_: None)[0]
+    config = _settings(given, method, category, 0)
+    task = assembly.reader(config, assembly.build_dataset(config))(lambda *_: None)[0]
     _write(task, folder / "images" / category)
     _write_pictures(task.train.images.shape[-1], folder / "pictures" / "all")
     seeds = [int(seed) for seed in given.seeds.split(",")]

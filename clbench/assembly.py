@@ -14,7 +14,7 @@ from clbench.config import Config, takes, wandb_mode
 from clbench.config.classes import BUFFER, class_of_kind
 from clbench.config.schema import Gpu
 from clbench.data import stream
-from clbench.data.samples import Dataset, Geometry
+from clbench.data.samples import Dataset
 from clbench.data.stream import Task
 from clbench.errors import UserError
 from clbench.methods.base import Detector, Progress
@@ -32,6 +32,7 @@ class Assembly:
         strategy: the strategy with its detector, which have learned nothing yet.
         tasks: the stream, in its order.
         identity: what summary.json says of the run before it has results.
+        notes: a line for each thing about the images that is doubtful, or that was left out.
     """
 
     config: Config
@@ -39,6 +40,7 @@ class Assembly:
     strategy: Strategy
     tasks: list[Task]
     identity: dict[str, Any]
+    notes: list[str]
 
 
 def assemble(config: Config, progress: Progress) -> Assembly:
@@ -55,12 +57,14 @@ def assemble(config: Config, progress: Progress) -> Assembly:
     """
     device = select_device(config.gpu)
     footprint.reset_peak(device)
-    read = reader(config)
+    dataset = build_dataset(config)
+    read = reader(config, dataset)
     detector = build_detector(config).to(device)
     tasks = read(progress)
     strategy = build_strategy(config, detector)
     strategy.check(tasks)
-    return Assembly(config, device, strategy, tasks, identity(config, tasks))
+    notes = [*dataset.notes, *stream.doubts(tasks, config.dataset.bit_depth)]
+    return Assembly(config, device, strategy, tasks, identity(config, tasks), notes)
 
 
 def select_device(gpu: Gpu) -> torch.device:
@@ -92,18 +96,27 @@ def select_device(gpu: Gpu) -> torch.device:
     return chosen
 
 
-def reader(config: Config) -> Callable[[Progress], list[Task]]:
-    """Find the dataset's folders and categories, and give a function that reads the tasks of the stream.
+def build_dataset(config: Config) -> Dataset:
+    """The dataset, whose folders are looked through.
+
+    Raises:
+        UserError: the class cannot be imported, or a folder or category is not there.
+    """
+    dataset: Dataset = class_of_kind("dataset", config.dataset.target, Dataset)(**config.dataset.settings)
+    return dataset
+
+
+def reader(config: Config, dataset: Dataset) -> Callable[[Progress], list[Task]]:
+    """Find the stream's categories, and give a function that reads its tasks.
 
     The function takes a progress to tell, and raises what `clbench.data.stream.load_tasks` raises.
 
     Raises:
-        UserError: a folder or category is not there, or the buffer is larger than the stream.
+        UserError: a category is not there, or the buffer is larger than the stream.
     """
-    dataset: Dataset = class_of_kind("dataset", config.dataset.target, Dataset)(**config.dataset.settings)
     order = config.task_order
     categories = stream.order(dataset, order.kind, order.tasks, config.seed)
-    geometry = Geometry(config.dataset.resize, config.dataset.crop)
+    geometry = config.dataset.geometry()
     size = config.replay.size
     images = sum(len(dataset.samples(name, "train")) for group in categories for name in group)
     if size is not None and size > images:
@@ -153,7 +166,7 @@ def identity(config: Config, tasks: list[Task] | None = None) -> dict[str, Any]:
     """The part of summary.json that is known before training.
 
     Args:
-        tasks: the stream; None while it is not read, where the lists of tasks and categories are empty.
+        tasks: the stream; None while it is not read, where what it says of them is empty.
 
     Raises:
         UserError: the strategy's or the method's class cannot be imported.
@@ -169,6 +182,7 @@ def identity(config: Config, tasks: list[Task] | None = None) -> dict[str, Any]:
         "dataset": config.dataset.name,
         "tasks": [task.name for task in tasks or []],
         "categories": [[category.name for category in task.categories] for task in tasks or []],
+        "images": stream.fingerprints(tasks or []),
         "seed": config.seed,
     }
 

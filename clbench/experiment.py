@@ -83,6 +83,8 @@ class Course:
         self.spent = self.history.spent
         self.strategy.bookmark, self.strategy.on_epoch = self.history.checkpoints, self.history.add_epoch
         self.strategy.detector.progress = self.progress
+        for note in assembly.notes:
+            display.line(f"note: {note}")
         if self.history.continued:
             display.line(f"continuing {self.history.continued}")
 
@@ -171,14 +173,15 @@ class Course:
         with memory_named("setting thresholds", "backbone.batch_size"):
             found = thresholds.calibrate(self.strategy, self.tasks, device, self.progress)
         self.directory.write_thresholds(found)
+        self.history.close()  # so that all of it is on the disk before the run is complete
         summary = {
             **self.assembly.identity,
             "status": "complete",
             **self.results.summary(),
+            "metrics_sha256": self.directory.metrics_digest(),
             "memory": {**footprint.measure(self.strategy), "peak_mb": peak_mb},
             "time": {**spent, "inference_ms_per_image": inference},
         }
-        self.history.close()  # so that all of it is on the disk before the run is complete
         message = self.recorder.finish(summary, {metric: self.results.matrix(metric) for metric in METRICS})
         self.directory.write_summary(summary)
         self.display.table(run_table(summary, self.results))

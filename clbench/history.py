@@ -6,11 +6,11 @@ the other lines.
 """
 
 import itertools
-from collections.abc import Mapping
 from typing import Any
 
 from clbench.assembly import Assembly
 from clbench.data.stream import fingerprints
+from clbench.data.unchanged import changes
 from clbench.errors import UserError
 from clbench.interruption import Interruption
 from clbench.methods.base import check_frozen, frozen_digest
@@ -129,7 +129,11 @@ class History:
             self.strategy.restore(tensors)
         begun = self.checkpoints.peek(last + 1)
         if newest := begun or data:
-            _check_stream(newest["stream"], self._stream, self.directory)
+            if changed := changes(newest["stream"], self._stream):
+                raise UserError(
+                    f"{self.directory.path} was begun with other images ({changed}): put them back, take another "
+                    "experiment=NAME, or overwrite=true"
+                )
             check_frozen(newest.get("frozen"), self._frozen, self.directory.path)
             self.spent.restore(newest["spent"])
             where = f"in stage {last + 2}" if begun else f"after stage {last + 1}"
@@ -190,25 +194,3 @@ class History:
         where = (stage, task, self.tasks[task].name, self.results.categories[category])
         values = self.results.get(stage, category) or {}
         return [(*where, metric, value) for metric, value in values.items()]
-
-
-def _check_stream(before: Mapping[str, str], now: Mapping[str, str], directory: RunDirectory) -> None:
-    """Check that a run that is continued has the tasks and images that it was begun with.
-
-    Args:
-        before, now: task name -> fingerprint of its images, in the stream's order.
-
-    Raises:
-        UserError: it has others, or in another order.
-    """
-    if list(before.items()) == list(now.items()):
-        return
-    changed = [
-        *(f"'{name}' joined" for name in now if name not in before),
-        *(f"'{name}' is gone" for name in before if name not in now),
-        *(f"the images of '{name}' changed" for name in now if before.get(name, now[name]) != now[name]),
-    ]
-    raise UserError(
-        f"{directory.path} was begun with other images ({', '.join(changed) or 'in another order'}): put them back, "
-        "take another experiment=NAME, or overwrite=true"
-    )

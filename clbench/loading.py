@@ -14,7 +14,7 @@ from torch import Tensor
 from clbench import assembly, thresholds
 from clbench.config.messages import reason
 from clbench.config.using import for_use
-from clbench.data.files import find_images, read_image
+from clbench.data.files import find_images, read_image_at
 from clbench.data.samples import Geometry
 from clbench.errors import UserError, first_line
 from clbench.evaluation import BATCH_SIZE
@@ -164,8 +164,7 @@ class TrainedDetector:
         Raises:
             UserError: it cannot be read, or cannot be brought to the run's size.
         """
-        picture = read_image(path)
-        height, width = picture.shape[:2]
+        picture, (height, width) = read_image_at(path, self.geometry)
         try:
             pixels = self.geometry.image(picture)
         except UserError as error:
@@ -243,7 +242,7 @@ def load(
             if strategy.task_known
             else f"{which}: {directory.path} has learned {', '.join(tasks)}; leave it out, as one model judges all"
         )
-    geometry = Geometry(config.dataset.resize, config.dataset.crop)
+    geometry = config.dataset.geometry()
     side = geometry.crop or geometry.resize
     return TrainedDetector(
         strategy.detector_for(tasks.index(task)).eval(),

@@ -1,8 +1,12 @@
 """Randomness as a function of what it is for: no generator lives longer than its purpose."""
 
-import hashlib
+from __future__ import annotations
 
-import torch
+import hashlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 
 def seed_for(seed: int, *purpose: str | int) -> int:
@@ -16,4 +20,6 @@ def generator(seed: int, *purpose: str | int) -> torch.Generator:
 
     A resumed run asks for the same purposes and so draws the same numbers.
     """
+    import torch  # here, as datasets that draw with numpy do without
+
     return torch.Generator().manual_seed(seed_for(seed, *purpose))

@@ -109,7 +109,10 @@ def clbench(*words: str) -> subprocess.CompletedProcess:
 
 def within(main: Callable[[list[str]], int], words: Sequence[str]) -> subprocess.CompletedProcess:
     """A command within this process: its exit status, and what it printed."""
-    out, errors = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True) for _ in range(2))
+    out, errors = (
+        io.TextIOWrapper(io.BytesIO(), encoding="utf-8", errors="backslashreplace", write_through=True)
+        for _ in range(2)
+    )
     with redirect_stdout(out), redirect_stderr(errors):
         try:
             status = main(list(words))

@@ -9,6 +9,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
@@ -18,12 +20,12 @@ import torch
 from PIL import Image
 
 from clbench.data import cache
-from clbench.data.cache import load_cached
+from clbench.data.cache import contents_of, load_cached
+from clbench.data.doubts import doubts
 from clbench.data.files import read_image, read_mask
 from clbench.data.images import ImageSet
 from clbench.data.mvtec import MVTec
 from clbench.data.samples import GOOD, Geometry, Sample
-from clbench.data.stream import Category, Task
 from clbench.errors import UserError
 
 REPOSITORY = Path(__file__).parent.parent
@@ -94,7 +96,9 @@ def test_16_bits_are_scaled_by_the_full_range(tmp_path: Path, suffix: str, shape
     deep.flat[:3] = 0, 65535, 257 * 77
     expected = np.rint(deep / 257).astype(np.uint8)
     expected = expected if expected.ndim == 3 else np.repeat(expected[..., None], 3, axis=2)
-    np.testing.assert_array_equal(read_image(write(tmp_path / f"a.{suffix}", deep)), expected)
+    np.testing.assert_array_equal(
+        WHOLE.eight_bits(read_image(write(tmp_path / f"a.{suffix}", deep))), expected
+    )
 
 
 def test_alpha_is_dropped(tmp_path: Path) -> None:
@@ -385,7 +389,7 @@ def cached(directory: Path) -> list[Path]:
 
 
 def leftovers(directory: Path) -> list[Path]:
-    return [path for path in directory.iterdir() if path.suffix not in (".npy", ".lock")]
+    return [path for path in directory.iterdir() if path.suffix == ".part"]
 
 
 def assert_equal(actual: ImageSet, expected: ImageSet) -> None:
@@ -489,26 +493,137 @@ def test_sets_are_joined_in_order(root: Path, tmp_path: Path) -> None:
         ImageSet.concatenate([train, small])
 
 
-@pytest.mark.parametrize("part", ["train", "test"])
-def test_a_fingerprint_changes_with_any_pixel_of_any_image_or_mask(part: str) -> None:
-    def task() -> Task:
-        images = torch.arange(40, dtype=torch.uint8).reshape(40, 1, 1, 1).repeat(1, 3, 5, 6)
-        masks = torch.zeros(40, 5, 6, dtype=torch.bool)
-        names = [f"{number:03d}" for number in range(40)]
-        train, test = (
-            ImageSet(images.clone(), masks.clone(), [GOOD] * 40, names, unknown=[]) for _ in range(2)
-        )
-        return Task("brick", train, (Category("brick", test),))
+def test_a_fingerprint_changes_with_any_pixel_of_any_image_or_mask(tmp_path: Path) -> None:
+    @dataclass
+    class InMemory(Sample):
+        number: int
+        image: np.ndarray
+        mask: np.ndarray
+        kind = GOOD
 
-    seen = {task().fingerprint(), task().fingerprint()}
-    for number in range(40):
-        for tensor in ("images", "masks"):
-            changed = task()
-            images = changed.train if part == "train" else changed.categories[0].test
-            getattr(images, tensor)[number, ..., 4, 5] = 1
-            seen.add(changed.fingerprint())
-    # As the files are, and 80 changes, of which one gives image 1 the value that it had.
-    assert len(seen) == 80
+        def __post_init__(self) -> None:
+            self.name = f"{self.number:03d}"
+            self.identity = f"{self.number} {self.image.tobytes().hex()} {self.mask.tobytes().hex()}"
+
+        def read(self) -> tuple[np.ndarray, np.ndarray]:
+            return self.image, self.mask
+
+    def samples() -> list[Sample]:
+        return [InMemory(i, np.full((2, 3, 3), i, np.uint8), np.zeros((2, 3), bool)) for i in range(20)]
+
+    def fingerprint(given: list[Sample]) -> str:
+        return contents_of(given, WHOLE, tmp_path).fingerprint(given)
+
+    seen = {fingerprint(samples()), fingerprint(samples())}
+    for number in range(20):
+        for part in ("image", "mask"):
+            changed = samples()
+            array = getattr(changed[number], part).copy()
+            array[1, 2] = 255
+            changed[number] = InMemory(
+                number, **{"image": changed[number].image, "mask": changed[number].mask, part: array}
+            )  # type: ignore[attr-defined]
+            seen.add(fingerprint(changed))
+    assert len(seen) == 41
+    fewer = samples()[:-1]
+    renamed = samples()
+    renamed[3].name = "other"
+    assert len(seen | {fingerprint(fewer), fingerprint(renamed)}) == 43
+
+
+def rewritten(path: Path, image: np.ndarray) -> None:
+    """Replace a file as restoring an archive does: another content of the same size, at the same time of change."""
+    before = path.stat()
+    write(path, image)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert (path.stat().st_size, path.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+
+
+def replaced(path: Path, image: np.ndarray) -> None:
+    """As `rewritten`, but by another file that is moved to its place."""
+    before = path.stat()
+    other = write(path.with_name(f"other{path.suffix}"), image)
+    os.utime(other, ns=(before.st_atime_ns, before.st_mtime_ns))
+    other.replace(path)
+
+
+@pytest.mark.parametrize("restore", [rewritten, replaced])
+@pytest.mark.parametrize("new", [True, False])
+def test_the_cache_never_serves_other_images(
+    tmp_path: Path, restore: Callable[[Path, np.ndarray], None], new: bool
+) -> None:
+    """Of the same path, size and time of change; whether the files are from just now or were there for long."""
+    root = tmp_path / "data"
+    paths = [root / "cable" / "train" / "good" / f"{number}.bmp" for number in range(3)]
+    for path in [*paths, root / "cable" / "test" / "good" / "0.bmp"]:
+        write(path, noise(8, 8, 3))
+    if not new:
+        for path in paths:
+            os.utime(path, (0, 0))
+        time.sleep(2.1)  # the longest step of a file system's clock
+    before = load_cached(samples_of(root, "train"), WHOLE, tmp_path / "cache")
+    changed = noise(8, 8, 3, seed=1)
+    restore(paths[1], changed)
+    images = load_cached(samples_of(root, "train"), WHOLE, tmp_path / "cache")
+    np.testing.assert_array_equal(images.images[1].permute(1, 2, 0), changed)
+    assert images.contents != before.contents
+    restore(paths[1], noise(8, 8, 3))
+    back = load_cached(samples_of(root, "train"), WHOLE, tmp_path / "cache")
+    assert back.contents == before.contents and torch.equal(back.images, before.images)
+
+
+def test_a_moved_dataset_is_not_decoded_again(root: Path, tmp_path: Path) -> None:
+    decoded: list[int] = []
+    first = load_cached(samples_of(root), WHOLE, tmp_path / "cache", decoded.append)
+    moved = Path(shutil.copytree(root, tmp_path / "elsewhere"))
+    again = load_cached(samples_of(moved), WHOLE, tmp_path / "cache", decoded.append)
+    assert sum(decoded) == 4 and again.contents == first.contents
+    assert torch.equal(again.images, first.images)
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused(root: Path, tmp_path: Path) -> None:
+    samples = samples_of(root, "train")
+    write(root / "cable" / "train" / "good" / "001.png", noise(40, 40, 3, seed=99))
+    with pytest.raises(UserError, match=r"001.png or its mask changed while it was read: start again"):
+        load_cached(samples, WHOLE, tmp_path / "cache")
+    assert len(load_cached(samples_of(root, "train"), WHOLE, tmp_path / "cache")) == 3
+
+
+@pytest.mark.parametrize("bits", [10, 12, 14, 15, 16])
+def test_white_of_a_camera_with_fewer_bits_is_white(tmp_path: Path, bits: int) -> None:
+    scene = np.linspace(0, 1, 48).reshape(4, 4, 3)
+    root = tmp_path / "data" / "cable"
+    write(root / "train" / "good" / "0.png", np.rint(scene * (2**bits - 1)).astype(np.uint16))
+    write(root / "test" / "good" / "0.png", np.rint(scene * 255).astype(np.uint8))
+    samples = samples_of(root.parent, "train")
+    found = load_cached(samples, Geometry(None, bit_depth=bits), tmp_path / "cache")
+    assert found.contents and found.contents.peak == 2**bits - 1
+    np.testing.assert_allclose(found.images[0].permute(1, 2, 0), scene * 255, atol=0.63)  # rounded twice
+    assert contents_of(samples_of(root.parent, "test"), WHOLE, tmp_path / "cache").peak is None
+    with pytest.raises(UserError, match=rf"0.png: dataset.bit_depth={bits - 1} ends at .*at least {bits}"):
+        load_cached(samples, Geometry(None, bit_depth=bits - 1), tmp_path / "cache")
+
+
+@pytest.mark.parametrize(
+    ("peak", "bit_depth", "said"),
+    [
+        (1023, None, "dataset.bit_depth=10"),
+        (700, None, "dataset.bit_depth=10"),
+        (4095, None, "dataset.bit_depth=12"),
+        (16383, None, "dataset.bit_depth=14"),
+        (200, None, "dataset.bit_depth=8"),
+        (16384, None, None),
+        (65535, None, None),
+        (4095, 12, None),
+        (None, None, None),
+    ],
+)
+def test_images_that_leave_their_range_empty_are_told_of(
+    peak: int | None, bit_depth: int | None, said: str | None
+) -> None:
+    lines = doubts({"a": None, "b": peak}, {}, bit_depth)
+    assert len(lines) == (said is not None)
+    assert said is None or (lines[0].startswith("b: the largest value") and lines[0].endswith(f"set {said}"))
 
 
 def test_decoding_holds_few_images_at_a_time(tmp_path: Path) -> None:
@@ -681,6 +796,7 @@ def test_a_cache_without_write_permission_is_refused_unless_it_has_the_images(ro
         code = f"""
 import os
 from pathlib import Path
+import clbench.data.images  # which another user may not be able to import
 from clbench.data.cache import load_cached
 from clbench.data.mvtec import MVTec
 from clbench.data.samples import Geometry

@@ -30,9 +30,8 @@ EDITS = [
     ("config.yaml", "dataset.resize", "${method.protocol.resize}", r"\(dataset\.resize: Input should be a valid integer"),
     ("config.yaml", "replay.draw", "x", r"there is no setting replay\.draw"),
     ("config.yaml", "gpu.precision", "fp64", r"\(gpu\.precision: "),
-    ("summary.json", "tasks", REMOVED, r"summary\.json is damaged \(tasks: field required\)"),
-    ("summary.json", "tasks", 3, r"summary\.json is damaged \(tasks: "),
-    ("summary.json", "categories", [["brick"], 3], r"summary\.json is damaged \(categories\.1: "),
+    ("summary.json", "tasks", REMOVED, "holds no trained detector"),
+    ("summary.json", "categories", [["brick"], 3], "holds no trained detector|summary.json is damaged"),
     ("thresholds.json", "models", REMOVED, r"thresholds\.json is damaged \(models: field required\)"),
     ("thresholds.json", "image_size", [48], r"thresholds\.json is damaged \(image_size\.1: "),
 ]  # fmt: skip

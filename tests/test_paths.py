@@ -111,9 +111,10 @@ def test_a_path_as_it_was_typed_is_the_one_that_is_kept(home: Path, monkeypatch:
     kept = {"dataset": {"root": f"{home}/data"}}
     for typed in ("data", "data/", "~/data", "$OWN_DATA", f"{home}/data/", "./data"):
         assert differences({"dataset": {"root": typed}}, kept) == []
-    for other in ("dat", "$NOT_SET/data", "~/other", None, 3):
+    for other in ("dat", "$NOT_SET/data", "~/other", 3):
         (change,) = differences({"dataset": {"root": other}}, kept)
         assert change == f"dataset.root: {other} -> {home}/data"
+    assert differences({"dataset": {"root": None}}, kept) == [f"dataset.root: null -> {home}/data"]
 
 
 def test_hydra_is_given_what_it_can_read() -> None:

@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT, Train, command, run_directories
+from conftest import clbench as clbench_command
 from processes import kill_again_and_again
 
 import clbench
@@ -334,7 +335,7 @@ def test_a_run_is_not_continued_with_other_images(folder: Path, train: Train, tm
     shutil.rmtree(root / "apple")
     good = root / "cloth" / "train" / "good"
     (good / "000.png").rename(good / "020.png")
-    assert "the images of 'cloth' changed" in train(*given).stderr
+    assert "training images of 'cloth' changed" in train(*given).stderr
     (good / "020.png").rename(good / "000.png")
     assert train(*given).returncode == 0
     assert (directory / "thresholds.json").read_bytes() == thresholds
@@ -469,3 +470,71 @@ def test_test_images_influence_neither_weights_nor_thresholds(
         found[root, "metrics"] = (directory / "metrics.csv").read_text()
     assert len(found[folder][1]) == 2 and found[folder] == found[other]
     assert found[folder, "metrics"] != found[other, "metrics"]
+
+
+def test_what_was_learned_under_an_unknown_config_is_not_continued(train: Train, tmp_path: Path) -> None:
+    assert train("method=padim").returncode == 0
+    (directory,) = run_directories(tmp_path)
+    (directory / "config.yaml").unlink()
+    (directory / "summary.json").unlink()
+    refused = train("method=padim")
+    assert refused.returncode == 2 and refused.stderr.count("\n") == 1
+    assert "holds what a run has learned, and no config.yaml that says which run" in refused.stderr
+    assert train("method=padim", "overwrite=true").returncode == 0
+
+
+def test_a_process_killed_while_it_clears_a_directory_leaves_a_run_that_says_which_it_is(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert train("method=padim").returncode == 0
+    (directory,) = run_directories(tmp_path)
+    metrics = (directory / "metrics.csv").read_bytes()
+    config = directory / "config.yaml"
+    with monkeypatch.context() as patched:
+        patched.setattr(
+            shutil, "rmtree", lambda path, **given: (_ for _ in ()).throw(PermissionError(1, "no"))
+        )
+        with pytest.raises(UserError, match="cannot be written"):
+            RunDirectory(directory).clear()
+    assert config.is_file() and not (directory / "summary.json").exists()
+    assert train("method=padim").returncode == 0  # goes on from what is there
+    assert (directory / "metrics.csv").read_bytes() == metrics
+
+
+@pytest.mark.parametrize("change", ["cut off", "a value", "a row twice", "empty", "gone"])
+def test_a_finished_run_whose_metrics_changed_writes_them_again(
+    change: str, train: Train, tmp_path: Path
+) -> None:
+    assert train("method=padim").returncode == 0
+    (directory,) = run_directories(tmp_path)
+    path = directory / "metrics.csv"
+    written = path.read_text()
+    lines = written.splitlines(keepends=True)
+    changed = {
+        "cut off": written[:-20],
+        "a value": written.replace("image_auroc,", "image_auroc,0"),
+        "a row twice": written + lines[-1],
+        "empty": "",
+    }
+    path.unlink() if change == "gone" else path.write_text(changed[change])
+    assert "damaged" in clbench_command("report", str(directory.parent)).stdout
+    again = train("method=padim")
+    assert again.returncode == 0 and "finished already" not in again.stdout
+    assert path.read_text() == written
+    assert "finished already" in train("method=padim").stdout
+
+
+@pytest.mark.parametrize(
+    "content", ["[1]", '{"status": "failed"}', '{"status": "complete"}', '{"status": 3}']
+)
+def test_a_summary_that_is_none_costs_no_other_run_anything(
+    content: str, train: Train, tmp_path: Path
+) -> None:
+    assert train("-m", "method=padim", "seed=0,1").returncode == 0
+    first, _ = run_directories(tmp_path)
+    expected = (first / "metrics.csv").read_bytes()
+    (first / "summary.json").write_text(content)
+    planned = train("-m", "method=padim", "seed=0,1,2", "dry_run=true")
+    assert planned.returncode == 0 and "3 runs: 1 finished, 2 would be started" in planned.stdout
+    assert train("-m", "method=padim", "seed=0,1").returncode == 0
+    assert (first / "metrics.csv").read_bytes() == expected

@@ -23,6 +23,7 @@ from rich.console import Console
 
 from clbench import cli
 from clbench.commands.run import main
+from clbench.config import sources
 from clbench.errors import UserError
 from clbench.footprint import memory_named
 from clbench.recording.run_directory import RunDirectory
@@ -80,15 +81,24 @@ def test_a_dry_run_starts_nothing_and_knows_what_finished_runs_took(train: Train
     assert [f"{peak:.0f}" in row for row in rows] == ["padim" in row for row in rows]
 
 
-def test_a_finished_run_is_known_without_composing_until_conf_changes(train: Train, tmp_path: Path) -> None:
+def test_a_finished_run_is_known_without_composing_until_conf_changes(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert train("-m", "method=padim", "seed=0,1").returncode == 0
-    for directory in run_directories(tmp_path):
-        (directory / "config.yaml").write_text("damaged: [")  # which only composing would look at
+    composed: list[list[str]] = []
+    compose = ConfigLoaderImpl.load_sweep_config
+
+    def counted(self: ConfigLoaderImpl, shared: DictConfig, overrides: list[str]) -> DictConfig:
+        composed.append(overrides)
+        return compose(self, shared, overrides)
+
+    monkeypatch.setattr(ConfigLoaderImpl, "load_sweep_config", counted)
     again = train("-m", "method=padim", "seed=0,1")
-    assert again.returncode == 0 and again.stdout.count("finished already, skipped") == 2
+    assert again.returncode == 0 and again.stdout.count("finished already, skipped") == 2 and not composed
     summary = run_directories(tmp_path)[0] / "summary.json"
     summary.write_text(summary.read_text().replace('"composed_from": "', '"composed_from": "0'))
-    assert "config.yaml is damaged" in train("-m", "method=padim", "seed=0,1").stderr
+    assert train("-m", "method=padim", "seed=0,1").stdout.count("finished already") == 2
+    assert len(composed) == 1
 
 
 SWEEPS = sorted(path.stem for path in (ROOT / "sweeps").glob("*.yaml"))
@@ -405,3 +415,70 @@ def test_a_command_in_this_process_leaves_it_as_it_was(train: Train) -> None:
         train(*overrides)
         assert not GlobalHydra.instance().is_initialized() and HydraConfig.instance().cfg is None
         assert before == (list(sys.argv), signal.getsignal(signal.SIGINT), dict(os.environ), os.getcwd())
+
+
+def test_a_finished_sweep_is_repeated_under_any_launcher(train: Train) -> None:
+    assert train("-m", "method=padim", "seed=0,1").returncode == 0
+    for more in ((), ("only=failed",)):
+        again = train("-m", "method=padim", "seed=0,1", "hydra/launcher=local", *more)
+        assert again.returncode == 0 and again.stdout.count("finished already") == 2, again.stderr
+
+
+def test_a_run_whose_folder_cannot_be_made_ends_no_other(train: Train, tmp_path: Path) -> None:
+    planned = train("-m", "method=padim", "seed=0,1,2")
+    assert planned.returncode == 0
+    places = run_directories(tmp_path)
+    for place in places:
+        shutil.rmtree(place)
+    places[1].write_text("a file")
+    result = train("-m", "method=padim", "seed=0,1,2")
+    assert result.returncode == 1 and result.stderr.count("\n") == 1
+    assert f"error: {places[1]} cannot be written (File exists)" in result.stderr
+    assert [status(place) for place in (places[0], places[2])] == ["complete"] * 2
+    assert "not begun" in result.stdout
+
+
+def test_a_run_is_not_taken_for_finished_by_another_value_of_an_environment_variable(
+    folder: Path, train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = ("method=padim", "dataset.root=${oc.env:CLBENCH_TEST_DATA}")
+    monkeypatch.setenv("CLBENCH_TEST_DATA", str(folder))
+    assert train(*given).returncode == 0
+    assert "finished already" in train(*given).stdout
+    monkeypatch.setenv("CLBENCH_TEST_DATA", str(tmp_path / "other"))
+    other = train(*given)
+    assert other.returncode == 2 and f"dataset.root: {folder} -> {tmp_path / 'other'}" in other.stderr
+
+
+def test_a_run_is_not_taken_for_finished_by_another_config_of_the_same_words(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = tmp_path / "own"
+    own.mkdir()
+    for name, seed in (("one", 5), ("two", 6)):
+        (own / f"{name}.yaml").write_text(f"defaults: [usual, _self_]\nseed: {seed}\n")
+    for name in ("one", "two"):
+        result = train("method=padim", f"--config-dir={own}", f"--config-name={name}")
+        assert result.returncode == (0 if name == "one" else 2), result.stderr
+    assert "seed: 5 -> 6" in result.stderr
+    monkeypatch.syspath_prepend(tmp_path)
+    for package, size in (("first_configs", 300), ("second_configs", 200)):
+        (tmp_path / package / "method").mkdir(parents=True)
+        (tmp_path / package / "__init__.py").write_text("")
+        text = f"defaults: [patchcore, _self_]\nmemory_size: {size}\n"
+        (tmp_path / package / "method" / "mine.yaml").write_text(text)
+        result = train("method=mine", f"hydra.searchpath=[pkg://{package}]", "experiment=packages")
+        assert result.returncode == (0 if size == 300 else 2), result.stderr
+    assert "method.memory_size: 300 -> 200" in result.stderr
+
+
+def test_a_folder_of_configs_that_links_to_itself_is_read_once(tmp_path: Path) -> None:
+    (tmp_path / "method").mkdir()
+    (tmp_path / "method" / "mine.yaml").write_text("defaults: [padim]")
+    for name in "abc":
+        (tmp_path / name).symlink_to(tmp_path)
+        (tmp_path / "method" / name).symlink_to(tmp_path)
+    before = sources._folder_digest(str(tmp_path))
+    (tmp_path / "method" / "mine.yaml").write_text("defaults: [patchcore]")
+    sources.read_again()
+    assert sources._folder_digest(str(tmp_path)) != before

@@ -130,8 +130,8 @@ def _not_checked(given: Path, root: Path) -> list[str]:
 
     try:
         others = [str(folder) for _, folder in recognise_all(given) if folder != root]
-    except OSError as error:  # of no concern for the one that was checked
-        return [f"{error.filename} cannot be listed ({error.strerror}): what else there is was not checked"]
+    except (OSError, UserError) as error:  # of no concern for the one that was checked
+        return [f"what else there is was not looked for: {error}"]
     return [f"there are more folders like datasets, not checked: {', '.join(others)}"] if others else []
 
 

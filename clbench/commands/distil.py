@@ -86,7 +86,9 @@ def main(options: argparse.Namespace) -> int:
     pyramid.check(seen, "give another --size", "--img-size ")
     with tempfile.TemporaryDirectory(prefix="clbench-") as cache:
         pictures = Pictures(options.images, options.count, "--images", options.seed, cache)
-        print(f"reading {len(pictures.look_up())} images", flush=True)
+        found = pictures.look_up()
+        left_out = f"; left out of {options.images}: {pictures.left_out}" if str(pictures.left_out) else ""
+        print(f"reading {len(found)} images{left_out}", flush=True)
         loaded = pictures.load(options.size, options.size).to(device)
         with Display("distillation") as display:
             network, explained = distil(

@@ -75,10 +75,15 @@ def main(options: argparse.Namespace) -> int:
         )
 
     from clbench.data.files import find_images
+    from clbench.data.listing import LeftOut
 
-    files = find_images(options.images, without=options.output)
+    left_out = LeftOut()
+    files = find_images(options.images, options.output, left_out)
     if not files:
-        raise UserError(f"{' '.join(options.images)} holds no image: name files, folders or patterns")
+        more = f" (left out: {left_out})" if str(left_out) else ""
+        raise UserError(f"{' '.join(options.images)} holds no image{more}: name files, folders or patterns")
+    if str(left_out):
+        print(f"left out of the folders given: {left_out}", flush=True)
     folder = _common(options.images, files)
     pictures = {} if options.only_scores else _pictures(files, folder)
     detector = _load(options)
@@ -293,7 +298,8 @@ def _write_pictures(one: Found, heat: Any, mask: Any, output: Path, name: str, l
     from clbench.recording.heat_maps import overlay
 
     assert one.threshold is not None
-    picture = cv2.cvtColor(read_image(one.path), cv2.COLOR_RGB2BGR)  # read again: images may be large
+    pixels = one.geometry.eight_bits(read_image(one.path))  # read again: images may be large
+    picture = cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR)
     high = low + 2 * (one.threshold - low)
     written = (
         ("overlays", overlay(picture, mask, heat, low, high)),

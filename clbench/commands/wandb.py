@@ -61,8 +61,9 @@ def main(options: argparse.Namespace) -> int:
 def _sync(options: argparse.Namespace) -> int:
     from clbench.recording.sending import sync
 
-    if not wandb_key():
-        raise UserError("sending needs a key: set WANDB_API_KEY or run wandb login")
+    if missing := [str(folder) for folder in options.folders if not folder.exists()]:
+        raise UserError(f"{', '.join(missing)}: there is no such folder; give outputs/EXPERIMENT")
+    _need_key("sending")
     sync(options.folders)
     return 0
 
@@ -70,6 +71,8 @@ def _sync(options: argparse.Namespace) -> int:
 def _dashboard(options: argparse.Namespace) -> int:
     from clbench.recording.dashboard import categories_sent, specification, view
 
+    if not options.print or options.categories is None:
+        _need_key("a dashboard")
     where = (options.entity, options.project, options.experiment)
     categories = options.categories if options.categories is not None else categories_sent(*where)
     built = view(*where, categories)
@@ -79,3 +82,13 @@ def _dashboard(options: argparse.Namespace) -> int:
         built.save()
         print(built.url)
     return 0
+
+
+def _need_key(purpose: str) -> None:
+    """Check that there is a key for W&B's server.
+
+    Raises:
+        UserError: there is none.
+    """
+    if not wandb_key():
+        raise UserError(f"{purpose} needs a key: set WANDB_API_KEY or run wandb login")

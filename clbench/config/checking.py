@@ -169,10 +169,11 @@ def _with_checked_settings(config: Config) -> Config:
         plain[node] |= classes.check_settings(node, target, getattr(config, node).settings, beside)
 
     check("method", detector_of(config), "protocol")
-    check("dataset", classes.class_of_kind("dataset", config.dataset.target, Dataset), "resize", "crop")
+    dataset = classes.class_of_kind("dataset", config.dataset.target, Dataset)
+    check("dataset", dataset, *Geometry.__annotations__)
     check("backbone", classes.class_of(classes.BACKBONE))
     check("strategy", strategy_of(config))
-    Geometry(config.dataset.resize, config.dataset.crop)
+    config.dataset.geometry()
     for name, field in Config.model_fields.items():
         if PATH in field.metadata:
             plain[name] = absolute(plain[name], name)

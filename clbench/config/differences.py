@@ -29,15 +29,22 @@ NOT_IN_RESULTS = (
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """The settings that change results and differ between two plain configs, as `key: old -> new`."""
+    """The settings that change results and differ between two plain configs, as `key: old -> new`.
+
+    A setting that is null and one that is not there are the same: runs of a version that did not have it yet.
+    """
     before, after = (
-        {key: value for key, value in flat(config) if key.split(".")[0] not in NOT_IN_RESULTS}
+        {
+            key: value
+            for key, value in flat(config)
+            if key.split(".")[0] not in NOT_IN_RESULTS and value is not None
+        }
         for config in (old, new)
     )
     return [
-        f"{key}: {before.get(key, 'absent')} -> {after.get(key, 'absent')}"
+        f"{key}: {before.get(key, 'null')} -> {after.get(key, 'null')}"
         for key in sorted({*before, *after})
-        if not same(before.get(key, "absent"), after.get(key, "absent"))
+        if not same(before.get(key, "null"), after.get(key, "null"))
     ]
 
 

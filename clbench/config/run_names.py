@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from clbench.config.differences import in_results
 
+_LONGEST = 200  # bytes; file systems take 255, and files are written beside under longer names
 _FIRST = ("method", "strategy", "replay", "replay.size", "backbone", "dataset", "task_order", "seed")
 
 
@@ -31,4 +32,7 @@ def run_name(overrides: Iterable[str]) -> str:
             readable += f"~{hashlib.sha256(value.encode()).hexdigest()[:6]}"
         words.append(f"{key.lstrip('+')}={readable}")
     name = ",".join(words) or "default"
-    return name if len(name) <= 200 else f"{name[:190]}~{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    if len(name.encode()) <= _LONGEST:
+        return name
+    begin = name.encode()[: _LONGEST - 10].decode(errors="ignore")
+    return f"{begin}~{hashlib.sha256(name.encode()).hexdigest()[:8]}"

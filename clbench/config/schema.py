@@ -17,6 +17,7 @@ from pydantic import (
     ValidationError,
 )
 
+from clbench.data.samples import Geometry
 from clbench.errors import UserError
 from clbench.paths import PATH
 
@@ -80,12 +81,22 @@ class DatasetNode(Node):
     Attributes:
         resize: pixels that both sides of an image are brought to; None keeps the files' size.
         crop: pixels of both sides that are cut out of the center; None for no crop.
+        bit_depth: how many bits of 16-bit images the camera has filled; None for all.
     """
 
     name: str
     target: str = Field(alias="_target_")
     resize: PositiveInt | None
     crop: PositiveInt | None
+    bit_depth: Annotated[int, Field(ge=8, le=16)] | None = None
+
+    def geometry(self) -> Geometry:
+        """What images are brought to.
+
+        Raises:
+            UserError: a size makes no sense.
+        """
+        return Geometry(self.resize, self.crop, self.bit_depth)
 
 
 class StrategyNode(Node):

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
 
 _PACKAGE = Path(__file__).parents[1]
 USUAL = "usual"  # the config without local.yaml
+# Ways to refer to an environment variable; each name is found, and others that are none.
+_VARIABLES = re.compile(r"oc\.env:\s*(\w+)"), re.compile(r"\$\{?(\w+)")
 
 
 def conf() -> Path:
@@ -81,19 +85,23 @@ def composed(*overrides: str, config_dir: str | Path | None = None, local: bool 
 
 
 def composed_from(hydra_config: Any, overrides: Sequence[str]) -> str:
-    """SHA-256 of everything that a run's config is composed from: all files of configs, and its overrides.
+    """SHA-256 of everything that a run's config is composed from.
 
-    The folder of this process counts too, and the values of variables: what relative paths and `~` mean.
+    All files of configs, the name of the first of them, the run's overrides, the environment variables that these refer
+    to, and the folder of this process, in which relative paths begin.
 
     Args:
         hydra_config: the `hydra` node of a composed config.
         overrides: the run's; those that change no results do not count.
     """
-    folders = [source.path for source in hydra_config.runtime.config_sources if source.schema == "file"]
-    files = [_folder_digest(str(folder)) for folder in (*folders, sweeps())]
-    named = sorted(os.path.expandvars(text) for text in overrides if in_results(text))
-    where = [os.getcwd(), os.path.expanduser("~")]
-    return hashlib.sha256("\n".join([*files, *where, *named]).encode(errors="surrogateescape")).hexdigest()
+    folders = [*map(_folder, hydra_config.runtime.config_sources), str(sweeps())]
+    files = [_folder_digest(folder) for folder in folders if folder]
+    named = sorted(text for text in overrides if in_results(text))
+    variables = {name for found in (*files, _Digest.of_texts(named)) for name in found.variables}
+    environment = [f"{name}={os.environ.get(name)}" for name in sorted(variables)]
+    where = [hydra_config.job.config_name, os.getcwd()]
+    parts = [*where, *(found.digest for found in files), *named, *environment]
+    return hashlib.sha256("\n".join(parts).encode(errors="surrogateescape")).hexdigest()
 
 
 def read_again() -> None:
@@ -101,14 +109,52 @@ def read_again() -> None:
     _folder_digest.cache_clear()
 
 
+def _folder(source: Any) -> str | None:
+    """The folder of a source of configs; None where it is none, as Hydra's store of configs in code."""
+    if source.schema == "pkg":
+        with suppress(ImportError, ValueError):
+            found = find_spec(source.path)
+            return next(iter(found.submodule_search_locations or ()), None) if found else None
+    return str(source.path) if source.schema == "file" else None
+
+
+class _Digest(NamedTuple):
+    """Of texts: their SHA-256, and the names of environment variables that they may refer to."""
+
+    digest: str
+    variables: set[str]
+
+    @classmethod
+    def of_texts(cls, texts: Iterable[str]) -> _Digest:
+        whole = "\0".join(texts)
+        variables = {name for pattern in _VARIABLES for name in pattern.findall(whole)}
+        if "~" in whole:
+            variables.add("HOME")
+        return cls(hashlib.sha256(whole.encode(errors="surrogateescape")).hexdigest(), variables)
+
+
 @lru_cache
-def _folder_digest(folder: str) -> str:
-    """SHA-256 of the names and contents of all YAML files in a folder and those inside it."""
-    digest = hashlib.sha256()
+def _folder_digest(folder: str) -> _Digest:
+    """The digest of names and contents of all YAML files in a folder and those inside it, each folder once."""
+    texts: list[str] = []
+    seen: set[str] = set()
     for path, folders, files in os.walk(folder, followlinks=True):
-        folders.sort()
+        # Links may lead back here.
+        folders[:] = sorted(
+            name for name in folders if _new(os.path.realpath(os.path.join(path, name)), seen)
+        )
         for name in sorted(files):
             if name.endswith((".yaml", ".yml")):
                 file = Path(path) / name
-                digest.update(str(file.relative_to(folder)).encode() + b"\0" + file.read_bytes() + b"\0")
-    return digest.hexdigest()
+                texts += [
+                    str(file.relative_to(folder)),
+                    file.read_text(encoding="utf-8", errors="surrogateescape"),
+                ]
+    return _Digest.of_texts(texts)
+
+
+def _new(path: str, seen: set[str]) -> bool:
+    """Whether a path is not among those seen yet; then it is added."""
+    new = path not in seen
+    seen.add(path)
+    return new

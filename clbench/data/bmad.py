@@ -1,6 +1,6 @@
 """BMAD: six medical benchmarks, from brain MRI to histopathology (Bao et al., CVPR Workshops 2024)."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from clbench.data.on_disk import Entry, OnDisk, folders
@@ -51,17 +51,17 @@ class BMAD(OnDisk):
             return
         outlined = next((bad / name for name in MASKS if (bad / name).is_dir()), None)
         masks = self.images_by_stem(outlined) if outlined else {}
-        for stem, image in self._images(bad).items():
+        for stem, image in self._images(bad, [bad / name for name in MASKS]).items():
             if not masks:
                 yield Entry(image, UNGOOD)
             elif stem in masks:
                 yield Entry(image, UNGOOD, (masks[stem],))
             else:
-                expected = f"{outlined}/{image.name}"
+                expected = f"{outlined}/{stem}{image.suffix}"
                 self.gap(UserError(f"defect image {image} has no mask: expected {expected}"))
 
-    def _images(self, folder: Path) -> dict[str, Path]:
-        return self.images_by_stem(folder / "img" if (folder / "img").is_dir() else folder)
+    def _images(self, folder: Path, without: Collection[Path] = ()) -> dict[str, Path]:
+        return self.images_by_stem(folder / "img" if (folder / "img").is_dir() else folder, without)
 
 
 def _subset(folder: Path) -> Path | None:

@@ -1,39 +1,44 @@
-"""Image and mask files on disk: decoded whole, or refused."""
+"""Image and mask files on disk: those that a person names, what they hold, and samples of them."""
 
 import glob
-import io
+import hashlib
 import os
-import stat
-from collections.abc import Iterable
-from dataclasses import dataclass
+import time
+from collections.abc import Iterable, Mapping
+from copy import copy
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import cv2
 import numpy as np
-from PIL import Image
 
-from clbench.data.samples import GOOD, Sample
+from clbench.data.decoding import Decoded, decode
+from clbench.data.listing import LeftOut, images_in
+from clbench.data.masks import Doubtful, marked
+from clbench.data.samples import GOOD, Geometry, Sample
 from clbench.errors import UserError
 from clbench.paths import expanded
 
-FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
-
-_WHITE_IS_ZERO = 0  # TIFF tag 262, photometric interpretation
-_SEPARATE_PLANES = 2  # TIFF tag 284, planar configuration
+_CLOCK_NS = 2_000_000_000  # how coarse the clocks of file systems are: FAT's counts in steps of 2 s
 
 
-def find_images(given: Iterable[Path | str], without: Path | None = None) -> list[Path]:
+def find_images(
+    given: Iterable[Path | str], without: Path | None = None, left_out: LeftOut | None = None
+) -> list[Path]:
     """Image files, absolute, in the order given, each once.
 
     Args:
         given: files, whatever their suffix; folders, whose image files are taken, sorted, with those of
-            folders inside; and patterns such as `parts/*.png`. A path that does not exist is given back.
+            folders inside (see `images_in`); and patterns such as `parts/*.png`. A path that does not exist is
+            given back.
         without: a folder whose files are left out of the folders given.
+        left_out: told what is left out of the folders given, but for those in `without`.
 
     Raises:
-        UserError: a pattern matches nothing.
+        UserError: a pattern matches nothing, or a folder cannot be listed.
     """
+    left_out = LeftOut() if left_out is None else left_out
+    apart = [] if without is None else [_absolute(without)]
     found: dict[Path, None] = {}
     for each in given:
         path = expanded(each)
@@ -44,13 +49,8 @@ def find_images(given: Iterable[Path | str], without: Path | None = None) -> lis
         for match in map(_absolute, matches):
             if not match.is_dir():
                 found[match] = None
-                continue
-            for file in sorted(match.rglob("*")):
-                inside = file.relative_to(match).parts
-                hidden = any(part.startswith(".") for part in inside)
-                left_out = without is not None and _absolute(without) in file.parents
-                if file.suffix.lower() in SUFFIXES and file.is_file() and not (hidden or left_out):
-                    found[file] = None
+            elif not any(folder in (match, *match.parents) for folder in apart):
+                found |= dict.fromkeys(images_in(match, left_out, apart))
     return list(found)
 
 
@@ -61,50 +61,124 @@ def _absolute(path: Path) -> Path:
 
 @dataclass(frozen=True)
 class FileSample(Sample):
-    """An image file and the masks of its defect, which are merged; with none, it is good or not outlined."""
+    """An image file and the masks of its defect, which are merged; with none, it is good or not outlined.
+
+    Attributes:
+        least: pixels of a side that the image will be shrunk to, see `decode`; None for the whole.
+    """
 
     name: str
     kind: str
-    identity: str
     image: Path
     masks: tuple[Path, ...] = ()
+    least: int | None = None
+    identity: str = field(init=False)
+    _changed_ns: int = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        status = self._status()
+        object.__setattr__(self, "identity", _identity(status))
+        object.__setattr__(self, "_changed_ns", max(found.st_ctime_ns for found in status.values()))
+
+    def _status(self) -> dict[Path, os.stat_result]:
+        """What the system says of each file, the image first.
+
+        Raises:
+            UserError: one cannot be found.
+        """
+        found = {}
+        for path in (self.image, *self.masks):
+            try:
+                found[path] = path.stat()
+            except OSError as error:
+                raise UserError(f"cannot read image file {path}: {error.strerror}") from error
+        return found
 
     @property
     def outlined(self) -> bool:
         return self.kind == GOOD or bool(self.masks)
 
+    def content(self) -> str:
+        """The SHA-256 of each file, the image's first."""
+        digests = []
+        for path in (self.image, *self.masks):
+            try:
+                digests.append(hashlib.sha256(path.read_bytes()).hexdigest())
+            except OSError as error:
+                raise UserError(f"cannot read image file {path}: {error.strerror}") from error
+        self._check_unchanged()
+        return " ".join(digests)
+
+    def settled(self) -> bool:
+        return abs(time.time_ns() - self._changed_ns) > _CLOCK_NS
+
+    def _check_unchanged(self) -> None:
+        """Check that the files are those that were listed: what is read stands for the sample's identity.
+
+        Raises:
+            UserError: one has changed since.
+        """
+        if _identity(self._status()) != self.identity:
+            raise UserError(
+                f"image file {self.image} or its mask changed while it was read: start again when all is written"
+            )
+
+    def at(self, geometry: Geometry) -> Sample:
+        sample = copy(self)  # of the same identity: a new one would be that of files that may have changed
+        object.__setattr__(sample, "least", geometry.resize)
+        return sample
+
     def read(self) -> tuple[np.ndarray, np.ndarray | None]:
-        image = read_image(self.image)
+        image = decode(self.image, self.least)
         merged = None
         for path in self.masks:
-            mask = read_mask_of(self.image, path, image.shape[:2])
+            mask = read_mask_of(self.image, path, image.size)
             merged = mask if merged is None else merged | mask
-        return image, merged
+        self._check_unchanged()
+        return _rgb(image), merged
 
 
 def read_image(path: Path) -> np.ndarray:
-    """Read an image file as a person sees it: uint8 [H, W, 3] RGB.
+    """Read an image file as a person sees it: uint8 or uint16 [H, W, 3] RGB.
 
-    Grey becomes three equal channels, 16 bits are scaled by the full range (65535 -> 255: / 257, rounded),
-    alpha is dropped, and the EXIF orientation is applied.
+    Grey becomes three equal channels, alpha is dropped, and the EXIF orientation is applied. Of an animation or of
+    pages, the first is read.
 
     Raises:
-        UserError: the file is missing, no regular file, truncated, corrupt, or has pixels that cannot be read
-            for certain (float, 32-bit, and two kinds of 16-bit TIFF).
+        UserError: as `decode`.
     """
-    pixels = _decode(path)
-    if pixels.dtype == np.uint16:
-        pixels = ((pixels.astype(np.uint32) + 128) // 257).astype(np.uint8)
-    return cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)
+    return _rgb(decode(path))
+
+
+def read_image_at(path: Path, geometry: Geometry) -> tuple[np.ndarray, tuple[int, int]]:
+    """Read an image file to be brought to a size: as `read_image`, but a large JPEG may be decoded smaller.
+
+    Returns:
+        The image, uint8 or uint16 [h, w, 3] RGB, and the size (H, W) of the file's.
+
+    Raises:
+        UserError: as `decode`.
+    """
+    decoded = decode(path, geometry.resize)
+    return _rgb(decoded), decoded.size
+
+
+def _rgb(decoded: Decoded) -> np.ndarray:
+    """The pixels in RGB order, in the place of those given: a copy of a large image may not fit beside it."""
+    return cv2.cvtColor(decoded.pixels, cv2.COLOR_BGR2RGB, dst=decoded.pixels)
 
 
 def read_mask(path: Path) -> np.ndarray:
-    """Read a mask file: bool [H, W], True where any channel but alpha is positive.
+    """Read a mask file: bool [H, W], True on defects; `clbench.data.masks.marked` says what marks them.
 
     Raises:
-        UserError: as `read_image`, or the mask marks no pixel.
+        UserError: as `decode`, or the mask marks no pixel, or it cannot be told which.
     """
-    mask: np.ndarray = np.any(_decode(path), axis=2)
+    decoded = decode(path, look_at_alpha=True)
+    try:
+        mask = marked(decoded.pixels, decoded.lossy, decoded.alpha)
+    except Doubtful as doubt:
+        raise UserError(f"mask {path} {doubt}") from doubt
     if not mask.any():
         raise UserError(f"mask {path} marks no pixel: draw the defect in it, or move its image to {GOOD}")
     return mask
@@ -130,75 +204,13 @@ def read_mask_of(image: Path, path: Path, size: tuple[int, ...] | None) -> np.nd
     return mask
 
 
-def _decode(path: Path) -> np.ndarray:
-    """Pixels as stored, uint8 or uint16 [H, W, 3] BGR, with the EXIF orientation applied."""
-    try:
-        if stat.S_IFMT(path.stat().st_mode) not in (stat.S_IFREG, stat.S_IFDIR):  # a pipe is waited for
-            raise _broken(path, "a pipe, socket or device")
-        data = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"cannot read image file {path}: {error.strerror}") from error
-    if not data:
-        raise UserError(f"image file {path} is empty: copy it again from its source")
-    _check_whole(path, data)
-    # BGR on purpose: OpenCV 5.0's IMREAD_COLOR_RGB returns noise for 16-bit RGB TIFF.
-    try:
-        pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH)
-    except cv2.error as error:
-        raise _broken(path, "OpenCV cannot decode it") from error
-    if pixels is None:
-        raise _broken(path, "OpenCV cannot decode it")
-    if pixels.dtype not in (np.uint8, np.uint16):
-        raise _unsupported(path, f"{pixels.dtype} pixels")
-    return pixels
+def _identity(status: Mapping[Path, os.stat_result]) -> str:
+    """A text that changes when a file does: paths, sizes in bytes, times of the last change in nanoseconds.
 
-
-def _check_whole(path: Path, data: bytes) -> None:
-    """Refuse files that OpenCV would decode partly or wrongly without an error.
-
-    Raises:
-        UserError: this is one.
+    Two times of each: what restores a file sets that of its content, but not that of its record. And the record's
+    number, which is another for a file that was put in the place of one.
     """
-    try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            image.load()
-            mode, tags = image.mode, getattr(image, "tag_v2", {})
-    except Exception as error:  # Pillow's decoders fail with whatever the damage leads them to
-        if isinstance(error, Image.UnidentifiedImageError):
-            raise _broken(path, "not a PNG, JPEG, BMP, TIFF or WebP with 8 or 16 bits per channel") from error
-        raise _broken(path, error) from error
-    if mode in ("F", "I"):
-        raise _unsupported(path, "float pixels" if mode == "F" else "signed or 32-bit pixels")
-    if max(_as_tuple(tags.get(258, 8))) > 8:
-        # OpenCV 5.0 mixes up separate planes, and does not invert white-is-zero.
-        if tags.get(284) == _SEPARATE_PLANES:
-            raise _unsupported(path, "16-bit separate colour planes")
-        if tags.get(262) == _WHITE_IS_ZERO:
-            raise _unsupported(path, "16-bit white-is-zero pixels")
-
-
-def _as_tuple(value: int | tuple[int, ...]) -> tuple[int, ...]:
-    return value if isinstance(value, tuple) else (value,)
-
-
-def _broken(path: Path, reason: object) -> UserError:
-    return UserError(
-        f"image file {path} is truncated, corrupt or no image ({reason}): copy it again from its source"
+    return " mask ".join(
+        f"{path} {found.st_size} {found.st_mtime_ns} {found.st_ctime_ns} {found.st_ino}"
+        for path, found in status.items()
     )
-
-
-def _unsupported(path: Path, what: str) -> UserError:
-    return UserError(f"image file {path} has {what}: convert it to 8- or 16-bit unsigned grey or RGB")
-
-
-def file_identity(path: Path) -> str:
-    """A text that changes when the file does: path, size in bytes, time of last change in nanoseconds.
-
-    Raises:
-        UserError: the file cannot be found.
-    """
-    try:
-        status = path.stat()
-    except OSError as error:
-        raise UserError(f"cannot read image file {path}: {error.strerror}") from error
-    return f"{path} {status.st_size} {status.st_mtime_ns}"

@@ -7,8 +7,8 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from clbench.data.samples import GOOD
-from clbench.errors import UserError
+from clbench.data.cache import Contents
+from clbench.data.samples import GOOD, different_sizes
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,6 +21,7 @@ class ImageSet:
         kinds: `GOOD` or the kind of defect, one for each image.
         names: names to show to people, one for each image.
         unknown: indices of the defective images whose defect was not outlined: their masks mean nothing.
+        contents: what was found when they were decoded; None where they come from elsewhere.
     """
 
     images: Tensor
@@ -28,6 +29,7 @@ class ImageSet:
     kinds: list[str]
     names: list[str]
     unknown: list[int] = field(default_factory=list)
+    contents: Contents | None = None
 
     def __len__(self) -> int:
         return len(self.images)
@@ -65,11 +67,3 @@ class ImageSet:
             names=[name for part in sets for name in part.names],
             unknown=[begin + at for begin, part in zip(begins, sets, strict=False) for at in part.unknown],
         )
-
-
-def different_sizes(first: str, size: Sequence[int], other: str, other_size: Sequence[int]) -> UserError:
-    """The error for two named images that cannot share a tensor, with their sizes (H, W)."""
-    return UserError(
-        f"{first} is {size[1]}x{size[0]} but {other} is {other_size[1]}x{other_size[0]}: "
-        "bring all images to one size with dataset.resize=..."
-    )

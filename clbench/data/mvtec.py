@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from clbench.data.files import SUFFIXES
+from clbench.data.listing import SUFFIXES
 from clbench.data.on_disk import Entry, OnDisk, folders
 from clbench.data.samples import GOOD, Split
 from clbench.errors import UserError
@@ -12,6 +12,7 @@ from clbench.errors import UserError
 class MVTec(OnDisk):
     """`<root>/<category>/train/good`, `test/<kind>` and `ground_truth/<kind>/<stem>_mask.*` (or `<stem>.*`).
 
+    Images may lie in folders inside these: those of a test image and of its mask have the same names.
     Datasets with nearly this layout subclass it and override the names of folders and masks below.
 
     Args:
@@ -62,7 +63,7 @@ class MVTec(OnDisk):
         if split == "train":
             yield from map(Entry, self.images_by_stem(folder / "train" / self.good).values())
             return
-        for kind in folders(folder / self.test):
+        for kind in self.folders(folder / self.test):
             if kind == folder / self.truth:
                 continue
             images = self.images_by_stem(kind)

@@ -31,4 +31,8 @@ class MVTecLOCO(MVTec):
         )
 
     def masks(self, folder: Path) -> dict[str, tuple[Path, ...]]:
-        return {inside.name: tuple(self.images_by_stem(inside).values()) for inside in folders(folder)}
+        files: dict[str, tuple[Path, ...]] = {}
+        for stem, path in self.images_by_stem(folder).items():
+            image = stem.rpartition("/")[0]
+            files[image] = (*files.get(image, ()), path)
+        return files

@@ -2,16 +2,21 @@
 
 import difflib
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from clbench.data.files import SUFFIXES, FileSample, file_identity
+from clbench.data.files import FileSample
+from clbench.data.listing import LeftOut, folders, images_in
 from clbench.data.samples import GOOD, Dataset, Sample, Split
 from clbench.errors import UserError
 from clbench.paths import Place, absolute
 
 Gap = Callable[[UserError], None]
+
+
+class NoRoot(UserError):
+    """The folder of a dataset is not there."""
 
 
 def refuse(gap: UserError) -> None:
@@ -51,6 +56,7 @@ class OnDisk(Dataset):
     def __init__(self, root: Place, categories: list[str] | None = None, gap: Gap = refuse) -> None:
         self.root = Path(absolute(root, "dataset.root"))
         self.gap = gap
+        self.left_out = LeftOut()
         try:
             found = self._found(whole=categories is None)
             self.categories = found if categories is None else list(categories)
@@ -60,6 +66,7 @@ class OnDisk(Dataset):
                 for category in self.categories
                 for split in ("train", "test")
             }
+            self.notes = self._notes()
         except OSError as error:
             raise UserError(
                 f"dataset.root={self.root} cannot be listed: {error.strerror}: {error.filename}; "
@@ -92,20 +99,40 @@ class OnDisk(Dataset):
         given = map(self._sample, self._entries[category, split])
         return [sample for sample in given if sample is not None]
 
-    def images_by_stem(self, folder: Path) -> dict[str, Path]:
-        """The image files of a folder, sorted: stem -> file. Hidden files and other files are ignored.
+    def images_by_stem(self, folder: Path, without: Collection[Path] = ()) -> dict[str, Path]:
+        """The image files of a folder and of those in it, sorted: path in the folder, less its suffix -> file.
 
-        Calls `self.gap` where two files share a stem, and takes the first of them.
+        Calls `self.gap` where two files share a stem, and takes the first of them; and for a folder that cannot be listed.
+
+        Args:
+            folder: need not be there.
+            without: folders in it that have another meaning.
         """
         images: dict[str, Path] = {}
-        for path in sorted(folder.iterdir()) if folder.is_dir() else []:
-            if path.name.startswith(".") or path.suffix.lower() not in SUFFIXES:
-                continue
-            if path.stem in images:
-                where = f"{images[path.stem]} and {path.name}"
+        try:
+            paths = images_in(folder, self.left_out, without) if folder.is_dir() else []
+        except UserError as error:
+            self.gap(error)
+            return images
+        for path in paths:
+            stem = path.relative_to(folder).with_suffix("").as_posix()
+            if stem in images:
+                where = f"{images[stem]} and {path.name}"
                 self.gap(UserError(f"{where} share a stem: remove or rename one of them"))
-            images.setdefault(path.stem, path)
+            images.setdefault(stem, path)
         return images
+
+    def folders(self, parent: Path) -> list[Path]:
+        """The folders in `parent`, as `clbench.data.listing.folders`; what is left out is told with the rest."""
+        return folders(parent, self.left_out)
+
+    def _notes(self) -> list[str]:
+        """A line on the files that were left out of the folders that were read; none where there are none."""
+        if not (left_out := str(self.left_out)):
+            return []
+        inside = [str(folder).removeprefix(f"{self.root}/") for folder in self.left_out.folders]
+        more = f" and {len(inside) - 3} more" if len(inside) > 3 else ""
+        return [f"left out of {self.root}: {left_out}; in {', '.join(inside[:3])}{more}"]
 
     def nothing(self, category: str, split: Split) -> UserError:
         """The error for a split without a single image."""
@@ -114,7 +141,7 @@ class OnDisk(Dataset):
     def _found(self, whole: bool) -> list[str]:
         if not self.root.is_dir():
             problem = "is not a folder" if self.root.exists() else "does not exist"
-            raise UserError(
+            raise NoRoot(
                 f"dataset.root={self.root} {problem}: set dataset.root=... to the folder of categories"
             )
         return self.find(whole)
@@ -136,25 +163,12 @@ class OnDisk(Dataset):
 
     def _sample(self, entry: Entry) -> FileSample | None:
         """An entry as a sample; None, after a call of `gap`, where a file cannot be found."""
+        name = str(entry.image).removeprefix(f"{self.root}/")
         try:
-            identity = " mask ".join(map(file_identity, (entry.image, *entry.masks)))
+            return FileSample(name, entry.kind, entry.image, entry.masks)
         except UserError as error:  # a link that leads nowhere
             self.gap(error)
             return None
-        return FileSample(
-            name=str(entry.image).removeprefix(f"{self.root}/"),
-            kind=entry.kind,
-            identity=identity,
-            image=entry.image,
-            masks=entry.masks,
-        )
-
-
-def folders(parent: Path) -> list[Path]:
-    """The folders in `parent` that are not hidden, sorted; none where there is no `parent`."""
-    if not parent.is_dir():
-        return []
-    return sorted(path for path in parent.iterdir() if not path.name.startswith(".") and path.is_dir())
 
 
 def unknown_category(where: str, category: str, found: list[str]) -> UserError:

@@ -10,7 +10,8 @@ from pydantic import AfterValidator
 from torch import Tensor
 
 from clbench.data import cache
-from clbench.data.files import SUFFIXES, FileSample, file_identity
+from clbench.data.files import FileSample
+from clbench.data.listing import SUFFIXES, LeftOut, images_in
 from clbench.data.samples import GOOD, Geometry, Sample
 from clbench.data.textures import texture
 from clbench.errors import UserError
@@ -57,11 +58,15 @@ class Pictures:
         setting: name of the config key that the folder comes from, quoted in error messages.
         seed: seed of the choice of pictures.
         directory: folder of the cache of decoded images.
+
+    Attributes:
+        left_out: what was left out of the folder.
     """
 
     def __init__(self, folder: str | None, count: int, setting: str, seed: int, directory: str):
         self.folder, self.count, self.setting = folder, count, setting
         self.seed, self.directory = seed, directory
+        self.left_out = LeftOut()
         self._samples: list[Sample] | None = None
 
     def look_up(self) -> list[Sample]:
@@ -86,17 +91,14 @@ class Pictures:
         root = expanded(folder, setting)
         if not root.is_dir():
             raise UserError(f"{setting}={folder} {_NO_FOLDER}")
-        paths = sorted(path for path in root.rglob("*") if path.suffix.lower() in SUFFIXES)
+        paths = images_in(root, self.left_out)
         if not paths:
             raise UserError(
                 f"{setting}={folder} holds no image ({', '.join(SUFFIXES)}), nor do the folders in it: "
                 "give another, or leave it out for procedural ones"
             )
         order = torch.randperm(len(paths), generator=random)[:count].sort().values
-        return [
-            FileSample(str(path), GOOD, file_identity(path), path)
-            for path in (paths[index] for index in order.tolist())
-        ]
+        return [FileSample(str(path), GOOD, path) for path in (paths[index] for index in order.tolist())]
 
     def load(self, height: int, width: int) -> Tensor:
         """The pictures, uint8 [N, 3, height, width], mapped from the cache.

@@ -1,6 +1,7 @@
 """What a dataset is made of: categories, and samples that know how to read themselves."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,16 +19,39 @@ class Sample(ABC):
 
     name: str  # shown to people: a path, or what was drawn
     kind: str  # GOOD, or the kind of defect
-    identity: str  # the key of the decoded-image cache: changes whenever the result of `read` would
+    identity: str  # changes whenever the result of `read` would; known without reading
 
     @property
     def outlined(self) -> bool:
         """Whether it is known which pixels are defective; a dataset may have labels of images alone."""
         return True
 
+    def content(self) -> str:
+        """A text that is the same for samples from which `read` gives the same, wherever they are.
+
+        The key of the cache of decoded images. The default is `identity`, which is right but for files: those may be
+        moved or restored.
+
+        Raises:
+            UserError: a file is unreadable.
+        """
+        return self.identity
+
+    def settled(self) -> bool:
+        """Whether `identity` would be another if the sample changed from now on; of a new file it might be the same."""
+        return True
+
+    def at(self, geometry: "Geometry") -> "Sample":
+        """The sample to `read` where only what `geometry` makes of it is wanted: the default is itself."""
+        return self
+
     @abstractmethod
     def read(self) -> tuple[np.ndarray, np.ndarray | None]:
-        """The image, uint8 [H, W, 3] RGB, and the mask of its defect, bool [H, W]; None where it has no mask.
+        """The image and the mask of its defect.
+
+        Returns:
+            The image, uint8 or uint16 [H, W, 3] RGB, and the mask, bool [H, W]; None where it has no mask. Both have the
+            size of the file, unless the sample was asked for `at` a geometry.
 
         Raises:
             UserError: the file is unreadable or truncated, or its mask is missing or has another size.
@@ -35,10 +59,17 @@ class Sample(ABC):
 
 
 class Dataset(ABC):
-    """Product categories with normal training images and labelled test images."""
+    """Product categories with normal training images and labelled test images.
+
+    Attributes:
+        name: the dataset's, as the config has it.
+        categories: names of the categories, in the order of the stream unless the config gives another.
+        notes: a line for each thing about it that people should know of, such as files that were left out.
+    """
 
     name: str
     categories: list[str]
+    notes: Sequence[str] = ()
 
     @abstractmethod
     def samples(self, category: str, split: Split) -> list[Sample]:
@@ -51,11 +82,12 @@ class Dataset(ABC):
 
 @dataclass(frozen=True)
 class Geometry:
-    """The size that images are brought to.
+    """What images are brought to: 8 bits, and a size.
 
     Args:
         resize: both sides are brought to so many pixels; None keeps the file's size.
         crop: then the square of so many pixels in the middle is cut out; None keeps all.
+        bit_depth: how many bits of 16-bit images the camera has filled: 12 where 4095 is white. None for all 16.
 
     Raises:
         UserError: a size is not positive, or the crop is larger than what it is cut from.
@@ -63,6 +95,7 @@ class Geometry:
 
     resize: int | None = 256
     crop: int | None = None
+    bit_depth: int | None = None
 
     def __post_init__(self) -> None:
         for name, size in (("resize", self.resize), ("crop", self.crop)):
@@ -76,12 +109,29 @@ class Geometry:
                 f"give a crop of at most {self.resize}, or null for none"
             )
 
-    def image(self, image: np.ndarray) -> np.ndarray:
-        """Image [H, W, C] -> image [h, w, C] of the same type at this size.
+    def eight_bits(self, image: np.ndarray) -> np.ndarray:
+        """Image, uint8 or uint16 of any shape -> the same in uint8: white, 2^bit_depth - 1, becomes 255.
 
         Raises:
-            UserError: the image is smaller than the crop.
+            UserError: the image has larger values than `bit_depth` allows.
         """
+        if image.dtype != np.uint16:
+            return image
+        white = 2 ** (self.bit_depth or 16) - 1
+        if (peak := int(image.max())) > white:
+            raise UserError(
+                f"dataset.bit_depth={self.bit_depth} ends at {white}, and there is a pixel of {peak}: "
+                f"give at least {peak.bit_length()}, or null for all 16 bits"
+            )
+        return ((image.astype(np.uint32) * 255 + white // 2) // white).astype(np.uint8)
+
+    def image(self, image: np.ndarray) -> np.ndarray:
+        """Image, uint8 or uint16 [H, W, C] -> image, uint8 [h, w, C].
+
+        Raises:
+            UserError: the image is smaller than the crop, or has larger values than `bit_depth` allows.
+        """
+        image = self.eight_bits(image)
         if self.resize is not None:
             # In two steps, since one side may shrink while the other grows.
             height, width = image.shape[:2]
@@ -130,6 +180,14 @@ class Geometry:
             )
         top, left = (height - self.crop) // 2, (width - self.crop) // 2
         return array[top : top + self.crop, left : left + self.crop]
+
+
+def different_sizes(first: str, size: Sequence[int], other: str, other_size: Sequence[int]) -> UserError:
+    """The error for two named images that cannot share a tensor, with their sizes (H, W)."""
+    return UserError(
+        f"{first} is {size[1]}x{size[0]} but {other} is {other_size[1]}x{other_size[0]}: "
+        "bring all images to one size with dataset.resize=..."
+    )
 
 
 def _weights(original: int, resized: int, known: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

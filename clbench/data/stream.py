@@ -1,21 +1,23 @@
 """The stream: tasks in their order, and their images."""
 
-import hashlib
-import json
+import unicodedata
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 from clbench.data import cache
+from clbench.data import doubts as doubtful
 from clbench.data.images import ImageSet
 from clbench.data.samples import Dataset, Geometry
+from clbench.data.unchanged import SPLITS, Fingerprints
 from clbench.errors import UserError
 from clbench.randomness import generator
 
-_TAKEN = ("mean", "forgetting", "maps")  # names that results are filed under beside those of categories
+# Names that results are filed under beside those of categories, in tables and in Weights & Biases.
+_TAKEN = ("mean", "forgetting", "maps", "training", "final", "R")
+_LONGEST = 200  # bytes of a name; file systems take 255, of which files that are named after it need some
 
 
 @dataclass(frozen=True)
@@ -25,10 +27,16 @@ class Category:
     Attributes:
         name: its name in the dataset.
         test: the images that it is evaluated on.
+        fingerprints: of its training images and of its test images; empty where they are not known.
+        peak: the largest value of its 16-bit images; None where it has none.
+        nearly_all: the names of the test images whose masks mark nearly all of them.
     """
 
     name: str
     test: ImageSet
+    fingerprints: list[str] = field(default_factory=list)
+    peak: int | None = None
+    nearly_all: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -45,26 +53,10 @@ class Task:
     train: ImageSet
     categories: tuple[Category, ...]
 
-    def fingerprint(self) -> str:
-        """A text that changes where an image joins, leaves or changes, and not where its file is moved.
 
-        It is a digest of the names, kinds, pixels and masks of all images: a quarter of a second for 1,000
-        images of 224 x 224 pixels.
-        """
-        digest = hashlib.sha256()
-        for images in (self.train, *(category.test for category in self.categories)):
-            about = [images.names, images.kinds, images.unknown, images.images.shape]
-            digest.update(json.dumps(about).encode())
-            for tensor in (images.images, images.masks):
-                digest.update(tensor.contiguous().numpy().data)
-        return digest.hexdigest()[:16]
-
-
-def fingerprints(tasks: Sequence[Task]) -> dict[str, str]:
-    """Every task's name and fingerprint; tasks are read side by side, as hashing lets other threads run."""
-    with ThreadPoolExecutor() as pool:
-        found = pool.map(Task.fingerprint, tasks)
-        return {task.name: digest for task, digest in zip(tasks, found, strict=True)}
+def fingerprints(tasks: Sequence[Task]) -> Fingerprints:
+    """The fingerprints of all categories, in the order of the stream; see `clbench.data.unchanged`."""
+    return {category.name: category.fingerprints for task in tasks for category in task.categories}
 
 
 def order(dataset: Dataset, kind: str, tasks: list | None, seed: int) -> list[list[str]]:
@@ -78,15 +70,38 @@ def order(dataset: Dataset, kind: str, tasks: list | None, seed: int) -> list[li
 
     Raises:
         UserError: the list is empty, has an empty task, or names a category twice or one that the dataset
-            does not have; or a category has a name that results need for themselves.
+            does not have; or a category's name cannot be used.
     """
     grouped = _grouped(dataset, kind, tasks, seed)
     for name in (name for group in grouped for name in group):
-        if name in _TAKEN:
+        if problem := name_problem(name):
+            raise UserError(problem)
+    tasks_called = ["+".join(group) for group in grouped]
+    for name in tasks_called:
+        if tasks_called.count(name) > 1:
             raise UserError(
-                f"the category '{name}' has a name that results need for themselves; rename its folder"
+                f"two tasks would be called '{name}', after their categories: rename the folder of a category with a +"
             )
     return grouped
+
+
+def name_problem(name: str) -> str | None:
+    """Why a category cannot be called so, and what to do; None where it can.
+
+    Files, keys and columns of tables are named after categories.
+    """
+    reason = None
+    if name in _TAKEN:
+        reason = "has a name that results need for themselves"
+    elif any(unicodedata.category(sign) in ("Cc", "Cs") for sign in name):
+        reason = "has a name with signs that are no text in UTF-8"
+    elif "/" in name or name in ("", ".", ".."):
+        reason = "has a name that no folder can have"
+    elif len(name.encode()) > _LONGEST:
+        reason = f"has a name of {len(name.encode())} bytes, and files with longer ones are named after it"
+        name = f"{name[:20]}..."
+    shown = name.encode("unicode_escape").decode("ascii") if reason and not name.isprintable() else name
+    return reason and f"the category '{shown}' {reason}; rename its folder"
 
 
 def _grouped(dataset: Dataset, kind: str, tasks: list | None, seed: int) -> list[list[str]]:
@@ -134,7 +149,7 @@ def load_tasks(
         (name, split): dataset.samples(name, split)
         for group in categories
         for name in group
-        for split in ("train", "test")
+        for split in SPLITS
     }
     total = sum(len(samples) for samples in found.values())
     done = 0
@@ -148,11 +163,39 @@ def load_tasks(
     first = next(iter(sets.values()))
     for images in sets.values():
         ImageSet.same_size(first, images)
+
+    def category(name: str) -> Category:
+        contents = [sets[name, split].contents for split in SPLITS]
+        known = [each for each in contents if each is not None]
+        return Category(
+            name,
+            test=sets[name, "test"],
+            fingerprints=[
+                each.fingerprint(found[name, split]) for split, each in zip(SPLITS, known, strict=True)
+            ],
+            peak=max((each.peak for each in known if each.peak is not None), default=None),
+            nearly_all=[sets[name, "test"].names[index] for index in known[1].nearly_all],
+        )
+
     return [
         Task(
             name="+".join(group),
             train=ImageSet.concatenate([sets[name, "train"] for name in group]),
-            categories=tuple(Category(name, sets[name, "test"]) for name in group),
+            categories=tuple(map(category, group)),
         )
         for group in categories
     ]
+
+
+def doubts(tasks: Sequence[Task], bit_depth: int | None) -> list[str]:
+    """A line for each thing that is doubtful about the images of a stream.
+
+    Args:
+        bit_depth: the setting `dataset.bit_depth`.
+    """
+    categories = [category for task in tasks for category in task.categories]
+    return doubtful.doubts(
+        {category.name: category.peak for category in categories},
+        {category.name: category.nearly_all for category in categories},
+        bit_depth,
+    )

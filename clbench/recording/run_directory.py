@@ -5,6 +5,7 @@ A file is replaced as a whole, or appended to.
 
 import csv
 import fcntl
+import hashlib
 import io
 import json
 import os
@@ -28,6 +29,15 @@ MetricRow = tuple[int, int, str, str, str, float | None]
 State = Literal["finished", "failed", "unfinished", "missing"]
 
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast, where PyYAML has it
+
+
+# What every summary.json holds at least, and what those of a status do: key -> type, or of what a list is.
+_Kind = type | list[type]
+_SUMMARY: dict[str, _Kind] = {"status": str, "tasks": [str]}
+_OF_STATUS: dict[str, dict[str, _Kind]] = {
+    "complete": {"final": dict, "memory": dict, "time": dict},
+    "failed": {"reason": str},
+}
 
 
 class RunDirectory:
@@ -54,8 +64,9 @@ class RunDirectory:
             return None
         with suppress(json.JSONDecodeError, RecursionError):
             found = json.loads(text)
-            if isinstance(found, dict) and "status" in found:
-                return found
+            if isinstance(found, dict) and all(_fits(found.get(key), kind) for key, kind in _SUMMARY.items()):
+                more = _OF_STATUS.get(found["status"], {})
+                return found if all(_fits(found.get(key), kind) for key, kind in more.items()) else None
         return None
 
     def config(self) -> dict[str, Any] | None:
@@ -87,8 +98,17 @@ class RunDirectory:
         Raises:
             UserError: it may not be read.
         """
+        content = self._read_bytes(name)
+        return None if content is None else content.decode(errors="replace")
+
+    def _read_bytes(self, name: str) -> bytes | None:
+        """The content of a file of the directory; None where there is none.
+
+        Raises:
+            UserError: it may not be read.
+        """
         try:
-            return (self.path / name).read_text(encoding="utf-8", errors="replace")
+            return (self.path / name).read_bytes()
         except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as error:
@@ -119,7 +139,14 @@ class RunDirectory:
                 clbench, and `overwrite` is not set; or a file is damaged or may not be read.
         """
         stored = self.config()
-        if stored is None or config["overwrite"]:
+        if config["overwrite"]:
+            return False
+        if stored is None:
+            if any(self.path.glob("checkpoint/*.json")):
+                raise UserError(
+                    f"{self.path} holds what a run has learned, and no config.yaml that says which run: put that back, "
+                    "take another experiment=NAME, or overwrite=true"
+                )
             return False
         made_by = stored.pop("made_by", None) or {}
         stored.pop("departures", None)
@@ -140,9 +167,24 @@ class RunDirectory:
         return False
 
     def complete(self, summary: Mapping[str, Any]) -> bool:
-        """Whether this summary is of a complete run whose metrics.csv and config.yaml are still here."""
-        written = all((self.path / name).is_file() for name in ("metrics.csv", "config.yaml"))
-        return summary["status"] == "complete" and written
+        """Whether this summary is of a complete run whose metrics.csv and config.yaml are still here, as it wrote them.
+
+        Raises:
+            UserError: metrics.csv may not be read.
+        """
+        if summary["status"] != "complete" or not (self.path / "config.yaml").is_file():
+            return False
+        written = self.metrics_digest()
+        return written is not None and written == summary.get("metrics_sha256", written)
+
+    def metrics_digest(self) -> str | None:
+        """SHA-256 of metrics.csv, in hexadecimal; None where there is none.
+
+        Raises:
+            UserError: it may not be read.
+        """
+        content = self._read_bytes("metrics.csv")
+        return None if content is None else hashlib.sha256(content).hexdigest()
 
     def state(self, config: Mapping[str, Any]) -> tuple[State, str | None]:
         """How far the run of a config is, and the reason where it failed; None where it did not.
@@ -173,10 +215,22 @@ class RunDirectory:
             raise cannot_write(self.path, error) from error
 
     def clear(self) -> None:
-        """Remove the files of an earlier run."""
-        for name in ("summary.json", "config.yaml", "metrics.csv", "journal.jsonl", "thresholds.json"):
-            (self.path / name).unlink(missing_ok=True)
-        for name in ("checkpoint", "maps", "wandb"):
+        """Remove the files of an earlier run.
+
+        In an order in which what is left, when this process is killed, is an unfinished run that says of which config.
+
+        Raises:
+            UserError: a file that results depend on cannot be removed.
+        """
+        try:
+            (self.path / "summary.json").unlink(missing_ok=True)
+            if (self.path / "checkpoint").exists():
+                shutil.rmtree(self.path / "checkpoint")
+            for name in ("journal.jsonl", "metrics.csv", "thresholds.json", "config.yaml"):
+                (self.path / name).unlink(missing_ok=True)
+        except OSError as error:
+            raise cannot_write(self.path, error) from error
+        for name in ("maps", "wandb"):
             shutil.rmtree(self.path / name, ignore_errors=True)
 
     @contextmanager
@@ -340,3 +394,10 @@ def _csv(rows: Sequence[MetricRow]) -> str:
     for *names, value in rows:
         writer.writerow((*names, "undefined" if value is None else f"{value:.6f}"))
     return text.getvalue()
+
+
+def _fits(value: object, kind: _Kind) -> bool:
+    """Whether a value is of a type, or a list of values that are."""
+    if isinstance(kind, list):
+        return isinstance(value, list) and all(isinstance(each, kind[0]) for each in value)
+    return isinstance(value, kind)

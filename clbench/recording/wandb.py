@@ -196,7 +196,12 @@ def _begin(
     )
     for over in ("stage", "epoch"):
         run.define_metric(over)
-    for name in (*names, "mean", "forgetting", "maps"):
+    for name in (
+        *(name for name in names if "*" not in name),
+        "mean",
+        "forgetting",
+        "maps",
+    ):  # a `*` is a pattern
         run.define_metric(f"{name}/*", step_metric="stage", step_sync=False)
     run.define_metric("training/*", step_metric="epoch", step_sync=False)
     return run

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import math
 from collections.abc import Mapping, Sequence
@@ -171,6 +172,13 @@ def _read_run(path: Path) -> FoundRun:
         run.state, run.reason = "failed", str(summary.get("reason", "it did not say why"))
     elif summary["status"] != "complete":
         run.reason = f"under way or interrupted, {run.stages} of {expected} stages written"
+    elif hashlib.sha256(written).hexdigest() != summary.get(
+        "metrics_sha256", hashlib.sha256(written).hexdigest()
+    ):
+        run.state, run.reason = (
+            "damaged",
+            "metrics.csv is not as the run wrote it; its command, repeated, writes it again",
+        )
     elif wrong := "metrics.csv ends within a line" if torn else _wrong(run):
         run.state, run.reason = "damaged", wrong
     else:

@@ -6,6 +6,7 @@ import functools
 import itertools
 import sys
 import traceback
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from clbench.config.messages import UnknownSetting
 from clbench.config.words import readable
 from clbench.errors import UserError, in_one_line
 from clbench.recording.run_directory import RunDirectory
+from clbench.sweeps.images import FinishedImages
 from clbench.sweeps.launchers import SequentialLauncher, Starts
 from clbench.sweeps.runs import SweepRun, distinct, finished_unchanged, suited, to_launch
 from clbench.sweeps.tables import plan_table, sweep_table
@@ -90,7 +92,16 @@ class RunSweeper(Sweeper):
                 display.line(f"finished already, skipped: {run.directory.path}")
             elif run.state == "failed" and run in wanted:
                 display.line(f"failed before, tried again: {run.directory.path}: {run.reason}")
-        failed = self._launch(wanted, runs[0].directory.path.parent, display)
+        if self._config.only and not wanted:
+            states = Counter(run.state for run in runs)
+            counts = ", ".join(f"{count} {state}" for state, count in states.items())
+            display.line(f"only={self._config.only}: nothing to start; {counts}")
+            return
+        try:
+            failed = self._launch(wanted, runs[0].directory.path.parent, display)
+        except UserError as error:  # the launcher's: there is no cluster, or it rejects the jobs
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(1)
         if len(runs) > 1:
             display.table(sweep_table(runs, display.console.width))
         if not failed or len(runs) > 1:
@@ -106,7 +117,8 @@ class RunSweeper(Sweeper):
             arguments: its overrides.
 
         Raises:
-            UserError: the settings of one are wrong, its directory cannot be read, or no run is asked for.
+            UserError: the settings of one are wrong, its directory cannot be read, it is finished and its images
+                have changed since, or no run is asked for.
         """
         parser = OverridesParser.create(config_loader=self._loader)
         given: list[list[str]] = []
@@ -114,12 +126,15 @@ class RunSweeper(Sweeper):
             texts = [*(f"{key}={value}" for key, value in {**self.params, **grid}.items()), *arguments]
             given += combinations(parser.parse_overrides([readable(text) for text in texts]))
         settings_of = functools.cache(self._settings_of)
+        images = FinishedImages(self._config.cache, Display("sweep").line)
         found: dict[Path, SweepRun] = {}
         for overrides in suited(given, self._config.hydra.runtime.choices, settings_of):
             try:
                 run = finished_unchanged(self._config, overrides) or self._composed(overrides)
             except UnknownSetting as error:
                 raise setting_of_other_choices(error, self._loader.get_group_options, settings_of) from error
+            if run.state == "finished" and run.directory.path not in found:
+                images.check(run.directory)
             found.setdefault(run.directory.path, run)
         if not found:
             raise UserError(f"{' '.join(arguments)} asks for no run: a list in it is empty")
@@ -155,14 +170,22 @@ class RunSweeper(Sweeper):
             folder: where the directories of the runs are.
 
         Returns:
-            Whether one failed, or none could be launched.
+            Whether one failed.
+
+        Raises:
+            UserError: none could be launched.
         """
         self._config.hydra.sweep.dir = str(folder)
-        try:
-            jobs = self._jobs(pending, display)
-        except UserError as error:  # the launcher's: there is no cluster, or it rejects the jobs
-            print(f"error: {error}", file=sys.stderr)
-            return True
+        unwritable = []
+        for run in pending:
+            try:
+                run.directory.create()  # Hydra's own error would end all runs
+            except UserError as error:
+                unwritable.append(run)
+                run.reason = str(error)
+                print(f"error: {error}", file=sys.stderr)
+        pending = [run for run in pending if run not in unwritable]
+        jobs = self._jobs(pending, display)
         failures = [
             (run, job) for run, job in zip(pending, jobs, strict=True) if job.status != JobStatus.COMPLETED
         ]
@@ -174,12 +197,12 @@ class RunSweeper(Sweeper):
             run.reason = message
             named = len(pending) == 1 or str(run.directory.path) in message
             print(f"error: {'' if named else run.directory.path.name + ': '}{message}", file=sys.stderr)
-        return bool(failures)
+        return bool(failures or unwritable)
 
     def _jobs(self, pending: list[SweepRun], display: Display) -> list[JobReturn]:
         """How each of these runs ended: launched in batches, or one after the other with a line for each."""
         alone = isinstance(self._launcher, SequentialLauncher)
-        size = 1 if alone else self.max_batch_size or len(pending)
+        size = 1 if alone else self.max_batch_size or max(1, len(pending))
         jobs: list[JobReturn] = []
         names = distinct(pending) if pending else []
         for first in range(0, len(pending), size):

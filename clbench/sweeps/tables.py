@@ -45,12 +45,14 @@ def plan_table(runs: Sequence[SweepRun], wanted: Sequence[SweepRun]) -> Table:
             "" if peak is None else f"{peak:.0f}",
             "" if minutes is None else f"{minutes:.1f}",
         )
+    if not known:
+        table.caption = "peak memory and time are known once a run of the method has finished beside these"
+        return table
     table.caption = (
-        f"peak memory and time are those of finished runs of the same method and strategy, or method; "
-        f"together about {total:.0f} minutes of those known"
-        if total
-        else "peak memory and time are known once a run of the method has finished beside these"
+        "peak memory and time are those of finished runs of the same method and strategy, or method"
     )
+    if total:
+        table.caption += f"; together about {total:.1f} minutes of those known"
     return table
 
 

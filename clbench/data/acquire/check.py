@@ -10,6 +10,7 @@ from pathlib import Path
 from clbench.data.acquire.published import Counts, Published
 from clbench.data.files import FileSample, read_image, read_mask_of
 from clbench.data.samples import GOOD
+from clbench.data.stream import name_problem
 from clbench.errors import UserError
 
 Size = tuple[int, int]  # height, width
@@ -55,6 +56,8 @@ def check_files(dataset: Published, root: Path, progress: Callable[[int, int], N
     reader = dataset.layout(str(root), gap=lambda gap: report.problems.append(str(gap)))
     found: list[tuple[CategoryCheck, bool, FileSample]] = []
     for name in reader.categories:
+        if problem := name_problem(name):
+            report.problems.append(problem)
         category = CategoryCheck(name)
         report.categories.append(category)
         for split in ("train", "test"):
@@ -89,7 +92,11 @@ def check_files(dataset: Published, root: Path, progress: Callable[[int, int], N
         for content, name in tested
         if content in seen
     ]
-    report.notes = [*_without_masks(report.categories), *_against_published(dataset, report.categories)]
+    report.notes = [
+        *reader.notes,
+        *_without_masks(report.categories),
+        *_against_published(dataset, report.categories),
+    ]
     return report
 
 
