@@ -42,6 +42,7 @@ test-slurm: install  ## sweeps through a real SLURM, killed in every way that a 
 
 lint: install
 	$(BIN)/ruff check .
+	$(BIN)/ruff check --preview --select PLW1514 .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 

@@ -3,8 +3,12 @@
 import signal
 import sys
 
+from clbench.streams import begin
+
 if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # while there is nothing to save, Ctrl-C just ends it
+if __name__ == "__main__":
+    begin()
 
 from clbench.commands.run import main
 

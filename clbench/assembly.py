@@ -18,7 +18,7 @@ from clbench.data.samples import Dataset
 from clbench.data.stream import Task
 from clbench.errors import UserError
 from clbench.methods.base import Detector, Progress
-from clbench.recording.recorder import Recorder
+from clbench.recording.recorder import Recorder, Surviving
 from clbench.strategies.base import Strategy
 
 
@@ -187,13 +187,12 @@ def identity(config: Config, tasks: list[Task] | None = None) -> dict[str, Any]:
     }
 
 
-def build_recorder(assembly: Assembly, directory: Path) -> tuple[Recorder, str | None]:
-    """The recorder that the config asks for, and a line on why where `wandb=auto` chose.
-
-    None where it did not.
+def build_recorder(assembly: Assembly, directory: Path, say: Callable[[str], object]) -> Recorder:
+    """The recorder that the config asks for; what goes wrong in it does not end the run.
 
     Args:
         directory: the run's, in which config.yaml is written already.
+        say: shows a line: why `wandb=auto` chose as it did, and what goes wrong.
 
     Raises:
         UserError: W&B is to be online and there is no key, or its server's address is wrong.
@@ -201,9 +200,16 @@ def build_recorder(assembly: Assembly, directory: Path) -> tuple[Recorder, str |
     config = assembly.config
     plain = config.plain()
     mode, reason = wandb_mode(plain["wandb"])
+    if reason:
+        say(reason)
     if mode == "disabled":
-        return Recorder(), reason
+        return Recorder()
     from clbench.recording.wandb import WandbRun
 
     names = [category.name for task in assembly.tasks for category in task.categories]
-    return WandbRun(directory, {**plain["wandb"], "mode": mode}, plain, names), reason
+    return Surviving(
+        lambda: WandbRun(directory, {**plain["wandb"], "mode": mode}, plain, names),
+        name="W&B",
+        way_out="clbench wandb sync completes it",
+        say=say,
+    )

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from importlib.metadata import version
 
+from clbench import streams
 from clbench.errors import UserError
 
 COMMANDS = {
@@ -44,6 +45,9 @@ COMMANDS = {
 
 def main(words: Sequence[str] | None = None) -> int:
     """Do what the words say, those of the command line where none are given, and give the exit status."""
+    if words is None:  # a process of its own
+        streams.begin()
+    streams.secure()
     given = list(sys.argv[1:] if words is None else words)
     parser = argparse.ArgumentParser(
         prog="clbench",
@@ -75,16 +79,18 @@ def main(words: Sequence[str] | None = None) -> int:
         ):  # what a shell asks to complete the words of `clbench run`
             return import_module("clbench.commands.run").complete(given)
         options = parser.parse_args(given)
-        return import_module(f"clbench.commands.{options.command}").main(options)
+        status = import_module(f"clbench.commands.{options.command}").main(options)
+        if error := streams.lost():
+            raise UserError(
+                f"standard output cannot be written ({error.strerror}), and what was printed is lost"
+            )
+        return status
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader of a pipe has seen enough
-        sys.stderr.close()
-        return 0
 
 
 if __name__ == "__main__":

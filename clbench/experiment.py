@@ -182,12 +182,26 @@ class Course:
             "memory": {**footprint.measure(self.strategy), "peak_mb": peak_mb},
             "time": {**spent, "inference_ms_per_image": inference},
         }
+        written = self._write_summary(summary)
         message = self.recorder.finish(summary, {metric: self.results.matrix(metric) for metric in METRICS})
-        self.directory.write_summary(summary)
-        self.display.table(run_table(summary, self.results))
+        if self.recorder.missing() != written.get("not_recorded"):
+            written = self._write_summary(summary)
+        with self.display.showing():
+            self.display.table(run_table(summary, self.results))
         if message:
             self.display.line(message)
-        return summary
+        return written
+
+    def _write_summary(self, summary: dict[str, Any]) -> dict[str, Any]:
+        """Write summary.json, with what the recorder has not recorded by now; gives what it holds.
+
+        Raises:
+            UserError: the disk is full or may not be written.
+        """
+        missing = self.recorder.missing()
+        written = summary if missing is None else {**summary, "not_recorded": missing}
+        self.directory.write_summary(written)
+        return written
 
     def _title(self, stage: int) -> str:
         """What a stage is called on the terminal and in errors."""

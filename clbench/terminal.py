@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from typing_extensions import Self
+
+from clbench.errors import first_line
 
 if TYPE_CHECKING:
     from clbench.results import Results
@@ -43,7 +46,7 @@ def console() -> Console:
 class Display:
     """A bar that shows what is happening now, and lines that stay.
 
-    Only the lines where output is no terminal.
+    Only the lines where output is no terminal. What cannot be shown ends nothing: see `showing`.
 
     Args:
         run: the run's name, which begins every line where several runs share the output.
@@ -65,28 +68,44 @@ class Display:
         self._row = self._bar.add_task("starting", total=None)
         self._heading = ""
         self._phase = ""
+        self._failed = False
+
+    @contextmanager
+    def showing(self) -> Iterator[None]:
+        """Inside, something is made to be shown: where that fails, all else goes on, and the first time a line says so."""
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001
+            if not self._failed:
+                reason = f"{type(error).__name__}: {first_line(error)}"
+                print(f"warning: {self._prefix}not all can be shown ({reason})", file=sys.stderr)
+            self._failed = True
 
     def __enter__(self) -> Self:
-        self._bar.start()
+        with self.showing():
+            self._bar.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._bar.stop()
+        with self.showing():
+            self._bar.stop()
 
     def heading(self, text: str) -> None:
         """What the following phases belong to: `task 3/10 cable`."""
         self._heading, self._phase = text, ""
-        self._bar.update(self._row, description=self._described(""))
+        with self.showing():
+            self._bar.update(self._row, description=self._described(""))
 
     def progress(self, phase: str, done: int, total: int, note: str = "") -> None:
         """Show how far a phase is: `done` of `total`, with a note on how it goes."""
-        if phase != self._phase:
-            self._phase = phase
-            self._bar.reset(self._row, total=total)
-        description = self._described(f": {phase}" + (f" ({note})" if note else ""))
-        self._bar.update(self._row, completed=done, total=total, description=description)
+        with self.showing():
+            if phase != self._phase:
+                self._phase = phase
+                self._bar.reset(self._row, total=total)
+            description = self._described(f": {phase}" + (f" ({note})" if note else ""))
+            self._bar.update(self._row, completed=done, total=total, description=description)
 
     def _described(self, phase: str) -> str:
         """The heading and the phase in one line; the heading is cut to the room that the terminal has."""
@@ -96,17 +115,19 @@ class Display:
 
     def line(self, text: str) -> None:
         """Print a line that stays."""
-        self.console.print(f"{self._prefix}{text}", markup=False, highlight=False, soft_wrap=True)
+        with self.showing():
+            self.console.print(f"{self._prefix}{text}", markup=False, highlight=False, soft_wrap=True)
 
     def table(self, table: Table) -> None:
         """Print a table that stays."""
-        if self._prefix:  # a title is folded to the table's width, and names of runs can be long
-            self.line(str(table.title))
-            table.title = None
-        caption, table.caption = table.caption, None  # which would be folded to the table's width too
-        self.console.print(table)
-        if caption:
-            self.console.print(caption, highlight=False, soft_wrap=True)
+        with self.showing():
+            if self._prefix:  # a title is folded to the table's width, and names of runs can be long
+                self.line(str(table.title))
+                table.title = None
+            caption, table.caption = table.caption, None  # which would be folded to the table's width too
+            self.console.print(table)
+            if caption:
+                self.console.print(caption, highlight=False, soft_wrap=True)
 
 
 def number(value: float | None, digits: int = 3) -> str:

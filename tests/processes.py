@@ -10,25 +10,34 @@ from pathlib import Path
 from random import Random
 
 ROOT = Path(__file__).parent.parent
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["clbench.commands.run", "clbench.experiment", "clbench.loading", "timm"])
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["clbench.commands.run", "clbench.experiment", "clbench.loading", "timm"])
 
 
-def start(words: Sequence[str]) -> BaseProcess:
-    """train.py with these words, in a process of its own that prints nothing."""
-    process = _CONTEXT.Process(target=_run, args=(list(words), list(sys.path)))
+def nowhere() -> int:
+    """A file that takes everything."""
+    return os.open(os.devnull, os.O_WRONLY)
+
+
+def start(words: Sequence[str], output: Callable[[], int] = nowhere) -> BaseProcess:
+    """train.py with these words, in a process of its own.
+
+    Args:
+        output: opens what it prints into, in that process.
+    """
+    process = CONTEXT.Process(target=_run, args=(list(words), list(sys.path), output))
     process.start()
     return process
 
 
-def _run(words: list[str], path: list[str]) -> None:
+def _run(words: list[str], path: list[str], output: Callable[[], int]) -> None:
     from clbench.commands.run import main
 
     sys.path[:] = path
     os.chdir(ROOT)
-    nothing = os.open(os.devnull, os.O_WRONLY)
+    opened = output()
     for stream in (1, 2):
-        os.dup2(nothing, stream)
+        os.dup2(opened, stream)
     sys.exit(main(words))
 
 

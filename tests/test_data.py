@@ -1,6 +1,7 @@
 """Files, folders and the cache: what is read, and what is refused."""
 
 import errno
+import fcntl
 import os
 import resource
 import shutil
@@ -19,7 +20,6 @@ import pytest
 import torch
 from PIL import Image
 
-from clbench.data import cache
 from clbench.data.cache import contents_of, load_cached
 from clbench.data.doubts import doubts
 from clbench.data.files import read_image, read_mask
@@ -745,7 +745,7 @@ def test_without_locks_it_decodes_itself(root: Path, tmp_path: Path, monkeypatch
     def unsupported(file: object, operation: int) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(cache.fcntl, "flock", unsupported)
+    monkeypatch.setattr(fcntl, "flock", unsupported)
     assert len(load_cached(samples_of(root), WHOLE, tmp_path / "cache")) == 4
 
 

@@ -79,7 +79,7 @@ def make_visa(folder: Folder) -> None:
             for i in (0, 1)
         ]
     (folder.root / SPLIT).parent.mkdir()
-    with open(folder.root / SPLIT, "w", newline="") as file:
+    with open(folder.root / SPLIT, "w", encoding="utf-8", newline="") as file:
         csv.writer(file).writerows([("object", "split", "label", "image", "mask"), *rows])
 
 

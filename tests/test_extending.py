@@ -178,7 +178,7 @@ def test_tasks_of_several_categories_have_the_results_of_single_ones(
             assert result.returncode == 0, result.stderr
     found: dict[str, list[dict[tuple[str, str], str]]] = {}
     for directory in run_directories(tmp_path, "grouped"):
-        with open(directory / "metrics.csv") as file:
+        with open(directory / "metrics.csv", encoding="utf-8") as file:
             values = {(row["category"], row["metric"]): row["value"] for row in csv.DictReader(file)}
         found.setdefault(summary(directory)["method"], []).append(values)
         finals = [float(values[name, "pixel_f1"]) for name in ("brick", "cloth", "plate")]

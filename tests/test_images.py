@@ -8,7 +8,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from conftest import Train
+from conftest import Train, clbench
 
 
 def shifted(path: Path) -> None:
@@ -70,5 +70,8 @@ def test_what_is_doubtful_about_images_is_said_by_every_run(
             in said
         )
         assert said.count("note: ") == 2
+    checked = clbench("data", "check", str(root)).stdout
+    for line in (line for line in said.splitlines() if line.startswith("note: ")):
+        assert line in checked.splitlines()
     deep = train(f"dataset.root={root}", "dataset.bit_depth=12")
     assert deep.returncode == 0 and deep.stdout.count("note: ") == 1

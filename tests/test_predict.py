@@ -257,7 +257,7 @@ def test_predict_writes_what_it_finds_and_names_what_it_cannot_read(train: Train
     assert "set on 20 normal training images held out of learning" in done.stdout
     assert "20 images cannot tell an image rate below 4.8 %" in done.stdout
 
-    with open(output / "scores.csv") as file:
+    with open(output / "scores.csv", encoding="utf-8") as file:
         rows = {row["image"]: row for row in csv.DictReader(file)}
     results = json.loads((output / "scores.json").read_text())
     assert list(rows) == [row["image"] for row in results["images"]]

@@ -28,7 +28,7 @@ METRICS = ["image_auroc", "image_ap", "image_f1", "pixel_auroc", "pixel_ap", "pi
 
 
 def rows(directory: Path) -> list[dict[str, str]]:
-    with open(directory / "metrics.csv") as file:
+    with open(directory / "metrics.csv", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 
@@ -373,7 +373,7 @@ def test_the_second_process_in_a_run_directory_stops(folder: Path, train: Train,
     assert train().returncode == 0
     (directory,) = run_directories(tmp_path)
     (directory / "summary.json").unlink()
-    with open(directory / "run.lock", "a") as lock:
+    with open(directory / "run.lock", "a", encoding="utf-8") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         result = train()
     assert result.returncode == 1

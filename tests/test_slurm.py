@@ -66,7 +66,7 @@ def test_a_sweep_fills_the_cluster_and_its_logs_are_found_from_the_table(
     for directory in run_directories(tmp_path):
         assert json.loads((directory / "summary.json").read_text())["status"] == "complete"
         job = json.loads((directory / "job.json").read_text())
-        assert "task 3/3 plate" in Path(job["log"]).read_text()
+        assert "task 3/3 plate" in Path(job["log"]).read_text(encoding="utf-8")
         name = ask(
             "sacct", "--noheader", "--allocations", "--format=JobName%200", "--jobs", job["id"]
         ).strip()

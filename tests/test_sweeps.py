@@ -213,6 +213,7 @@ def test_a_sweep_s_table_is_read_in_any_terminal(width: int, tmp_path: Path) -> 
         directory.create()
         summary = {
             "status": "complete",
+            "tasks": ["brick"],
             "final": dict.fromkeys(SHOWN, 0.8765),
             "average_forgetting_pct": -133.3,
             "memory": {"additional_mb": 1541.0, "peak_mb": 4492.0},

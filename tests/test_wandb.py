@@ -1,5 +1,7 @@
 """What Weights & Biases is told, as a server of it gets it; and what a broken network costs: nothing."""
 
+import asyncio
+import errno
 import http.server
 import json
 import os
@@ -21,15 +23,21 @@ from typing import Any
 
 import numpy as np
 import pytest
-import wandb  # noqa: F401  (once, and not in every process of `apart`)
-from conftest import ROOT, clbench, command, run_directories
+import wandb
+from conftest import ROOT, Train, clbench, command, run_directories
+from processes import CONTEXT
+from wandb.proto import wandb_internal_pb2
 from wandb_server import Server, serving
 
+from clbench.commands.run import main
 from clbench.config import wandb_mode
 from clbench.errors import UserError
+from clbench.interruption import Stopped
 from clbench.metrics.curves import METRICS
-from clbench.recording import dashboard
+from clbench.recording import dashboard, staged
 from clbench.recording import wandb as recording
+from clbench.recording.completing import complete
+from clbench.recording.recorder import Recorder, Surviving
 from clbench.recording.run_directory import RunDirectory
 from clbench.recording.sending import answers, sync
 from clbench.recording.wandb import WandbRun
@@ -51,6 +59,7 @@ def receive(directory: Path) -> Server:
             marker.unlink()
         patch.setenv("WANDB_BASE_URL", server.address)
         patch.setenv("WANDB_API_KEY", KEY)
+        complete([copy])
         sync([copy])
         return server
 
@@ -61,7 +70,7 @@ def logged(directory: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def check_everything_once(directory: Path, epochs: int = 9) -> None:
+def check_everything_once(directory: Path, epochs: int = 9, pictures: bool = True) -> None:
     """One id, and every key of metrics.csv and of training, once per stage and task or epoch, at rising steps."""
     values = logged(directory)
     steps = [entry["_step"] for entry in values]
@@ -75,7 +84,7 @@ def check_everything_once(directory: Path, epochs: int = 9) -> None:
     assert set(counts.values()) == {1}, [key for key, count in counts.items() if count > 1]
     for stage in range(3):
         for task in TASKS[: stage + 1]:
-            assert (f"maps/{task}", stage) in counts
+            assert ((f"maps/{task}", stage) in counts) == pictures
             assert {(f"{task}/{metric}", stage) for metric in METRICS} <= set(counts)
         assert {(f"mean/{metric}", stage) for metric in METRICS} <= set(counts)
         if stage:
@@ -260,7 +269,7 @@ def apart(directory: Path, mode: str = "offline", before: Callable[[], object] |
             os._exit(1)
     os.close(writing)
     _, status = os.waitpid(child, 0)
-    with open(reading) as said:
+    with open(reading, encoding="utf-8") as said:
         text = said.read()
     if os.WIFSIGNALED(status):
         return "killed"
@@ -351,6 +360,30 @@ def test_a_run_of_before_there_was_our_own_file_is_told_whole(tmp_path: Path) ->
     check_told(tmp_path)
 
 
+def test_a_run_that_was_moved_is_sent_with_its_tables(tmp_path: Path) -> None:
+    """As to a machine that has a network: nothing is where it was when it was written."""
+    assert apart(tmp_path / "here") is not None
+    moved = (tmp_path / "here").rename(tmp_path / "there")
+    assert "artifact/R/f1.table.json" in receive(moved).files
+    check_told(moved)
+
+
+def test_a_fragment_is_written_anew_as_wandb_writes_it(finished: tuple[Path, str]) -> None:
+    (fragment,) = fragments(finished[0])
+    content = fragment.read_bytes()
+    assert staged._chunks(staged._records(content)) == content[7:]
+    sizes = [
+        0,
+        1,
+        *range(32768 - 24, 32768 + 3),
+        100_000,
+    ]  # about the size of a block, with what it begins with
+    records = [bytes([size % 251]) * size for size in sizes]
+    written = content[:7] + staged._chunks(records)
+    assert list(staged._records(written)) == records
+    assert list(staged._records(written[:-1])) == records[:-1]
+
+
 def test_a_run_that_is_written_over_is_another_run(tmp_path: Path) -> None:
     identity = recording.run_id(tmp_path)
     assert recording.run_id(tmp_path) == identity
@@ -379,8 +412,8 @@ def test_a_run_that_is_killed_at_any_line_logs_everything_once(tmp_path: Path) -
     print(f"moments drawn from CLBENCH_TEST_SEED={seed}")
     random = Random(seed)
     killed = 0
-    for reach in (60, 120, 180, 240, 300, 360):  # 357 lines are executed where nothing is killed
-        killed += apart(tmp_path, before=kill_at(random.randrange(reach - 60, reach))) == "killed"
+    for reach in range(110, 661, 110):  # 638 lines are executed where nothing is killed
+        killed += apart(tmp_path, before=kill_at(random.randrange(reach - 110, reach))) == "killed"
     assert killed >= 4
     assert apart(tmp_path) != "killed"
     check_told(tmp_path)
@@ -417,6 +450,189 @@ def test_a_server_gets_the_same_again_of_a_run_that_was_killed_and_sent_before(
         sync([tmp_path])
         assert len(server.asked) > asked
     check_told(tmp_path)
+
+
+# Recorders that fail.
+
+
+class Failing(Recorder):
+    """Fails at one of the calls."""
+
+    wants_pictures = True
+
+    def __init__(self, call: str, error: BaseException):
+        self.told: list[str] = []
+
+        def fail(*_: object) -> None:
+            self.told.append(call)
+            raise error
+
+        setattr(self, call, fail)
+        if call == "__init__":
+            fail()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        wandb.errors.CommError("the server is gone\nand more"),
+        SystemExit(3),
+        asyncio.CancelledError(),
+        UserError("wandb/id.json cannot be written"),
+    ],
+)
+@pytest.mark.parametrize("call", ["__init__", "epoch", "pictures", "stage", "missing", "finish"])
+def test_what_a_recorder_raises_is_said_once_and_ends_nothing(call: str, error: BaseException) -> None:
+    said: list[str] = []
+    recorder = Surviving(lambda: Failing(call, error), "W&B", "sync completes it", said.append)
+    for _ in range(2):
+        recorder.epoch(0, 0, 0.5)
+        recorder.pictures(0, "left", [PICTURE])
+        recorder.stage(0, {})
+    if call == "missing":
+        assert recorder.missing()
+    assert recorder.finish({}, {}) is None
+    assert len(said) == 1 and "\n" not in said[0] and recorder.missing() == said[0]
+    assert str(error).partition("\n")[0] in said[0] and said[0].endswith("; sync completes it")
+    assert not recorder.wants_pictures
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), Stopped(signal.SIGTERM)])
+def test_what_stops_a_run_passes_through_its_recorder(error: BaseException) -> None:
+    recorder = Surviving(lambda: Failing("stage", error), "W&B", "", print)
+    with pytest.raises(type(error)):
+        recorder.stage(0, {})
+    assert recorder.missing() is None
+
+
+@pytest.mark.parametrize("call", ["stage", "finish"])
+def test_runs_whose_recorder_fails_are_complete_and_say_so(
+    call: str, train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recording, "WandbRun", lambda *_: Failing(call, OSError("the disk is gone")))
+    words = ("-m", "strategy=native,finetune", "wandb=offline", "task_order.tasks=[brick,cloth]")
+    result = train(*words)
+    assert result.returncode == 0 and "Traceback" not in result.stderr
+    said = (
+        "W&B failed, and has not all of this run (OSError: the disk is gone); clbench wandb sync completes it"
+    )
+    for directory in run_directories(tmp_path):
+        about = json.loads((directory / "summary.json").read_bytes())
+        assert (about["status"], about["not_recorded"]) == ("complete", said)
+        assert (directory / "metrics.csv").read_bytes().count(b"\n") == 1 + 3 * len(METRICS)
+    assert result.stdout.count("\nW&B failed") == 2
+    again = train(*words).stdout
+    assert again.count("finished already") == 2 and f"strategy=native: {said}" in again
+
+
+def _killed_when_it_is_complete(words: list[str]) -> None:
+    def die_at_the_end(recorder: WandbRun, *_: object) -> None:
+        (directory,) = recorder.folder.parents[1].iterdir()
+        assert json.loads((directory / "summary.json").read_bytes())["status"] == "complete"
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    os.chdir(ROOT)
+    WandbRun.finish = die_at_the_end  # type: ignore[method-assign,assignment]
+    main(words)
+
+
+def test_a_run_that_was_killed_after_its_summary_is_completed_where_it_was_moved_to(
+    folder: Path, train: Train, tmp_path: Path
+) -> None:
+    words = command(folder, tmp_path, *SMALL, "wandb=offline")[2:]
+    process = CONTEXT.Process(target=_killed_when_it_is_complete, args=(words,))
+    process.start()
+    process.join(120)
+    assert process.exitcode == -signal.SIGKILL
+    (directory,) = run_directories(tmp_path)
+    before = json.loads((directory / "summary.json").read_bytes())
+    assert (
+        before.pop("not_recorded")
+        == "W&B is not told of the end of this run; clbench wandb sync completes it"
+    )
+    assert "finished already" in train(*SMALL, "wandb=offline").stdout
+    moved = directory.rename(tmp_path / "moved")
+    send(moved)
+    assert json.loads((moved / "summary.json").read_bytes()) == before
+    check_everything_once(moved)
+    # Had W&B failed at once, nothing would be there, and heat maps could not be made again.
+    shutil.rmtree(moved / "wandb")
+    (moved / "summary.json").write_text(json.dumps({**before, "not_recorded": "W&B failed"}))
+    send(moved)
+    after = json.loads((moved / "summary.json").read_bytes())
+    assert "may lack heat maps" in after.pop("not_recorded") and after == before
+    check_everything_once(moved, pictures=False)
+
+
+def send(directory: Path) -> None:
+    """Call clbench wandb sync without a home folder; all tables of R arrive."""
+    with serving() as server:
+        result = subprocess.run(
+            [sys.executable, "-m", "clbench.cli", "wandb", "sync", str(directory)],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
+            env={
+                **os.environ,
+                "WANDB_API_KEY": KEY,
+                "WANDB_BASE_URL": server.address,
+                "HOME": "/proc/nothing",
+            },
+        )
+        assert result.returncode == 0, result.stderr
+        assert {f"artifact/R/{metric}.table.json" for metric in METRICS} <= server.files
+
+
+def test_runs_of_a_process_write_into_their_own_directories_alone(process: Train, tmp_path: Path) -> None:
+    """Also after one that failed; with a full home folder, where one can be made; and with names that are too long."""
+    home = tmp_path / "home"
+    home.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4k,nr_inodes=1", "tmpfs", str(home)]
+    mounted = os.geteuid() == 0 and subprocess.run(mount, check=False, capture_output=True).returncode == 0
+    experiment = "e" * 150
+    try:
+        result = process(
+            *("-m", *SMALL, "method.epochs=1", "method.learning_rate=1e30,0.1,0.2", "wandb=offline"),
+            *(f"experiment={experiment}", "task_order.tasks=[brick,cloth]"),
+            environment={"HOME": str(home if mounted else home / "none")},
+        )
+        assert not list(home.iterdir())
+    finally:
+        if mounted:
+            subprocess.run(["umount", str(home)], check=True)
+    assert result.returncode == 1 and result.stderr.count("error:") == 1, result.stderr  # of 1e30
+    names = []
+    for directory in run_directories(tmp_path, experiment):
+        summary = json.loads((directory / "summary.json").read_bytes())
+        assert "not_recorded" not in summary
+        staged_files = list(directory.glob("wandb/artifacts/staging/tmp*"))
+        assert len(staged_files) == (14 if summary["status"] == "complete" else 0)
+        assert list(directory.glob("wandb/cache/wandb/logs/core-debug-*"))
+        (fragment,) = fragments(directory)
+        identity = json.loads((directory / "wandb" / "id.json").read_bytes())["id"]
+        assert fragment.stem == f"run-{identity}"
+        records = [
+            wandb_internal_pb2.Record.FromString(one) for one in staged._records(fragment.read_bytes())
+        ]
+        (run,) = [record.run for record in records if record.HasField("run")]
+        names.append(run.display_name)
+        assert len(directory.name) > len(run.display_name) == len(run.run_group) == 128
+        assert run.run_group.startswith("e" * 100)
+    assert len(set(names)) == 3
+
+
+def test_names_that_are_cut_stay_distinct() -> None:
+    one, other = "n" * 128 + "1", "n" * 128 + "2"
+    assert recording.cut_name("n" * 128) == "n" * 128
+    cut = [recording.cut_name(one), recording.cut_name(other), recording.cut_name("\udce9" * 200)]
+    assert [len(name) for name in cut] == [128] * 3 and len(set(cut)) == 3
+    built = dashboard.specification(dashboard.view("team", "clbench", one, []))
+    assert (
+        json.dumps(built).count(cut[0]) >= 1
+        and json.dumps(built["spec"]["section"]["runSets"]).count(one) == 0
+    )
 
 
 # Networks that fail.

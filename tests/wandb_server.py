@@ -32,9 +32,21 @@ class Server(http.server.ThreadingHTTPServer):
             urls = [{"name": name, "uploadUrl": f"{self.address}/file/{name}"} for name in variables["files"]]
             return {"createRunFiles": {"runID": "run", "uploadHeaders": [], "files": urls}}
         if "createArtifact(" in query:
-            sequence = {"id": "sequence", "latestArtifact": {"id": "artifact"}}
-            artifact = {"id": "artifact", "state": "COMMITTED", "artifactSequence": sequence}
+            sequence = {"id": "sequence", "latestArtifact": None}
+            artifact = {"id": "artifact", "state": "PENDING", "artifactSequence": sequence}
             return {"createArtifact": {"artifact": artifact}}
+        if "createArtifactManifest(" in query:
+            file = {"id": "file", "uploadUrl": f"{self.address}/file/manifest", "uploadHeaders": []}
+            return {"createArtifactManifest": {"artifactManifest": {"id": "manifest", "file": file}}}
+        if "createArtifactFiles(" in query:
+            about = {"uploadHeaders": [], "storagePath": "path", "artifact": {"id": "artifact"}}
+            edges = [
+                {"node": {"name": name, "uploadUrl": f"{self.address}/file/artifact/{name}", **about}}
+                for name in (file["name"] for file in variables["input"]["artifactFiles"])
+            ]
+            return {"createArtifactFiles": {"files": {"edges": edges}}}
+        if "commitArtifact(" in query:
+            return {"commitArtifact": {"artifact": {"id": "artifact"}}}
         if "upsertBucket" in query:
             run = variables["name"]
             self.config[run] = json.loads(variables.get("config") or "null") or self.config.get(run, {})

@@ -82,7 +82,7 @@ def main(options: argparse.Namespace) -> int:
                 _check_difference(name, found[name], exporting.TOLERANCE)
             about = _about(options, detector, [None if any_number else 1, 3, height, width])
             text = json.dumps({**about, "difference": found}, indent=2) + "\n"
-            write_whole(Path(folder) / "model.json", lambda part: part.write_text(text))
+            write_whole(Path(folder) / "model.json", lambda part: part.write_text(text, encoding="utf-8"))
             for file in sorted(Path(folder).iterdir()):
                 file.replace(output / file.name)
         batch = "any number of" if any_number else "one"

@@ -208,7 +208,10 @@ def _threshold_lines(
 def _remove_pictures(output: Path) -> None:
     """Remove the pictures of the predictions that are replaced, which scores.json names."""
     try:
-        named = [str(row["image"]) for row in json.loads((output / "scores.json").read_text())["images"]]
+        named = [
+            str(row["image"])
+            for row in json.loads((output / "scores.json").read_text(encoding="utf-8"))["images"]
+        ]
     except (OSError, ValueError, KeyError, TypeError):
         return
     for name in named:

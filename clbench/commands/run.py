@@ -24,6 +24,7 @@ from clbench.config.explanations import explain
 from clbench.config.words import readable
 from clbench.errors import UserError
 from clbench.paths import expanded
+from clbench.streams import secure
 
 
 def main(words: Sequence[str]) -> int:
@@ -38,6 +39,7 @@ def main(words: Sequence[str]) -> int:
     Raises:
         Exception: what is no fault of the command line.
     """
+    secure()
     parser = get_args_parser()
     try:
         given = parser.parse_intermixed_args(list(words))
@@ -120,6 +122,7 @@ def task(composed: DictConfig) -> None:
     Raises:
         UserError: as `check` and `run_one`.
     """
+    secure()  # where a launcher gave the run a process of its own
     run_one(check(composed), HydraConfig.get())
 
 
@@ -144,14 +147,13 @@ def run_one(config: Config, hydra_config: Any) -> None:
     directory = RunDirectory(hydra_config.runtime.output_dir)
     alone = hydra_config.launcher._target_.endswith("SequentialLauncher")
     try:
-        with (
-            directory.lock(),
-            Interruption() as interruption,
-            Display(directory.path.name, alone=alone) as display,
-        ):
+        with directory.lock(), Interruption() as interruption:
             if directory.finished(config.plain()):
                 return
-            with directory.reporting(assembly.identity(config)) as report:
+            with (
+                directory.reporting(assembly.identity(config)) as report,
+                Display(directory.path.name, alone=alone) as display,
+            ):
                 display.heading(directory.path.name)
                 made = assembly.assemble(config, interruption.watching(display.progress))
                 made.identity["composed_from"] = sources.composed_from(
@@ -159,9 +161,7 @@ def run_one(config: Config, hydra_config: Any) -> None:
                 )
                 directory.write_config(config.plain(), departures(config, hydra_config), made_by(made.device))
                 report(made.identity)
-                recorder, notice = assembly.build_recorder(made, directory.path)
-                if notice:
-                    display.line(notice)
+                recorder = assembly.build_recorder(made, directory.path, display.line)
                 experiment.run(made, directory, display, interruption, recorder)
     except Stopped as stopped:
         again = "the same command without overwrite=true" if config.overwrite else "the same command"

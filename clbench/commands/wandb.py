@@ -59,11 +59,13 @@ def main(options: argparse.Namespace) -> int:
 
 
 def _sync(options: argparse.Namespace) -> int:
+    from clbench.recording.completing import complete
     from clbench.recording.sending import sync
 
     if missing := [str(folder) for folder in options.folders if not folder.exists()]:
         raise UserError(f"{', '.join(missing)}: there is no such folder; give outputs/EXPERIMENT")
     _need_key("sending")
+    complete(options.folders)
     sync(options.folders)
     return 0
 

@@ -16,6 +16,11 @@ def _order(override: str) -> tuple[int, str]:
     return (_FIRST.index(key) if key in _FIRST else len(_FIRST)), override.lstrip("+")
 
 
+def _digest(text: str) -> str:
+    """SHA-256 of a text, which may hold bytes of a file's name that are no text."""
+    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()
+
+
 def run_name(overrides: Iterable[str]) -> str:
     """The name of a run's directory, made of its overrides: the same command finds the same directory.
 
@@ -29,10 +34,10 @@ def run_name(overrides: Iterable[str]) -> str:
             continue
         readable = re.sub(r"[^\w.+\-]+", "-", value.rstrip("/").rsplit("/", 1)[-1]).strip("-")[:40]
         if readable != value:
-            readable += f"~{hashlib.sha256(value.encode()).hexdigest()[:6]}"
+            readable += f"~{_digest(value)[:6]}"
         words.append(f"{key.lstrip('+')}={readable}")
     name = ",".join(words) or "default"
-    if len(name.encode()) <= _LONGEST:
+    if len(name.encode(errors="surrogateescape")) <= _LONGEST:
         return name
-    begin = name.encode()[: _LONGEST - 10].decode(errors="ignore")
-    return f"{begin}~{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    begin = name.encode(errors="surrogateescape")[: _LONGEST - 10].decode(errors="ignore")
+    return f"{begin}~{_digest(name)[:8]}"

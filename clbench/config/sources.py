@@ -127,7 +127,8 @@ class _Digest(NamedTuple):
     @classmethod
     def of_texts(cls, texts: Iterable[str]) -> _Digest:
         whole = "\0".join(texts)
-        variables = {name for pattern in _VARIABLES for name in pattern.findall(whole)}
+        plain = whole.replace("\\", "")  # Hydra quotes signs of its grammar with it
+        variables = {name for pattern in _VARIABLES for name in pattern.findall(plain)}
         if "~" in whole:
             variables.add("HOME")
         return cls(hashlib.sha256(whole.encode(errors="surrogateescape")).hexdigest(), variables)

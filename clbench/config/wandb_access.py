@@ -63,7 +63,7 @@ def wandb_key() -> bool:
     """Whether a key for Weights & Biases is configured."""
     if os.environ.get("WANDB_API_KEY"):
         return True
-    with suppress(OSError, NetrcParseError):
+    with suppress(OSError, ValueError, NetrcParseError):  # of a file that is not there, no text, or no netrc
         keys = netrc(os.environ.get("NETRC"))
         return bool(keys.hosts) and keys.authenticators(_server()) is not None
     return False

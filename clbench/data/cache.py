@@ -6,7 +6,6 @@ change) is kept with the content that they had. Beside decoded images is what wa
 what is doubtful about them. Imports no torch before `load_cached`.
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -26,6 +25,7 @@ import numpy as np
 from clbench.data.doubts import nearly_all
 from clbench.data.samples import Geometry, Sample, different_sizes
 from clbench.errors import UserError
+from clbench.locks import open_lock, take_lock
 
 if TYPE_CHECKING:
     from clbench.data.images import ImageSet
@@ -318,12 +318,12 @@ def _whole_file(path: Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def _lock(path: Path) -> Iterator[None]:
-    """Held by one process at a time, and released by the system when it dies."""
-    with open(path, "ab") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError:
-            pass  # a disk without locks: jobs may decode the same images, each into its own file; only slower
+    """Held by one process at a time.
+
+    Where the disk has no locks, jobs may decode the same images, each into a file of its own: that is only slower.
+    """
+    with open_lock(path) as file:
+        take_lock(file, wait=True)
         yield
 
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from clbench.errors import UserError
+from clbench.recording.wandb import cut_name
 
 CURVES = ("pixel_f1", "pixel_auroc", "pixel_ap", "aupro", "image_auroc", "image_f1")
 FOOTPRINT = ("memory/architecture_mb", "memory/executed_mb", "memory/additional_mb", "memory/peak_mb")
@@ -89,7 +90,7 @@ def view(entity: str, project: str, experiment: str, categories: Sequence[str]) 
                 ),
             ],
             runset_settings=workspaces.RunsetSettings(
-                filters=And(Metric("group") == experiment),
+                filters=And(Metric("group") == cut_name(experiment)),
                 groupby=[Config("method.name"), Config("strategy.name"), Config("replay.size")],
             ),
         )
@@ -110,7 +111,7 @@ def categories_sent(entity: str, project: str, experiment: str) -> list[str]:
     import wandb
 
     try:
-        runs = wandb.Api(timeout=20).runs(f"{entity}/{project}", filters={"group": experiment})
+        runs = wandb.Api(timeout=20).runs(f"{entity}/{project}", filters={"group": cut_name(experiment)})
         logged = [key for run in runs for key in run.summary.keys() if key.startswith("maps/")]  # noqa: SIM118
     except (wandb.errors.CommError, wandb.errors.UsageError, ValueError) as error:
         raise UserError(

@@ -1,10 +1,13 @@
 """Recorders: what is told of a run's losses, heat maps and results besides its directory."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 
+from clbench.errors import first_line, in_one_line
+from clbench.interruption import Stopped
 from clbench.metrics.continual import Matrix
 
 
@@ -41,13 +44,74 @@ class Recorder:
             results: a category's name, `mean` or `forgetting` -> metric -> value; None where undefined.
         """
 
+    def missing(self) -> str | None:
+        """What it has not recorded of a run that has ended by now, for summary.json; None where it has all."""
+
     def finish(self, summary: Mapping[str, Any], matrices: Mapping[str, Matrix]) -> str | None:
-        """Called at the end of the run.
+        """Called at the end of the run, once summary.json says that it is complete.
 
         Args:
-            summary: what summary.json will hold.
+            summary: what summary.json holds.
             matrices: metric -> R, [stage][category].
 
         Returns:
             A line to show on the terminal; None for nothing.
         """
+
+
+class Surviving(Recorder):
+    """Tells another recorder everything until that one fails: then a line says so, and the run goes on without it.
+
+    Args:
+        build: makes the other recorder.
+        name: what it records in, for people.
+        way_out: how what it did not record can be recorded later, for people.
+        say: shows a line.
+    """
+
+    def __init__(self, build: Callable[[], Recorder], name: str, way_out: str, say: Callable[[str], object]):
+        self._name, self._way_out, self._say = name, way_out, say
+        self._failure: str | None = None
+        self._recorder = Recorder()
+        with self._surviving():
+            self._recorder = build()
+        self.wants_pictures = self._recorder.wants_pictures
+
+    def epoch(self, stage: int, epoch: int, loss: float) -> None:
+        with self._surviving():
+            self._recorder.epoch(stage, epoch, loss)
+
+    def pictures(self, stage: int, category: str, pictures: Sequence[np.ndarray]) -> None:
+        with self._surviving():
+            self._recorder.pictures(stage, category, pictures)
+
+    def stage(self, stage: int, results: Mapping[str, Mapping[str, float | None]]) -> None:
+        with self._surviving():
+            self._recorder.stage(stage, results)
+
+    def missing(self) -> str | None:
+        with self._surviving():
+            if missing := self._recorder.missing():
+                return f"{missing}; {self._way_out}"
+        return self._failure
+
+    def finish(self, summary: Mapping[str, Any], matrices: Mapping[str, Matrix]) -> str | None:
+        with self._surviving():
+            return self._recorder.finish(summary, matrices)
+        return None
+
+    @contextmanager
+    def _surviving(self) -> Iterator[None]:
+        """Inside, any exception of a recorder is its last; those that stop a run pass through.
+
+        Libraries raise more than Exceptions: SystemExit and CancelledError are none.
+        """
+        try:
+            yield
+        except (KeyboardInterrupt, Stopped):
+            raise
+        except BaseException as error:  # noqa: BLE001
+            self._recorder, self.wants_pictures = Recorder(), False
+            reason = in_one_line(error) or f"{type(error).__name__}: {first_line(error)}"
+            self._failure = f"{self._name} failed, and has not all of this run ({reason}); {self._way_out}"
+            self._say(self._failure)

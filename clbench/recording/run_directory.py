@@ -4,13 +4,13 @@ A file is replaced as a whole, or appended to.
 """
 
 import csv
-import fcntl
 import hashlib
 import io
 import json
 import os
 import shutil
 import socket
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
@@ -20,7 +20,8 @@ from typing import Any, Literal
 import yaml
 
 from clbench.config.differences import differences
-from clbench.errors import UserError, in_one_line
+from clbench.errors import UserError, first_line, in_one_line
+from clbench.locks import open_lock, take_lock
 from clbench.recording.files import append_whole, cannot_write, write_whole
 from clbench.recording.journal import Journal
 
@@ -52,6 +53,7 @@ class RunDirectory:
 
     def __init__(self, path: Path | str):
         self.path = Path(path)
+        self._completed = False  # whether this object has written that the run is complete
 
     def summary(self) -> dict[str, Any] | None:
         """What summary.json holds; None where the run has not begun, or the file is damaged.
@@ -235,44 +237,51 @@ class RunDirectory:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Inside, this process alone works in the directory.
-
-        The system releases the lock when the process dies.
+        """Inside, this process alone works in the directory, as far as its disk has locks to tell by.
 
         Raises:
             UserError: another process holds it, or the directory cannot be written.
         """
         self.create()
         try:
-            file = open(self.path / "run.lock", "a+b", buffering=0)  # noqa: SIM115
+            file = open_lock(self.path / "run.lock")
         except OSError as error:
             raise cannot_write(self.path, error) from error
-        with file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
+        try:
+            whose, reason = take_lock(file, wait=False)
+            if whose == "another's":
                 file.seek(0)
                 raise UserError(
-                    f"{self.path} is in use by {file.read().decode().strip() or 'another process'}: "
+                    f"{self.path} is in use by {file.read().decode(errors='replace').strip() or 'another process'}: "
                     "wait for it, or give this run another experiment=NAME"
-                ) from error
+                )
+            if whose == "none":
+                print(
+                    f"warning: the disk of {self.path} has no locks ({reason}): two processes in one run directory "
+                    "would not notice each other",
+                    file=sys.stderr,
+                )
             with suppress(OSError):  # on a full disk the lock holds too, but does not say who has it
                 file.truncate(0)
                 file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
             yield
+        finally:
+            with suppress(OSError):
+                file.close()
 
     @contextmanager
     def reporting(self, identity: Mapping[str, Any]) -> Iterator[Callable[[Mapping[str, Any]], None]]:
         """Inside, the run's status is in summary.json: `failed` after an exception.
 
         Gives a function that is called with the whole identity of the run once that is known, and writes it,
-        with its status `running`.
+        with its status `running`. A run that was complete before the exception came stays so: what came is
+        printed in a line.
 
         Args:
             identity: what is known of the run before; used where there is no summary.json yet.
 
         Raises:
-            Exception: whatever is raised inside, after it was written down.
+            Exception: whatever is raised inside a run that is not complete, after it was written down.
         """
         about = self.summary() or dict(identity)
 
@@ -284,6 +293,9 @@ class RunDirectory:
         try:
             yield begin
         except Exception as error:
+            if self._completed:
+                print(f"warning: {self.path} is complete; after that: {first_line(error)}", file=sys.stderr)
+                return
             reason = in_one_line(error) or f"{type(error).__name__}: {error}"
             with suppress(UserError):  # where nothing can be written, the error itself matters more
                 self.write_summary({**about, "status": "failed", "reason": reason})
@@ -347,6 +359,7 @@ class RunDirectory:
             UserError: the disk is full or may not be written.
         """
         self._write("summary.json", json.dumps(summary, indent=2) + "\n")
+        self._completed = summary["status"] == "complete"
 
     def journal(self) -> Journal:
         """Open journal.jsonl: losses and metrics at full precision, for a process that continues the run.

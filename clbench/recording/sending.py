@@ -14,9 +14,11 @@ import threading
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from clbench.errors import UserError
+from clbench.recording.staged import find_again
 
 _PATIENCE = 1.5  # s that a server has to answer; one that takes longer is not waited for
 
@@ -29,6 +31,22 @@ _END_WITH_PARENT = (
     "import ctypes, os, sys; sys.platform == 'linux' and (os.nice(10), ctypes.CDLL(None).prctl(1, 15)); "
     "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
 )
+
+
+def own_folders(folder: Path) -> dict[str, str]:
+    """The environment in which wandb writes into a folder alone, and reads the user's own settings.
+
+    The settings, in the home folder, may name a server. Where there are none, they are looked for in the folder too.
+    """
+    inside = {
+        "WANDB_DATA_DIR": str(folder),  # whose artifacts/staging has the files of tables until they are sent
+        "WANDB_CACHE_DIR": str(folder / "cache"),
+        "WANDB_ARTIFACT_DIR": str(folder / "artifacts"),
+    }
+    with suppress(OSError, RuntimeError):  # a home folder that there is not, or that may not be read
+        if (Path(os.environ.get("WANDB_CONFIG_DIR", "~/.config/wandb")).expanduser() / "settings").is_file():
+            return inside
+    return {**inside, "WANDB_CONFIG_DIR": str(folder / "config")}
 
 
 def fragments(folder: Path) -> list[Path]:
@@ -48,13 +66,13 @@ def _sent(file: Path) -> bool:
 
 def send_live(fragment: Path) -> subprocess.Popen:
     """Start a process that sends a fragment while it is being written, and does not outlive this one."""
-    with open(fragment / "sending.log", "w") as log:
+    with open(fragment / "sending.log", "w", encoding="utf-8") as log:
         return subprocess.Popen(
             [sys.executable, "-c", _END_WITH_PARENT, *_SYNC, "--live", str(fragment)],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
-            env={**os.environ, "WANDB_DIR": str(fragment)},
+            env={**os.environ, **own_folders(fragment.parent), "WANDB_DIR": str(fragment)},
         )
 
 
@@ -92,11 +110,13 @@ def sync(folders: Sequence[Path]) -> None:
     if not files:
         raise UserError(f"{', '.join(map(str, folders))}: no runs of W&B there; give outputs/EXPERIMENT")
     for file in files:
-        if not _sent(file):  # a marker that is older than the file would make wandb skip it
+        if not _sent(file):
+            find_again(file)
+            # A marker that is older than the file would make wandb skip it.
             file.with_suffix(".wandb.synced").unlink(missing_ok=True)
     print("sending; a server that cannot be reached is tried again until Ctrl-C", flush=True)
     with tempfile.TemporaryDirectory() as logs:
-        environment = {**os.environ, "WANDB_DIR": logs}
+        environment = {**os.environ, **own_folders(Path(logs)), "WANDB_DIR": logs}
         folders = list(dict.fromkeys(file.parent.parent for file in files))
         subprocess.call([sys.executable, *_SYNC, *map(str, folders)], env=environment)
         unsent = [file for file in files if not _sent(file)]

@@ -5,6 +5,9 @@ written before wandb is told. wandb writes its own file, the fragment, by a proc
 and what a killed job had yet to write is lost. So a continued run removes the fragment of the process before it, and
 logs all lines again into a new one: the same values at the same steps under the same id, whatever a server has got of
 them already. Pictures wait in `wandb/pictures` until the run is over.
+
+wandb's own files are in the run directory too, whatever the home folder is: the fragment names those of tables, which
+are sent with it.
 """
 
 import hashlib
@@ -13,8 +16,8 @@ import os
 import shutil
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +28,10 @@ from clbench.recording.files import write_whole
 from clbench.recording.heat_maps import write_picture
 from clbench.recording.journal import Journal
 from clbench.recording.recorder import Recorder
-from clbench.recording.sending import answers, fragments, send_live, sent
+from clbench.recording.sending import answers, fragments, own_folders, send_live, sent
 
+UNTOLD_END = "W&B is not told of the end of this run"
+_LONGEST = 128  # characters of a name that W&B's server takes
 _GRACE, _LEAST_GRACE = 0.03, 10.0  # share of a run's time, and s, that its end may wait until all is sent
 
 
@@ -44,6 +49,7 @@ class WandbRun(Recorder):
 
     Raises:
         UserError: the run directory cannot be written; from every method.
+        Exception: what wandb raises; from every method.
     """
 
     wants_pictures = True
@@ -64,14 +70,15 @@ class WandbRun(Recorder):
         self._run: Any = None  # the wandb.Run that is told; None where there is nothing more to tell
         finished = ("finished", None) in self._logged  # by a process that was killed before the run's own end
         if not finished or not fragments(self.folder):
-            for left in fragments(self.folder):
+            for left in [*fragments(self.folder), self.folder / "artifacts"]:
                 shutil.rmtree(left, ignore_errors=True)
             self._run = _begin(directory, self.id, settings, config, names)
             for step, line in enumerate(self._file.entries):
                 self._tell(step, line)
             for waiting in sorted(self._pictures.glob("[0-9]*/*")):  # a killed process had yet to log them
                 self._log_pictures(int(waiting.parent.name), waiting.name)
-        self._address = wandb.setup().settings.base_url
+        with _writing_into(self.folder):
+            self._address = wandb.setup().settings.base_url
         self._fragment = Path(self._run.dir).parent if self._run else fragments(self.folder)[-1]
         online = settings["mode"] == "online" and not sent(self._fragment)
         self._sender = send_live(self._fragment) if online else None
@@ -102,6 +109,9 @@ class WandbRun(Recorder):
             if value is not None
         }
         self._log("stage", stage, {"stage": stage, **values})
+
+    def missing(self) -> str | None:
+        return None if ("finished", None) in self._logged else UNTOLD_END
 
     def finish(self, summary: Mapping[str, Any], matrices: Mapping[str, Matrix]) -> str | None:
         if self._run is not None:
@@ -143,7 +153,8 @@ class WandbRun(Recorder):
         if key.startswith("maps/"):
             paths = sorted((self._pictures / str(line["at"]) / key.removeprefix("maps/")).glob("*.png"))
             values[key] = [wandb.Image(str(path)) for path in paths]
-        self._run.log(values, step=step)
+        with _writing_into(self.folder):
+            self._run.log(values, step=step)
 
     def _end(self, summary: Mapping[str, Any], matrices: Mapping[str, Matrix]) -> None:
         """Write the tables of R and the summary, and wait until wandb has written all."""
@@ -157,11 +168,12 @@ class WandbRun(Recorder):
             f"R/{metric}": wandb.Table(columns=columns, data=[[stage, *row] for stage, row in enumerate(R)])
             for metric, R in matrices.items()
         }
-        self._run.log(tables, step=self._file.count)
-        for group in ("final", "forgetting", "memory", "time"):
-            self._run.summary.update({f"{group}/{key}": value for key, value in summary[group].items()})
-        self._run.summary["average_forgetting_pct"] = summary["average_forgetting_pct"]
-        self._run.finish()
+        with _writing_into(self.folder):
+            self._run.log(tables, step=self._file.count)
+            for group in ("final", "forgetting", "memory", "time"):
+                self._run.summary.update({f"{group}/{key}": value for key, value in summary[group].items()})
+            self._run.summary["average_forgetting_pct"] = summary["average_forgetting_pct"]
+            self._run.finish()
 
 
 def _begin(
@@ -171,29 +183,35 @@ def _begin(
     config: Mapping[str, Any],
     names: Sequence[str],
 ) -> Any:
-    """Begin a fragment; returns the wandb.Run that writes it."""
+    """Begin a fragment; returns the wandb.Run that writes it.
+
+    wandb's own process is another for each run: one that is there already keeps to the folders of the run before.
+    """
     import wandb
 
-    run = wandb.init(
-        mode="offline",
-        dir=str(directory),
-        id=identity,
-        name=directory.name,
-        project=settings["project"],
-        entity=settings["entity"],
-        group=config["experiment"],
-        tags=settings["tags"] or None,
-        notes=settings["notes"],
-        config=dict(config),
-        settings=wandb.Settings(
-            console="off",
-            silent=True,
-            disable_git=True,
-            disable_code=True,
-            x_disable_stats=True,  # x_ marks what wandb may change in any version
-            x_disable_meta=True,
-        ),
-    )
+    with suppress(Exception):
+        wandb.teardown()
+    with _writing_into(directory / "wandb"):
+        run = wandb.init(
+            mode="offline",
+            dir=str(directory),
+            id=identity,
+            name=cut_name(directory.name),
+            project=settings["project"],
+            entity=settings["entity"],
+            group=cut_name(config["experiment"]),
+            tags=settings["tags"] or None,
+            notes=settings["notes"],
+            config=dict(config),
+            settings=wandb.Settings(
+                console="off",
+                silent=True,
+                disable_git=True,
+                disable_code=True,
+                x_disable_stats=True,  # x_ marks what wandb may change in any version
+                x_disable_meta=True,
+            ),
+        )
     for over in ("stage", "epoch"):
         run.define_metric(over)
     for name in (
@@ -211,7 +229,33 @@ def run_id(directory: Path) -> str:
     """A run's id in Weights & Biases: made once for a run directory, and kept in its `wandb/id.json`."""
     place = directory / "wandb" / "id.json"
     with suppress(OSError, ValueError, KeyError):
-        return json.loads(place.read_text())["id"]
-    made = hashlib.sha256(f"{directory.resolve()} {time.time_ns()}".encode()).hexdigest()[:16]
-    write_whole(place, lambda part: part.write_text(json.dumps({"id": made}) + "\n"))
+        return json.loads(place.read_text(encoding="utf-8"))["id"]
+    made = hashlib.sha256(
+        f"{directory.resolve()} {time.time_ns()}".encode(errors="surrogateescape")
+    ).hexdigest()[:16]
+    write_whole(place, lambda part: part.write_text(json.dumps({"id": made}) + "\n", encoding="utf-8"))
     return made
+
+
+def cut_name(name: str) -> str:
+    """A name as W&B's server takes it: one that is cut ends in a hash of the whole, and stays distinct."""
+    if len(name) <= _LONGEST:
+        return name
+    digest = hashlib.sha256(name.encode(errors="surrogateescape")).hexdigest()[:8]
+    return f"{name[: _LONGEST - len(digest) - 1]}~{digest}"
+
+
+@contextmanager
+def _writing_into(folder: Path) -> Iterator[None]:
+    """Inside, wandb writes into this folder, see `own_folders`."""
+    inside = own_folders(folder)
+    before = {name: os.environ.get(name) for name in inside}
+    os.environ.update(inside)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value

@@ -122,7 +122,9 @@ def _ask(*command: str) -> str:
         UserError: the command is not installed, fails, or takes longer than a minute.
     """
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+        return subprocess.run(
+            command, capture_output=True, encoding="utf-8", errors="replace", check=True, timeout=60
+        ).stdout
     except FileNotFoundError as error:
         raise UserError(f"there is no {command[0]} here: SLURM's commands are not installed") from error
     except subprocess.TimeoutExpired as error:

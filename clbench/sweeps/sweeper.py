@@ -103,7 +103,8 @@ class RunSweeper(Sweeper):
             print(f"error: {error}", file=sys.stderr)
             sys.exit(1)
         if len(runs) > 1:
-            display.table(sweep_table(runs, display.console.width))
+            with display.showing():
+                display.table(sweep_table(runs, display.console.width))
         if not failed or len(runs) > 1:
             folders = dict.fromkeys(str(run.directory.path.parent) for run in runs)
             display.line(f"results: {runs[0].directory.path if len(runs) == 1 else ', '.join(folders)}")

@@ -113,7 +113,7 @@ def sweep_table(runs: Sequence[SweepRun], width: int) -> Table:
         *("F1 forgotten", "kept MB", "peak MB", "train s", "eval s", "ms/image"),
     ]
     rows: list[tuple[str, dict[str, str]]] = []
-    unfinished: list[str] = []
+    notes: list[str] = []
     for name, run in zip(map(escape, distinct(runs)), runs, strict=True):
         directory, summary = run.directory, run.directory.summary()
         if summary is None or summary["status"] != "complete":
@@ -122,8 +122,10 @@ def sweep_table(runs: Sequence[SweepRun], width: int) -> Table:
             job = directory.job()
             reason = str((summary or {}).get("reason", run.reason or state))
             log = f"; log: {job['log']}" if job else ""
-            unfinished.append(f"[red]{name}[/]: {escape(reason + log)}")
+            notes.append(f"[red]{name}[/]: {escape(reason + log)}")
             continue
+        if "not_recorded" in summary:
+            notes.append(f"{name}: {escape(summary['not_recorded'])}")
         forgotten, memory, time = summary["average_forgetting_pct"], summary["memory"], summary["time"]
         cells = [
             *[number(summary["final"][metric]) for metric in SHOWN],
@@ -154,7 +156,7 @@ def sweep_table(runs: Sequence[SweepRun], width: int) -> Table:
         table.add_column(title.replace(" ", between), justify="right", no_wrap=True)
     for name, shown in rows:
         table.add_row(name, *[shown.get(title, "") for title in titles])
-    table.caption = "\n".join(unfinished)
+    table.caption = "\n".join(notes)
     return table
 
 

@@ -7,7 +7,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
+
 from clbench.data.acquire.published import Counts, Published
+from clbench.data.doubts import doubts, nearly_all
 from clbench.data.files import FileSample, read_image, read_mask_of
 from clbench.data.samples import GOOD
 from clbench.data.stream import name_problem
@@ -26,6 +29,8 @@ class CategoryCheck:
     defective: int = 0  # test images with a defect
     outlined: int = 0  # of those, the ones with a mask
     sizes: Counter[Size] = field(default_factory=Counter)
+    peak: int | None = None  # the largest value of its 16-bit images
+    nearly_all: list[str] = field(default_factory=list)  # images whose masks mark nearly all of them
 
     @property
     def counts(self) -> Counts:
@@ -69,20 +74,22 @@ def check_files(dataset: Published, root: Path, progress: Callable[[int, int], N
     pool = ThreadPoolExecutor()
     try:
         read = pool.map(_read_sample, [sample for _, _, sample in found])
-        for done, ((category, train, sample), (size, content, problems)) in enumerate(
-            zip(found, read, strict=True), start=1
-        ):
+        for done, ((category, train, sample), image) in enumerate(zip(found, read, strict=True), start=1):
             category.train += train
             category.good += not train and sample.kind == GOOD
             category.defective += sample.kind != GOOD
             category.outlined += bool(sample.masks)
-            report.problems += problems
-            if size:
-                category.sizes[size] += 1
-            if content and train:
-                seen.setdefault(content, sample.name)
-            elif content:
-                tested.append((content, sample.name))
+            report.problems += image.problems
+            if image.size:
+                category.sizes[image.size] += 1
+            if image.peak is not None:
+                category.peak = max(image.peak, category.peak or 0)
+            if image.nearly_all:
+                category.nearly_all.append(sample.name)
+            if image.content and train:
+                seen.setdefault(image.content, sample.name)
+            elif image.content:
+                tested.append((image.content, sample.name))
             progress(done, len(found))
     finally:  # Ctrl-C does not wait for a hundred thousand images
         pool.shutdown(cancel_futures=True)
@@ -94,28 +101,56 @@ def check_files(dataset: Published, root: Path, progress: Callable[[int, int], N
     ]
     report.notes = [
         *reader.notes,
+        *doubts(
+            {category.name: category.peak for category in report.categories},
+            {category.name: category.nearly_all for category in report.categories},
+            bit_depth=None,
+        ),
         *_without_masks(report.categories),
         *_against_published(dataset, report.categories),
     ]
     return report
 
 
-def _read_sample(sample: FileSample) -> tuple[Size | None, str | None, list[str]]:
-    """An image's size and its file's SHA-256, both None where it cannot be read, and what is wrong with it."""
-    problems: list[str] = []
-    size, content = None, None
+@dataclass
+class _ReadImage:
+    """What was found in an image's file and in its masks.
+
+    Attributes:
+        size: the image's; None where it cannot be read.
+        content: SHA-256 of its file, in hexadecimal; None where it cannot be read.
+        peak: its largest value if it has 16 bits.
+        nearly_all: whether its masks together mark nearly all of it.
+        problems: what is wrong, a line each.
+    """
+
+    size: Size | None = None
+    content: str | None = None
+    peak: int | None = None
+    nearly_all: bool = False
+    problems: list[str] = field(default_factory=list)
+
+
+def _read_sample(sample: FileSample) -> _ReadImage:
+    """Read an image and its masks."""
+    found = _ReadImage()
     try:
-        height, width = read_image(sample.image).shape[:2]
-        size = height, width
-        content = hashlib.sha256(sample.image.read_bytes()).hexdigest()
+        pixels = read_image(sample.image)
+        found.size = pixels.shape[0], pixels.shape[1]
+        found.peak = int(pixels.max()) if pixels.dtype == np.uint16 else None
+        found.content = hashlib.sha256(sample.image.read_bytes()).hexdigest()
     except UserError as error:
-        problems.append(str(error))
-    for mask in sample.masks:
+        found.problems.append(str(error))
+    merged = None
+    for path in sample.masks:
         try:
-            read_mask_of(sample.image, mask, size)
+            mask = read_mask_of(sample.image, path, found.size)
         except UserError as error:
-            problems.append(str(error))
-    return size, content, problems
+            found.problems.append(str(error))
+        else:
+            merged = mask if merged is None or merged.shape != mask.shape else merged | mask
+    found.nearly_all = merged is not None and nearly_all(merged)
+    return found
 
 
 def _without_masks(categories: list[CategoryCheck]) -> list[str]:

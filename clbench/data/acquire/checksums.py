@@ -51,12 +51,12 @@ def verify(path: Path, found: str, sha256: str | None) -> str:
 
 def pin(path: Path, found: str) -> None:
     """Keep the checksum of a download that was sound in `<name>.sha256`, for the next download."""
-    _pin(path).write_text(f"{found}  {path.name}\n")
+    _pin(path).write_text(f"{found}  {path.name}\n", encoding="utf-8")
 
 
 def pinned(path: Path) -> str | None:
     """The checksum that was kept of an earlier download; None where there was none."""
-    words = _pin(path).read_text().split() if _pin(path).is_file() else []
+    words = _pin(path).read_text(encoding="utf-8").split() if _pin(path).is_file() else []
     return words[0] if words else None
 
 

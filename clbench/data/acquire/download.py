@@ -125,7 +125,9 @@ def _append(url: str, part: Path, note: Path, progress: BytesProgress) -> None:
         with _writing(part):
             if not have:
                 part.write_bytes(b"")
-            note.write_text(json.dumps({"url": url, "validator": validator, "total": total}))
+            note.write_text(
+                json.dumps({"url": url, "validator": validator, "total": total}), encoding="utf-8"
+            )
         with open(part, "ab") as file:
             # read1 gives what is there, so that a connection that stalls keeps what came.
             while (total is None or have <= total) and (block := response.read1(_BLOCK)):
@@ -169,7 +171,7 @@ def _request(url: str, part: Path, noted: dict[str, Any], have: int) -> HTTPResp
 def _read_note(note: Path) -> dict[str, Any]:
     """What was noted of a file that was begun; nothing where the note is missing or damaged."""
     try:
-        noted = json.loads(note.read_text())
+        noted = json.loads(note.read_text(encoding="utf-8"))
         return noted if {"url", "validator", "total"} <= noted.keys() else {}
     except (OSError, ValueError, AttributeError):
         return {}

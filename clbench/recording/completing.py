@@ -1,0 +1,66 @@
+"""Telling W&B what it was not told of runs that are complete, from their directories."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from clbench.config.schema import BESIDE_SETTINGS
+from clbench.errors import first_line
+from clbench.metrics.curves import METRICS
+from clbench.recording.run_directory import RunDirectory
+from clbench.recording.wandb import UNTOLD_END, WandbRun
+from clbench.results import Results
+
+_COMPLETED = "W&B failed in this run, and may lack heat maps; clbench wandb sync completed the rest"
+
+
+def complete(folders: Sequence[Path]) -> None:
+    """Write what W&B was not told of complete runs, to be sent; heat maps cannot be made again.
+
+    What goes wrong with a run is printed in a line, and the others go on.
+
+    Args:
+        folders: run directories, or folders of run directories at any depth.
+    """
+    for path in sorted({file.parent for folder in folders for file in folder.rglob("summary.json")}):
+        try:
+            _complete(RunDirectory(path))
+        except Exception as error:  # noqa: BLE001  (wandb's are of many kinds)
+            print(f"warning: {path}: W&B cannot be told the rest: {first_line(error)}", file=sys.stderr)
+
+
+def _complete(directory: RunDirectory) -> None:
+    """Write what W&B was not told of a run; nothing where the run is not complete, or all is recorded.
+
+    Raises:
+        UserError: another process works in the directory, or a file of it cannot be read or written.
+        Exception: what wandb raises.
+    """
+    summary = directory.summary()
+    if summary is None or summary["status"] != "complete":
+        return
+    missing = summary.pop("not_recorded", _COMPLETED)
+    if missing == _COMPLETED:
+        return
+    tasks = summary["categories"]
+    every = range(len(tasks))
+    results = Results(tasks, [[*every]] if summary["strategy_flags"]["joint"] else [[task] for task in every])
+    config = {key: value for key, value in (directory.config() or {}).items() if key not in BESIDE_SETTINGS}
+    with directory.lock():
+        recorder = WandbRun(
+            directory.path, {**config["wandb"], "mode": "offline"}, config, results.categories
+        )
+        journal = directory.journal()
+        journal.close()
+        epoch = 0
+        for entry in journal.entries:
+            if entry["kind"] == "epoch":
+                recorder.epoch(entry["stage"], epoch, entry["loss"])
+                epoch += 1
+            else:
+                results.add(entry["stage"], results.categories.index(entry["category"]), entry["values"])
+        for stage in range(1 + max(entry["stage"] for entry in journal.entries)):
+            recorder.stage(stage, results.after(stage))
+        recorder.finish(summary, {metric: results.matrix(metric) for metric in METRICS})
+        rest = {} if missing.startswith(UNTOLD_END) else {"not_recorded": _COMPLETED}
+        directory.write_summary({**summary, **rest})
