@@ -127,7 +127,7 @@ def reader(config: Config, dataset: Dataset) -> Callable[[Progress], list[Task]]
             f"replay.size={size}{usual} is larger than all {images} training images of the stream: "
             f"give at most {images}, or strategy=joint"
         )
-    cache = Path(config.cache).expanduser()
+    cache = Path(config.cache)
     return lambda progress: stream.load_tasks(dataset, categories, geometry, cache, progress)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from clbench.errors import UserError, first_line
 from clbench.feature_store import FeatureStore
+from clbench.paths import PATH_FOR_USE, absolute_path, expanded
 from clbench.randomness import seed_for
 
 PACKAGED = "package:"  # a checkpoint that the package ships
@@ -30,16 +31,18 @@ def _ascending(layers: list[int]) -> list[int]:
 
 
 def existing_weights(name: str) -> str:
-    """Check, when a config is checked, that the file which a setting names is there; gives the name back.
+    """The absolute path of a file of weights, when a config is checked; `package:NAME` stays as it is.
 
     Raises:
         ValueError: it is not there.
     """
-    if not weights_path(name).is_file():
+    path = name if name.startswith(PACKAGED) else absolute_path(name)
+    if not weights_path(path).is_file():
         raise ValueError("it does not exist: give a .safetensors or .pth file")
-    return name
+    return path
 
 
+Weights = Annotated[str, AfterValidator(existing_weights), PATH_FOR_USE]  # a file of weights
 Layers = Annotated[list[int], AfterValidator(_ascending)]  # levels of a pyramid
 
 
@@ -67,7 +70,7 @@ class Backbone:
         name: str,
         *,
         pretrained: bool = True,
-        checkpoint: Annotated[str, AfterValidator(existing_weights)] | None = None,
+        checkpoint: Weights | None = None,
         arguments: Mapping[str, Any] | None = None,
         seed: int = 0,
         batch_size: PositiveInt = 16,
@@ -154,7 +157,8 @@ class Backbone:
             ) from error
         except TypeError as error:
             raise UserError(
-                f"backbone.arguments={self.arguments} do not suit {self.name}: {error}"
+                f"backbone.arguments={self.arguments} do not suit {self.name} ({first_line(error)}): give others, or "
+                f"backbone=timm backbone.name={self.name}, which has none"
             ) from error
         except Exception as error:
             if not pretrained:
@@ -165,7 +169,8 @@ class Backbone:
                 f"the pretrained weights of backbone.name={self.name} could not be downloaded "
                 f"({first_line(error)}): on a machine with a network, save timm.create_model('{self.name}', "
                 "pretrained=True).state_dict() with safetensors, bring the file here and set "
-                "backbone.checkpoint=FILE; or take backbone=small, which needs no download"
+                "backbone.checkpoint=FILE (--replace backbone.checkpoint=FILE where a trained detector is used); or "
+                "take backbone=small, which needs no download"
             ) from error
 
     def _normalisation(self, network: nn.Module) -> "Normalisation":
@@ -251,7 +256,7 @@ def weights_path(name: str) -> Path:
     """The file that a setting names: a path, or `package:NAME` for one of the package's weights."""
     if name.startswith(PACKAGED):
         return Path(__file__).parent / "weights" / name.removeprefix(PACKAGED)
-    return Path(name).expanduser()
+    return expanded(name)
 
 
 class Normalisation(nn.Module):
@@ -364,11 +369,18 @@ class FeaturePyramid(nn.Module):
         ]
 
     @torch.no_grad()
-    def check(self, images: Tensor) -> list[Tensor]:
+    def check(
+        self,
+        images: Tensor,
+        sizes: str = "set dataset.resize and dataset.crop",
+        own_size: str = "backbone.arguments.img_size=",
+    ) -> list[Tensor]:
         """Try an image of the run's size, so that a misfit is known before anything is learned.
 
         Args:
             images: of any number, [B, 3, H, W]; the first is tried.
+            sizes: the way out by images of another size, for the error.
+            own_size: what the size that a transformer is made for is given with.
 
         Returns:
             Its levels, [1, C_l, H_l, W_l].
@@ -380,9 +392,11 @@ class FeaturePyramid(nn.Module):
             return self.network(self.normalisation(images[:1]))
         except (RuntimeError, AssertionError, ValueError) as error:
             height, width = images.shape[-2:]
+            own = (
+                f"{own_size}{height}" if height == width else f"'{own_size}[{height},{width}]'"
+            )  # for the shell
             raise UserError(
-                f"{self.name} takes no images of {width}x{height} ({first_line(error)}): set dataset.resize and "
-                f"dataset.crop, or for a transformer backbone.arguments.img_size={height}"
+                f"{self.name} takes no images of {width}x{height} ({first_line(error)}): {sizes}, or for a transformer {own}"
             ) from error
 
     @torch.no_grad()

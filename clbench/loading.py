@@ -1,22 +1,25 @@
 """The detector that a run has trained, for use elsewhere."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from clbench import assembly, thresholds
-from clbench.config import Config
+from clbench.config.messages import reason
+from clbench.config.using import for_use
 from clbench.data.files import find_images, read_image_at
 from clbench.data.samples import Geometry
-from clbench.errors import UserError
+from clbench.errors import UserError, first_line
 from clbench.evaluation import BATCH_SIZE
 from clbench.methods.base import Detector, Prediction, check_frozen, frozen_digest
+from clbench.paths import expanded
 from clbench.recording.checkpoint import Checkpoints
 from clbench.recording.run_directory import RunDirectory
 from clbench.thresholds import Thresholds
@@ -181,6 +184,7 @@ def load(
     task: str | None = None,
     device: str = "auto",
     gpu: dict[str, Any] | None = None,
+    replace: Mapping[str, str | Path] | None = None,
 ) -> TrainedDetector:
     """The detector that a run has trained so far.
 
@@ -190,16 +194,23 @@ def load(
             each task (`strategy=single`); None otherwise.
         device: `auto`, `cpu`, `cuda` or `cuda:1`.
         gpu: settings of the `gpu` group to use in place of the run's, such as `precision`.
+        replace: where files that the run was trained with are now: flat key of the setting, such as
+            `backbone.checkpoint`, -> path.
 
     Raises:
-        UserError: the directory holds no trained run, a file in it is damaged, the task is not one of its
-            tasks, the frozen weights are not those that the run was begun with, or the device is not there.
+        UserError: the directory holds no trained run, a file in it is damaged or of another version of clbench, a
+            class of the user's own cannot be imported, a file of weights is not there or holds others than the run
+            was begun with, `replace` names what is no path of the run, the task is not one of its tasks, or the device
+            is not there.
     """
-    directory = RunDirectory(run_directory)
+    directory = RunDirectory(expanded(run_directory))
     stored, summary = directory.config(), directory.summary()
     if stored is None or summary is None:
         raise _nothing_trained(directory)
-    config = Config.stored(stored).changed("gpu", **(gpu or {}))
+    config = for_use(stored, gpu or {}, replace or {})
+    stream = _read_as(_Stream, summary, directory.path / "summary.json")
+    found = directory.thresholds()
+    limits = None if found is None else _read_as(thresholds.Stored, found, directory.path / "thresholds.json")
     # The device is chosen as if for fp32: one trained in fp16 also runs on a CPU, slowly.
     settings = config.gpu.model_copy(update={"device": device, "precision": "fp32"})
     chosen = assembly.select_device(settings)
@@ -210,12 +221,18 @@ def load(
     strategy = assembly.build_strategy(config, detector)
     stage, tensors, data = saved
     check_frozen(data.get("frozen"), frozen_digest(detector), directory.path)
-    strategy.restore_detector(tensors)
-    learned = strategy.stages(len(summary["tasks"]))[: stage + 1]
-    tasks = [summary["tasks"][number] for numbers in learned for number in numbers]
+    try:
+        strategy.restore_detector(tensors)
+    except (AttributeError, LookupError, RuntimeError) as error:
+        raise UserError(
+            f"what {directory.path} has learned does not fit {config.method.target} as it is now ({first_line(error)}): "
+            "use the version of it that the run was made with"
+        ) from error
+    learned = strategy.stages(len(stream.tasks))[: stage + 1]
+    tasks = [stream.tasks[number] for numbers in learned for number in numbers]
     if not strategy.task_known and task is None:
         task = tasks[0]
-    for name, categories in zip(tasks, summary.get("categories", ()), strict=False):
+    for name, categories in zip(tasks, stream.categories, strict=False):
         task = name if task in categories else task  # a category stands for the task that it arrived in
     if task is None or task not in tasks:
         which = "no task is given" if task is None else f"task '{task}' is not one of this run's"
@@ -225,16 +242,47 @@ def load(
             if strategy.task_known
             else f"{which}: {directory.path} has learned {', '.join(tasks)}; leave it out, as one model judges all"
         )
-    found = directory.thresholds() or {}
     geometry = config.dataset.geometry()
     side = geometry.crop or geometry.resize
-    size = tuple(found.get("image_size") or ([side, side] if side else []))
     return TrainedDetector(
         strategy.detector_for(tasks.index(task)).eval(),
         geometry,
-        (size[0], size[1]) if size else None,
-        thresholds.for_task(found, task) if found else None,
+        (limits and limits.image_size) or ((side, side) if side else None),
+        None if limits is None else thresholds.for_task(limits, task),
     )
+
+
+@dataclass(frozen=True)
+class _Stream:
+    """What a detector is loaded by of a summary.json.
+
+    Args:
+        tasks: names of the tasks.
+        categories: names of each task's categories; none in run directories of earlier versions.
+    """
+
+    tasks: list[str]
+    categories: list[list[str]] = field(default_factory=list)
+
+
+_Kind = TypeVar("_Kind")
+
+
+def _read_as(kind: type[_Kind], values: Any, file: Path) -> _Kind:
+    """What a file of a run directory holds, as an object of a class.
+
+    Raises:
+        UserError: it holds something else.
+    """
+    try:
+        return TypeAdapter(kind).validate_python(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise UserError(
+            f"{file} is damaged ({f'{where}: ' if where else ''}{reason(first)}): copy it again; or remove summary.json "
+            "and repeat the run's command, which goes on from its checkpoints and writes it anew"
+        ) from error
 
 
 def _nothing_trained(directory: RunDirectory) -> UserError:

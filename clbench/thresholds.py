@@ -6,11 +6,13 @@ They are set on normal training images, never on test images: on those held out 
 
 import bisect
 import math
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from annotated_types import Len
+from pydantic import PositiveInt
+from pydantic.dataclasses import dataclass as checked_dataclass
 from torch import Tensor
 
 from clbench import evaluation
@@ -42,8 +44,8 @@ class Thresholds:
     held_out: bool
     images: int
     pixels: int
-    pixel: list[float]
-    image: list[float]
+    pixel: Annotated[list[float], Len(len(RATES), len(RATES))]
+    image: Annotated[list[float], Len(len(RATES), len(RATES))]
 
     def at(self, rate: float, image_rate: float) -> tuple[float, float]:
         """The thresholds of maps and of scores for these false-positive rates, or the next lower ones.
@@ -188,7 +190,20 @@ def _normal(strategy: Strategy, tasks: list[Task], stage: int, enough: int) -> t
     return images[order[: max(enough, 1)].sort().values], False
 
 
-def for_task(stored: Mapping[str, Any], task: str) -> Thresholds:
+@checked_dataclass(frozen=True)
+class Stored:
+    """What thresholds.json holds.
+
+    Args:
+        models: the thresholds of each model.
+        image_size: the run's size, (H, W) in pixels; None in files of earlier versions.
+    """
+
+    models: list[Thresholds]
+    image_size: tuple[PositiveInt, PositiveInt] | None = None
+
+
+def for_task(stored: Stored, task: str) -> Thresholds:
     """The thresholds for images of a task.
 
     Args:
@@ -198,8 +213,8 @@ def for_task(stored: Mapping[str, Any], task: str) -> Thresholds:
     Raises:
         UserError: no model has learned a task of this name.
     """
-    for model in stored["models"]:
-        if task in model["tasks"]:
-            return Thresholds(**model)
-    names = [name for model in stored["models"] for name in model["tasks"]]
+    for model in stored.models:
+        if task in model.tasks:
+            return model
+    names = [name for model in stored.models for name in model.tasks]
     raise UserError(f"thresholds.json has none for task '{task}'; give one of {', '.join(names)}")

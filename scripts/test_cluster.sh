@@ -72,6 +72,7 @@ MpiDefault=none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 SchedulerParameters=bf_interval=1,sched_interval=1,sched_min_interval=0
+MaxArraySize=4
 ReturnToService=2
 KillWait=3
 OverTimeLimit=0

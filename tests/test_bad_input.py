@@ -68,7 +68,7 @@ MISTAKES = [
         "method.textures=/nowhere",
         "leave it out",
     ),
-    (["method=draem", "replay.size=6", "method.textures=conf"], "method.textures=conf", "holds no image"),
+    (["method=draem", "replay.size=6", "method.textures=conf"], "method.textures=/", "/conf holds no image"),
     (
         ["method=efficientad", "replay.size=6", "method.penalty_images=/nowhere"],
         "penalty_images",

@@ -166,7 +166,7 @@ def test_limits_that_a_person_has_set_are_kept_and_named(tmp_path: Path) -> None
 
 def within_memory(size: int, call: Callable[[], object]) -> object:
     """What a call gives where the process may allocate so many bytes more."""
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    used = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[0]) * resource.getpagesize()
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (used + size, hard))
     try:

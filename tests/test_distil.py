@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from safetensors.torch import load_file
 
@@ -48,6 +49,22 @@ def test_it_learns_to_explain_the_features(tmp_path: Path, capsys: pytest.Captur
     assert explained("--steps", "100") >= 15
 
 
+def test_a_transformer_says_which_option_its_image_size_is_given_with(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    weights = tmp_path / "deit.pth"
+    torch.save(timm.create_model("deit_tiny_patch16_224").state_dict(), weights)
+    network = ["distil", "--backbone", "deit_tiny_patch16_224", "--checkpoint", str(weights), "--layers", "2"]
+    words = [*network, *SIZES, "--steps", "1", "--output", str(tmp_path / "teacher.safetensors")]
+    assert main(words) == 1
+    error = capsys.readouterr().err
+    assert "takes no images of 64x64" in error and error.count("\n") == 1
+    _, _, hint = error.rpartition("or for a transformer ")
+    weights.unlink()
+    torch.save(timm.create_model("deit_tiny_patch16_224", img_size=64).state_dict(), weights)
+    assert main([*words, *hint.split()]) == 0
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -56,6 +73,7 @@ def test_it_learns_to_explain_the_features(tmp_path: Path, capsys: pytest.Captur
         (["--images", "/nowhere"], "--images=/nowhere is no folder"),
         (["--backbone", "resnet19"], "backbone.name=resnet19 is not a timm model"),
         (["--device", "gpu"], "--device=gpu is not to be had here"),
+        (["--images", "$NOT_SET_HERE"], "$NOT_SET_HERE: the environment variable NOT_SET_HERE is not set"),
     ],
 )
 def test_what_cannot_be_had_is_told_in_one_line(

@@ -30,7 +30,7 @@ from clbench.strategies.base import Strategy
 from clbench.strategies.joint import Joint
 from clbench.strategies.native import Native
 from clbench.strategies.single import Single
-from clbench.thresholds import RATES, Tail, Thresholds
+from clbench.thresholds import RATES, Stored, Tail, Thresholds
 from clbench.training import split
 
 CPU = torch.device("cpu")
@@ -101,7 +101,7 @@ def task(name: str, images: Tensor) -> Task:
 def test_false_positive_rates_on_new_normal_images_are_those_chosen() -> None:
     stream = [task("a", normal(1000, 0)), task("b", normal(1000, 1))]
     stored = thresholds.calibrate(Native(Brightness(held_out=0.5)), stream, CPU, silent)
-    found = thresholds.for_task(stored, "b")
+    found = thresholds.for_task(Stored(**stored), "b")
     assert found.held_out and found.images == 1000 and found.pixels == 1000 * 24 * 24
     new = Brightness()(normal(4000, 2))
     for rate in (0.01, 0.05, 0.2):
@@ -131,11 +131,11 @@ def test_thresholds_are_set_on_exactly_the_images_held_out(strategy: type[Strate
     models = [(model["tasks"], model["images"], model["held_out"]) for model in stored["models"]]
     if strategy is Single:
         assert models == [(["a"], 3, True), (["b"], 2, True)]
-        assert thresholds.for_task(stored, "b").image[-1] == float(expected[1][:, 0].max())
+        assert thresholds.for_task(Stored(**stored), "b").image[-1] == float(expected[1][:, 0].max())
     else:
         assert models == [(["a", "b"], sum(map(len, expected)), True)]
     with pytest.raises(UserError, match="none for task 'c'; give one of a, b"):
-        thresholds.for_task(stored, "c")
+        thresholds.for_task(Stored(**stored), "c")
 
 
 def test_without_held_out_images_some_that_were_learned_from_are_taken_and_it_is_said() -> None:

@@ -75,6 +75,26 @@ def test_a_sweep_fills_the_cluster_and_its_logs_are_found_from_the_table(
     assert again.stdout.count("finished already, skipped") == 4 and "submitted" not in again.stdout
 
 
+def test_a_sweep_larger_than_an_array_may_be_is_submitted_as_several(sweep: Callable, tmp_path: Path) -> None:
+    """The test cluster takes arrays of 4 jobs."""
+    small = ("method=padim", "method.features=20", "strategy=finetune", "task_order.tasks=[brick]")
+    seeds = ",".join(map(str, range(9)))
+    result = sweep(*small, f"seed={seeds}", *SLURM, "hydra.launcher.array_parallelism=2")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "submitted 9 jobs in 3 arrays" in result.stdout
+    ran: dict[str, list[str]] = {}
+    for directory in run_directories(tmp_path):
+        assert json.loads((directory / "summary.json").read_text())["status"] == "complete"
+        job = json.loads((directory / "job.json").read_text())["id"]
+        ran.setdefault(job.partition("_")[0], []).append(job)
+        named = ask("sacct", "-nX", "--format=JobName%200", "--jobs", job).strip()
+        assert named == directory.name[:200]
+    assert sorted(map(len, ran.values())) == [3, 3, 3]
+    times = ask("sacct", "-nXP", "--format=Start,End", "--jobs", ",".join(ran)).split()
+    spans = [tuple(line.split("|")) for line in times]
+    assert max(sum(begin <= moment < end for begin, end in spans) for moment, _ in spans) <= 2
+
+
 def test_one_run_that_fails_leaves_the_others_and_shows_its_log(sweep: Callable, tmp_path: Path) -> None:
     settings = ("method=stfpm", "strategy=finetune", "method.batch_size=2", "method.epochs=2")
     result = sweep(*settings, "method.learning_rate=0.1,1e30", *SLURM)

@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 
 from clbench.commands.numbers import whole
 from clbench.errors import UserError
+from clbench.paths import expanded
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -30,7 +31,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "more or fewer images than published is said, and is not wrong.",
         epilog="for example: clbench data check data/mvtec_ad",
     )
-    check.add_argument("root", type=Path, metavar="ROOT", help="its folder, what would be dataset.root")
+    check.add_argument("root", type=expanded, metavar="ROOT", help="its folder, what would be dataset.root")
     check.add_argument(
         "--dataset", metavar="NAME", help="which it is; by default it is recognised by its layout"
     )
@@ -45,7 +46,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
     get.add_argument("name", metavar="NAME", help="as clbench data list says it")
     get.add_argument(
-        "--root", type=Path, default=Path("data"), metavar="FOLDER", help="where to; default: data"
+        "--root", type=expanded, default=Path("data"), metavar="FOLDER", help="where to; default: data"
     )
     get.add_argument("--accept-licence", action="store_true", help="as a y to the question would")
     get.add_argument("--url", help="of another copy, or the link that a publisher's form leads to")
@@ -60,7 +61,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         epilog="for example: clbench data synthetic data/synthetic && "
         "python train.py dataset=mvtec dataset.root=data/synthetic",
     )
-    synthetic.add_argument("root", type=Path, metavar="FOLDER", help="where to; it must be new or empty")
+    synthetic.add_argument("root", type=expanded, metavar="FOLDER", help="where to; it must be new or empty")
     for name, least, default, what in (
         ("seed", 0, 0, "another one draws other pictures of the same products"),
         ("size", 32, 256, "pixels a side"),  # the least is Synthetic's
@@ -93,7 +94,7 @@ def _check(options: argparse.Namespace) -> int:
     from clbench.data.acquire.check import check_files
     from clbench.data.acquire.published import layout_of, named, recognise, recognise_all
 
-    given = root = options.root.expanduser().absolute()
+    given = root = options.root.absolute()
     if not root.is_dir():
         raise UserError(f"{root} is no folder: give that of a dataset")
     if options.dataset:
@@ -175,7 +176,7 @@ def _get(options: argparse.Namespace) -> int:
     from clbench.data.acquire.published import named
 
     dataset = named(options.name)
-    root = options.root.expanduser().absolute()
+    root = options.root.absolute()
     folder = root / dataset.name
     if folder.is_dir() and any(folder.iterdir()):
         print(f"{folder} is there already; to download it anew, remove it first")
@@ -286,7 +287,7 @@ def _say_how(folder: Path) -> int:
 def _synthetic(options: argparse.Namespace) -> int:
     from clbench.data.synthetic import Synthetic, write_folder
 
-    folder = options.root.expanduser()
+    folder = options.root
     sizes = {name: getattr(options, name) for name in ("seed", "size", "train", "test_good", "test_defect")}
     write_folder(Synthetic(**sizes), folder)
     print(f"python train.py dataset=mvtec dataset.root={folder}")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from clbench.commands.numbers import whole
 from clbench.errors import UserError
+from clbench.paths import absolute, expanded
 
 if TYPE_CHECKING:
     from clbench.methods.base import Progress
@@ -27,9 +28,14 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--layers", type=whole(0), nargs="+", default=[2, 3], help="levels to imitate, ascending (2 3)"
     )
-    parser.add_argument("--images", help="folder of any images; left out: procedural textures")
+    parser.add_argument("--images", type=absolute, help="folder of any images; left out: procedural textures")
     parser.add_argument("--count", type=whole(1), default=20_000, help="images of it, at most (20000)")
-    parser.add_argument("--size", type=whole(1), default=256, help="pixels a side (256)")
+    parser.add_argument(
+        "--size", type=whole(1), default=256, help="pixels a side (256); the backbone sees twice as many"
+    )
+    parser.add_argument(
+        "--img-size", type=whole(1), metavar="PIXELS", help="that a transformer is made for: twice --size"
+    )
     parser.add_argument(
         "--width", type=whole(1), default=256, help="channels of the first layer (256, the medium size)"
     )
@@ -40,7 +46,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:1 (auto)")
     parser.add_argument("--seed", type=int, default=0, help="of first weights and the order of images (0)")
     parser.add_argument(
-        "--output", type=Path, required=True, metavar="FILE", help=".safetensors, for method.teacher="
+        "--output", type=expanded, required=True, metavar="FILE", help=".safetensors, for method.teacher="
     )
 
 
@@ -50,7 +56,7 @@ def main(options: argparse.Namespace) -> int:
     Raises:
         UserError: the backbone, images, device or output cannot be had.
     """
-    output: Path = options.output.expanduser()
+    output: Path = options.output
     if output.suffix != ".safetensors":
         raise UserError(f"--output={output}: its name must end in .safetensors, to be read as a teacher")
     try:
@@ -67,18 +73,22 @@ def main(options: argparse.Namespace) -> int:
     from clbench.terminal import Display
 
     device = _device(options.device)
+    arguments = {"channels": options.channels, "img_size": options.img_size}
     backbone = Backbone(
         options.backbone,
         checkpoint=options.checkpoint,
-        arguments={"channels": options.channels} if options.channels else None,
+        arguments={name: value for name, value in arguments.items() if value},
         batch_size=options.batch_size,
         precision=options.precision,
     )
     pyramid = backbone.pyramid(options.layers).to(device)
+    seen = torch.zeros(1, 3, 2 * options.size, 2 * options.size, dtype=torch.uint8, device=device)
+    pyramid.check(seen, "give another --size", "--img-size ")
     with tempfile.TemporaryDirectory(prefix="clbench-") as cache:
         pictures = Pictures(options.images, options.count, "--images", options.seed, cache)
+        found = pictures.look_up()
         left_out = f"; left out of {options.images}: {pictures.left_out}" if str(pictures.left_out) else ""
-        print(f"reading {len(pictures.samples)} images{left_out}", flush=True)
+        print(f"reading {len(found)} images{left_out}", flush=True)
         loaded = pictures.load(options.size, options.size).to(device)
         with Display("distillation") as display:
             network, explained = distil(

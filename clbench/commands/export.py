@@ -8,7 +8,9 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from clbench.commands import trained
 from clbench.errors import UserError
+from clbench.paths import expanded
 
 if TYPE_CHECKING:
     from clbench.loading import TrainedDetector
@@ -16,8 +18,8 @@ if TYPE_CHECKING:
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments to its parser."""
-    parser.add_argument("run", metavar="RUN", help="a run's directory, outputs/<experiment>/<run>")
-    parser.add_argument("--output", type=Path, metavar="FOLDER", help="(RUN/export)")
+    trained.add_arguments(parser)
+    parser.add_argument("--output", type=expanded, metavar="FOLDER", help="(RUN/export)")
     parser.add_argument(
         "--formats",
         nargs="+",
@@ -31,7 +33,6 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         default="uint8",
         help="what images are given as: 0 to 255, or 0 to 1 (uint8)",
     )
-    parser.add_argument("--task", help="whose model, under strategy=single, which has one for each")
 
 
 def main(options: argparse.Namespace) -> int:
@@ -49,14 +50,14 @@ def main(options: argparse.Namespace) -> int:
 
     if "onnx" in options.formats:
         exporting.require_onnx()
-    output = options.output or Path(options.run) / "export"
-    trained = load(options.run, task=options.task, device="cpu", gpu={"precision": "fp32", "compile": False})
-    if trained.image_size is None:
+    output = options.output or options.run / "export"
+    detector = load(**trained.given(options), device="cpu", gpu={"precision": "fp32", "compile": False})
+    if detector.image_size is None:
         raise UserError(
             f"{options.run} kept its files' size and has no thresholds.json that says which: a graph is of one "
             "size, so repeat the run's command, or train with dataset.resize=..."
         )
-    height, width = trained.image_size
+    height, width = detector.image_size
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -64,11 +65,11 @@ def main(options: argparse.Namespace) -> int:
     images = exporting.pictures(height, width)
     images = images if options.input == "uint8" else unit(images)
     with Display("export") as display:
-        display.heading(Path(options.run).name)
+        display.heading(options.run.name)
         steps = 1 + len(options.formats)
         display.progress("tracing", 0, steps)
-        ours = trained(images)
-        program, any_number = exporting.trace(trained.detector, images)
+        ours = detector(images)
+        program, any_number = exporting.trace(detector.detector, images)
         found = {}
         with tempfile.TemporaryDirectory(prefix=".clbench-", dir=output) as folder:
             for step, name in enumerate(options.formats):
@@ -79,7 +80,7 @@ def main(options: argparse.Namespace) -> int:
                     runtime = exporting.write_torch(program, Path(folder) / "model.pt2")
                 found[name] = exporting.difference(ours, runtime, images, any_number)
                 _check_difference(name, found[name], exporting.TOLERANCE)
-            about = _about(options, trained, [None if any_number else 1, 3, height, width])
+            about = _about(options, detector, [None if any_number else 1, 3, height, width])
             text = json.dumps({**about, "difference": found}, indent=2) + "\n"
             write_whole(Path(folder) / "model.json", lambda part: part.write_text(text, encoding="utf-8"))
             for file in sorted(Path(folder).iterdir()):
@@ -106,15 +107,15 @@ def _check_difference(name: str, difference: float, tolerance: float) -> None:
         )
 
 
-def _about(options: argparse.Namespace, trained: TrainedDetector, shape: list[int | None]) -> dict[str, Any]:
+def _about(options: argparse.Namespace, detector: TrainedDetector, shape: list[int | None]) -> dict[str, Any]:
     """What model.json says of the graph: how images are prepared, and which thresholds go with which rate.
 
     Args:
         shape: shape of the images that the graph takes; None where any number fits.
     """
-    geometry = trained.geometry
+    geometry = detector.geometry
     return {
-        "run": str(Path(options.run).absolute()),
+        "run": str(options.run.absolute()),
         "task": options.task,
         "input": {
             "images": shape,
@@ -122,5 +123,5 @@ def _about(options: argparse.Namespace, trained: TrainedDetector, shape: list[in
             "resize": geometry.resize,
             "crop": geometry.crop,
         },
-        "thresholds": trained.thresholds and trained.thresholds.by_rate(),
+        "thresholds": detector.thresholds and detector.thresholds.by_rate(),
     }

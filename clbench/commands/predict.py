@@ -14,7 +14,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from clbench.commands import trained
 from clbench.errors import UserError
+from clbench.paths import expanded
 
 if TYPE_CHECKING:
     from clbench.loading import Found, TrainedDetector
@@ -24,12 +26,12 @@ _THREADS = min(8, os.cpu_count() or 1)
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments to its parser."""
-    parser.add_argument("run", metavar="RUN", help="a run's directory, outputs/<experiment>/<run>")
+    trained.add_arguments(parser)
     parser.add_argument(
         "images", nargs="+", metavar="IMAGES", help="files, folders with those in them, or 'patterns*.png'"
     )
     parser.add_argument(
-        "--output", type=Path, default=Path("predictions"), metavar="FOLDER", help="(./predictions)"
+        "--output", type=expanded, default=Path("predictions"), metavar="FOLDER", help="(./predictions)"
     )
     parser.add_argument(
         "--false-positive-rate",
@@ -48,7 +50,6 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--overwrite", action="store_true", help="replace what FOLDER holds of an earlier one"
     )
-    parser.add_argument("--task", help="whose model, under strategy=single, which has one for each")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:1 (auto)")
     parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="images at a time (16)")
 
@@ -85,10 +86,10 @@ def main(options: argparse.Namespace) -> int:
         print(f"left out of the folders given: {left_out}", flush=True)
     folder = _common(options.images, files)
     pictures = {} if options.only_scores else _pictures(files, folder)
-    trained = _load(options)
+    detector = _load(options)
     if scores.exists():
         _remove_pictures(options.output)
-    return _predict(options, trained, files, folder, pictures)
+    return _predict(options, detector, files, folder, pictures)
 
 
 def _load(options: argparse.Namespace) -> TrainedDetector:
@@ -99,24 +100,24 @@ def _load(options: argparse.Namespace) -> TrainedDetector:
     """
     from clbench.loading import load
 
-    trained = load(options.run, task=options.task, device=options.device)
-    if trained.thresholds is None:
+    detector = load(**trained.given(options), device=options.device)
+    if detector.thresholds is None:
         raise UserError(
             f"{options.run} has no thresholds.json, which is written when a run ends: repeat its command, with "
             "overwrite=true where it was finished by an older clbench"
         )
-    pixel, _ = trained.thresholds.at(options.false_positive_rate, options.image_false_positive_rate)
-    if trained.thresholds.pixel[0] == trained.thresholds.pixel[-1]:
+    pixel, _ = detector.thresholds.at(options.false_positive_rate, options.image_false_positive_rate)
+    if detector.thresholds.pixel[0] == detector.thresholds.pixel[-1]:
         raise UserError(
             f"{options.run} knows its training images by heart (all of their pixels are at {pixel:g}), so that they set "
             "no threshold: train with method.held_out=0.1; clbench.load in Python gives scores and maps without"
         )
-    return trained
+    return detector
 
 
 def _predict(
     options: argparse.Namespace,
-    trained: TrainedDetector,
+    detector: TrainedDetector,
     files: Sequence[Path],
     folder: Path,
     pictures: Mapping[Path, str],
@@ -129,9 +130,9 @@ def _predict(
     """
     from clbench.terminal import Display
 
-    assert trained.thresholds is not None
+    assert detector.thresholds is not None
     rate, image_rate = options.false_positive_rate, options.image_false_positive_rate
-    pixel, image = trained.thresholds.at(rate, image_rate)
+    pixel, image = detector.thresholds.at(rate, image_rate)
     rows: list[dict[str, Any]] = []
     unreadable: list[dict[str, str]] = []
 
@@ -140,8 +141,8 @@ def _predict(
         print(f"passed over: {str(error).encode(errors='backslashreplace').decode()}", file=sys.stderr)
 
     with Display("predict") as display:
-        display.heading(Path(options.run).name)
-        found = trained.predict(
+        display.heading(options.run.name)
+        found = detector.predict(
             files,
             false_positive_rate=rate,
             image_false_positive_rate=image_rate,
@@ -149,26 +150,26 @@ def _predict(
             unreadable=pass_over,
         )
         try:
-            for row in _written(found, trained, folder, options.output, pictures):
+            for row in _written(found, detector, folder, options.output, pictures):
                 rows.append(row)
                 display.progress("predicting", len(rows) + len(unreadable), len(files))
         finally:  # the tables also of a command that was interrupted
             if rows or unreadable:
                 about = {
-                    "run": str(Path(options.run).absolute()),
+                    "run": str(options.run.absolute()),
                     "task": options.task,
                     "folder": str(folder),
                     "false_positive_rate": rate,
                     "image_false_positive_rate": image_rate,
                     "pixel_threshold": pixel,
                     "image_threshold": image,
-                    "thresholds_held_out": trained.thresholds.held_out,
+                    "thresholds_held_out": detector.thresholds.held_out,
                 }
                 _write_tables(options.output, {**about, "images": rows, "unreadable": unreadable})
         anomalous = sum(row["anomalous"] for row in rows)
         what = "scores" if options.only_scores else "scores, overlays and masks"
         display.line(f"{anomalous} of {len(rows)} images are anomalous: {what} in {options.output}")
-        for line in _threshold_lines(trained, rate, image_rate, pixel, image):
+        for line in _threshold_lines(detector, rate, image_rate, pixel, image):
             display.line(line)
     if unreadable:
         print(f"error: {len(unreadable)} of {len(files)} files were passed over", file=sys.stderr)
@@ -176,7 +177,7 @@ def _predict(
 
 
 def _threshold_lines(
-    trained: TrainedDetector, rate: float, image_rate: float, pixel: float, image: float
+    detector: TrainedDetector, rate: float, image_rate: float, pixel: float, image: float
 ) -> Iterator[str]:
     """Lines that say which thresholds the decisions are by, and what these were set on.
 
@@ -184,7 +185,7 @@ def _threshold_lines(
         rate, image_rate: false-positive rates of pixels and of images.
         pixel, image: the thresholds for these rates.
     """
-    thresholds = trained.thresholds
+    thresholds = detector.thresholds
     assert thresholds is not None
     yield (
         f"thresholds: {pixel:.6g} for pixels and {image:.6g} for images, for false-positive rates of {100 * rate:g} % "
@@ -222,7 +223,7 @@ def _remove_pictures(output: Path) -> None:
 
 def _common(given: list[str], files: list[Path]) -> Path:
     """The nearest folder that holds all folders given and all files: outputs have their paths below it."""
-    paths = [Path(os.path.abspath(Path(each).expanduser())) for each in given]
+    paths = [Path(os.path.abspath(expanded(each))) for each in given]
     roots = [path for path in paths if path.is_dir()]
     others = [file.parent for file in files if not any(root in file.parents for root in roots)]
     return Path(os.path.commonpath([*roots, *others]))
@@ -250,7 +251,7 @@ def _pictures(files: list[Path], folder: Path) -> dict[Path, str]:
 
 def _written(
     found: Iterator[Found],
-    trained: TrainedDetector,
+    detector: TrainedDetector,
     folder: Path,
     output: Path,
     pictures: Mapping[Path, str],
@@ -262,10 +263,10 @@ def _written(
 
     def write(one: Found) -> dict[str, Any]:
         heat = one.map
-        assert one.threshold is not None and trained.thresholds is not None
+        assert one.threshold is not None and detector.thresholds is not None
         mask = heat > one.threshold
         if pictures:
-            _write_pictures(one, heat, mask, output, pictures[one.path], trained.thresholds.pixel[-1])
+            _write_pictures(one, heat, mask, output, pictures[one.path], detector.thresholds.pixel[-1])
         return {
             "image": _name(one.path, folder),
             "score": one.score,

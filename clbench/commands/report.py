@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from rich.markup import escape
 
 from clbench import terminal
+from clbench.paths import expanded
 from clbench.report import page, tables
 from clbench.report.reading import read
 
@@ -17,13 +17,13 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "folders",
         nargs="+",
-        type=Path,
+        type=expanded,
         metavar="outputs/EXPERIMENT",
         help="folders of runs, one an experiment",
     )
     parser.add_argument(
         "--output",
-        type=Path,
+        type=expanded,
         help="folder of the report (report/ in the first experiment's, where it is left out)",
     )
 

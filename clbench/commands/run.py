@@ -21,7 +21,9 @@ from omegaconf.errors import OmegaConfBaseException
 from clbench.config import Config, check, departures, register, sources
 from clbench.config.departures import read_again
 from clbench.config.explanations import explain
+from clbench.config.words import readable
 from clbench.errors import UserError
+from clbench.paths import expanded
 from clbench.streams import secure
 
 
@@ -41,6 +43,9 @@ def main(words: Sequence[str]) -> int:
     parser = get_args_parser()
     try:
         given = parser.parse_intermixed_args(list(words))
+        given.overrides = [readable(text) for text in given.overrides]
+        if given.config_dir is not None:
+            given.config_dir = str(expanded(given.config_dir, "--config-dir"))
         for text in given.overrides:
             if text.lstrip("+~").startswith(("hydra.mode=", "hydra/sweeper=")):
                 return _refused(
@@ -56,6 +61,8 @@ def main(words: Sequence[str]) -> int:
             )
     except SystemExit as ended:
         return ended.code if isinstance(ended.code, int) else 1
+    except UserError as error:
+        return _refused(error)
     except (HydraException, OmegaConfBaseException) as error:
         return _refused(explain(error, given.overrides, given.config_dir))
     except ValueError as error:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 
 from clbench.config import wandb_key
 from clbench.errors import UserError
+from clbench.paths import expanded
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,7 +22,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     sync.add_argument(
         "folders",
         nargs="+",
-        type=Path,
+        type=expanded,
         metavar="DIR",
         help="a run directory, or a folder of them: outputs/EXPERIMENT",
     )

@@ -13,11 +13,12 @@ from pydantic import ValidationError
 
 from clbench.config import classes
 from clbench.config.differences import NOT_IN_RESULTS
-from clbench.config.messages import UnknownSetting, invalid
+from clbench.config.messages import UnknownSetting, invalid, no_such_key
 from clbench.config.schema import Config, SweepSettings
 from clbench.config.wandb_access import wandb_mode
 from clbench.data.samples import Dataset, Geometry
 from clbench.errors import UserError, first_line
+from clbench.paths import PATH, absolute, expanded
 
 
 def check(composed: DictConfig) -> Config:
@@ -32,8 +33,9 @@ def check(composed: DictConfig) -> Config:
         config = Config.of(values)
     except ValidationError as error:
         raise invalid(error, values, Config) from error
-    _check_settings(config)
-    config = with_protocol_buffer(config)
+    config = with_protocol_buffer(_with_checked_settings(config))
+    _check_buffer_given(config)
+    config = config.changed("replay", **checked_buffer(config))
     _check_combinations(config)
     return config
 
@@ -53,9 +55,7 @@ def resolved(composed: DictConfig, allow_missing: bool = False) -> dict[str, Any
     except MissingMandatoryValue as error:
         raise UserError(f"{error.full_key} has no value: give {error.full_key}=...") from error
     except InterpolationKeyError as error:
-        raise UserError(
-            f"{first_line(error)}: others refer to it, so that it cannot be taken away or left out"
-        ) from error
+        raise UserError(no_such_key(error)) from error
     except OmegaConfBaseException as error:
         raise UserError(first_line(error)) from error
     assert isinstance(plain, dict)
@@ -88,7 +88,10 @@ def buffer_size(given: int | None, protocol: int | None, strategy: str) -> int |
 
 # Hydra's settings of where runs go, which nobody may change: key -> value in conf/, and the way out.
 _PLACES = {
-    "sweep.dir": ("${outputs}/${experiment}", "give outputs=FOLDER and experiment=NAME"),
+    "sweep.dir": (
+        "${expanded_path:outputs,${outputs}}/${experiment}",
+        "give outputs=FOLDER and experiment=NAME",
+    ),
     "sweep.subdir": ("${run_name:${hydra.overrides.task}}", "a run's settings name it; give experiment=NAME"),
     "run.dir": ("${hydra.sweep.dir}", "give outputs=FOLDER and experiment=NAME"),
     "job.chdir": (False, "runs stay in the folder that they are started in; give outputs=FOLDER"),
@@ -122,6 +125,7 @@ def check_sweep(composed: DictConfig, overrides: Sequence[str]) -> None:
         SweepSettings.model_validate(values)
     except ValidationError as error:
         raise invalid(error, values, SweepSettings) from error
+    expanded(composed.outputs, "outputs")
     for override in OverridesParser.create().parse_overrides(list(overrides)):
         key, text = override.key_or_group, override.input_line
         if override.is_delete() and not key.startswith("hydra"):
@@ -131,7 +135,7 @@ def check_sweep(composed: DictConfig, overrides: Sequence[str]) -> None:
             raise UserError(f"{text}: runs that differ in it alone would be one run; give it one value")
 
 
-def _strategy(config: Config) -> Any:
+def strategy_of(config: Config) -> Any:
     """The strategy's class.
 
     Raises:
@@ -142,7 +146,7 @@ def _strategy(config: Config) -> Any:
     return classes.class_of_kind("strategy", config.strategy.target, Strategy)
 
 
-def _detector(config: Config) -> Any:
+def detector_of(config: Config) -> Any:
     """The method's class.
 
     Raises:
@@ -153,27 +157,36 @@ def _detector(config: Config) -> Any:
     return classes.class_of_kind("method", config.method.target, Detector)
 
 
-def _check_settings(config: Config) -> None:
-    """Check the settings of each node against the constructor of its class.
+def _with_checked_settings(config: Config) -> Config:
+    """The config with every path in it absolute, after checking each node's settings against its class.
 
     Raises:
         UserError: a class cannot be imported, or a setting is unknown, missing or of a wrong value.
     """
-    classes.check_settings("method", _detector(config), config.method.settings, ("protocol",))
+    plain = config.plain()
+
+    def check(node: str, target: type, *beside: str) -> None:
+        plain[node] |= classes.check_settings(node, target, getattr(config, node).settings, beside)
+
+    check("method", detector_of(config), "protocol")
     dataset = classes.class_of_kind("dataset", config.dataset.target, Dataset)
-    classes.check_settings("dataset", dataset, config.dataset.settings, tuple(Geometry.__annotations__))
-    classes.check_settings("backbone", classes.class_of(classes.BACKBONE), config.backbone.settings)
-    classes.check_settings("strategy", _strategy(config), config.strategy.settings)
+    check("dataset", dataset, *Geometry.__annotations__)
+    check("backbone", classes.class_of(classes.BACKBONE))
+    check("strategy", strategy_of(config))
     config.dataset.geometry()
+    for name, field in Config.model_fields.items():
+        if PATH in field.metadata:
+            plain[name] = absolute(plain[name], name)
+    return Config.of(plain)
 
 
-def _check_buffer(config: Config) -> None:
-    """Check that a buffer is given where the strategy has one and only there, and check the further keys.
+def _check_buffer_given(config: Config) -> None:
+    """Check that a buffer is given where the strategy has one and only there.
 
     Raises:
-        UserError: it is not so, or a key is unknown or has a wrong value.
+        UserError: it is not so.
     """
-    strategy, name, size = _strategy(config), config.strategy.name, config.replay.size
+    strategy, name, size = strategy_of(config), config.strategy.name, config.replay.size
     if strategy.has_buffer and size is None:
         raise UserError(f"strategy={name} needs a buffer: give replay.size, e.g. replay.size=300")
     if not strategy.has_buffer and size is not None:
@@ -181,15 +194,26 @@ def _check_buffer(config: Config) -> None:
             f"strategy={name} with replay.size={size} makes no sense: {strategy.why_no_buffer}; "
             "take strategy=replay, or leave replay.size out"
         )
+
+
+def checked_buffer(config: Config) -> dict[str, Any]:
+    """The further keys of the buffer, checked against the strategy's class, with paths made absolute.
+
+    Raises:
+        UserError: a key is unknown or has a wrong value.
+    """
+    strategy = strategy_of(config)
     known = {
         key.removeprefix(classes.BUFFER): argument
         for key, argument in classes.constructor(strategy).items()
         if key.startswith(classes.BUFFER)
     }
+    checked = {}
     for key, value in config.replay.settings.items():
         if key not in known:
             raise UnknownSetting(f"replay.{key}", [f"replay.{name}" for name in {"size", *known}])
-        classes.check_value(f"replay.{key}", value, known[key])
+        checked[key] = classes.check_value(f"replay.{key}", value, known[key])
+    return checked
 
 
 def _check_combinations(config: Config) -> None:
@@ -198,9 +222,8 @@ def _check_combinations(config: Config) -> None:
     Raises:
         UserError: two of them do not.
     """
-    strategy, detector = _strategy(config), _detector(config)
+    strategy, detector = strategy_of(config), detector_of(config)
     combination = f"strategy={config.strategy.name} with method={config.method.name} makes no sense"
-    _check_buffer(config)
     if strategy.needs_native_update and not detector.native:
         raise UserError(
             f"{combination}: it keeps nothing that it could update task by "

@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 
-from hydra.utils import get_class
 from pydantic import TypeAdapter, ValidationError
 
 from clbench.config.messages import UnknownSetting, reason
 from clbench.errors import UserError
+from clbench.paths import path_mark
 
 if TYPE_CHECKING:
     from clbench.config.schema import Config
@@ -47,14 +48,43 @@ def class_of(target: str) -> type:
         UserError: it cannot be imported, or is no class.
     """
     try:
-        return get_class(target)
+        found = _located(target)
+        if not isinstance(found, type):
+            raise TypeError("it is no class")
+        return found
     except Exception as error:  # also whatever a user's own file raises while it is imported
-        cause = error.__cause__ or error
-        message = " ".join(str(cause).split()) or type(cause).__name__
-        raise UserError(
-            f"_target_={target} cannot be imported ({message}): put the folder that holds "
-            f"{target.partition('.')[0]} on PYTHONPATH, or pip install its package"
-        ) from error
+        message = " ".join(str(error).split()) or type(error).__name__
+        package = target.partition(".")[0]
+        way_out = f"put the folder that holds {package} on PYTHONPATH, or pip install its package"
+        if isinstance(error, AttributeError | TypeError):  # the module is there
+            way_out = f"name a class that is there, or install the version of {package} that has it"
+        raise UserError(f"_target_={target} cannot be imported ({message}): {way_out}") from error
+
+
+def _located(target: str) -> Any:
+    """What a dotted path names: something of a module, or within a class there.
+
+    Hydra's own function for it logs errors, line by line, beside raising them.
+
+    Raises:
+        Exception: it is not there, or whatever its module raises while it is imported.
+    """
+    module, _, name = target.rpartition(".")
+    names = [name]
+    while True:
+        try:
+            found: Any = import_module(module)
+            break
+        except ModuleNotFoundError as error:
+            above, _, name = module.rpartition(".")
+            if not above or not f"{module}.".startswith(
+                f"{error.name}."
+            ):  # the latter: what it imports is missing
+                raise
+            module, names = above, [name, *names]
+    for name in names:
+        found = getattr(found, name)
+    return found
 
 
 def class_of_kind(node: str, target: str, kind: type) -> type:
@@ -130,8 +160,12 @@ def own_arguments(node: str, target: type) -> dict[str, Argument]:
 
 
 def check_settings(
-    node: str, target: type, settings: Mapping[str, Any], known_beside: Collection[str] = ()
-) -> None:
+    node: str,
+    target: type,
+    settings: Mapping[str, Any],
+    known_beside: Collection[str] = (),
+    check: Callable[[str, Any, Argument], Any] | None = None,
+) -> dict[str, Any]:
     """Check a node's settings against the constructor of the class that they are for.
 
     Args:
@@ -139,29 +173,39 @@ def check_settings(
         target: the class.
         settings: name -> value.
         known_beside: keys of the node that are not for the constructor, to suggest where a name is unknown.
+        check: checks one value; None for `check_value`.
+
+    Returns:
+        The settings, with paths made absolute.
 
     Raises:
         UserError: an unknown name, a value of the wrong type or out of range, or one that is missing.
     """
     known = own_arguments(node, target)
+    checked = {}
     for name, value in settings.items():
         if name not in known:
             raise UnknownSetting(f"{node}.{name}", [f"{node}.{key}" for key in (*known, *known_beside)])
-        check_value(f"{node}.{name}", value, known[name])
+        checked[name] = (check or check_value)(f"{node}.{name}", value, known[name])
     for name, argument in known.items():
         if argument.required and name not in settings:
             raise UserError(f"{node}.{name} has no value: give {node}.{name}=...")
+    return checked
 
 
-def check_value(key: str, value: Any, argument: Argument) -> None:
+def check_value(key: str, value: Any, argument: Argument) -> Any:
     """Check a value against the annotation of the argument that it is for.
+
+    Returns:
+        The value; made absolute where it is a path, see `clbench.paths`.
 
     Raises:
         UserError: it is of the wrong type, out of range, or no finite number.
     """
     try:
-        TypeAdapter(argument.annotation).validate_python(value, strict=True)
+        checked = TypeAdapter(argument.annotation).validate_python(value, strict=True)
     except ValidationError as error:
         raise UserError(f"{key}={value}: {reason(error.errors()[0])}") from error
     if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"{key}={value}: give a finite number")
+    return value if path_mark(argument.annotation) is None else checked

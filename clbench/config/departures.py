@@ -13,7 +13,7 @@ import hydra
 from hydra.core.global_hydra import GlobalHydra
 
 from clbench.config.checking import buffer_size, resolved
-from clbench.config.differences import NOT_IN_RESULTS, flat
+from clbench.config.differences import NOT_IN_RESULTS, flat, same
 from clbench.config.schema import Config
 from clbench.config.sources import USUAL
 
@@ -45,7 +45,7 @@ def departures(config: Config, hydra_config: Any) -> dict[str, Any]:
     sources = tuple(f"{source.schema}://{source.path}" for source in hydra_config.runtime.config_sources)
     usual = _usual(overrides, sources)
     given = flat({key: value for key, value in config.plain().items() if key not in NOT_IN_RESULTS})
-    return {key: usual.get(key, ABSENT) for key, value in given if value != usual.get(key, ABSENT)}
+    return {key: usual.get(key, ABSENT) for key, value in given if not same(usual.get(key, ABSENT), value)}
 
 
 def _choice_named(group: str, name: str, choices: Mapping[str, str]) -> str:

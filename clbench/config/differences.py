@@ -1,10 +1,14 @@
 """Which settings change the results of a run, and in which of them two configs differ."""
 
+import os
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from clbench.config.schema import BESIDE_SETTINGS
+from clbench.errors import UserError
+from clbench.paths import absolute
 
 # Settings that change where results go or how a run is watched, but not what they are; and what config.yaml holds
 # beside the settings.
@@ -40,8 +44,22 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     return [
         f"{key}: {before.get(key, 'null')} -> {after.get(key, 'null')}"
         for key in sorted({*before, *after})
-        if before.get(key, "null") != after.get(key, "null")
+        if not same(before.get(key, "null"), after.get(key, "null"))
     ]
+
+
+def same(before: Any, after: Any) -> bool:
+    """Whether two values of a setting are one: equal, or a path as it is typed and as config.yaml keeps it.
+
+    Args:
+        before: of a file in conf/, or of a config.yaml of an earlier version, which kept paths as they were typed.
+        after: of a checked config.
+    """
+    if before == after or not (isinstance(before, str) and isinstance(after, str) and os.path.isabs(after)):
+        return before == after
+    with suppress(UserError):
+        return absolute(before) == after
+    return False
 
 
 def flat(node: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

@@ -13,8 +13,9 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, SearchPathException
 from omegaconf import OmegaConf
+from omegaconf.errors import InterpolationKeyError
 
-from clbench.config.messages import UnknownSetting
+from clbench.config.messages import UnknownSetting, no_such_key
 from clbench.config.sources import composing, search_path
 from clbench.errors import UserError, first_line
 
@@ -30,6 +31,8 @@ def explain(error: Exception, overrides: Sequence[str], config_dir: str | None =
         overrides: of the command line.
         config_dir: a user's own folder of configs, as --config-dir names it.
     """
+    if isinstance(error, InterpolationKeyError):
+        return UserError(no_such_key(error))
     if isinstance(error, SearchPathException):
         return UserError(f"--config-dir={config_dir} is no folder: give the one that holds your configs")
     try:

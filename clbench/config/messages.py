@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import difflib
+import os
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from omegaconf.errors import InterpolationKeyError
 from pydantic import BaseModel, ValidationError
 
-from clbench.errors import UserError
+from clbench.errors import UserError, first_line
 
 
 class UnknownSetting(UserError):
@@ -61,6 +64,17 @@ def invalid(error: ValidationError, values: Mapping[str, Any], schema: type[Base
     if first["type"] == "missing":
         return UserError(f"{key} has no value: give {key}=...")
     return UserError(f"{key}={first['input']}: {reason(first)}")
+
+
+def no_such_key(error: InterpolationKeyError) -> str:
+    """The message for `${NAME}` in a config where there is no such setting."""
+    name = re.match(r"Interpolation key '(\w+)'", str(error))
+    if name and name[1] in os.environ:
+        return (
+            f"{first_line(error)}: ${{{name[1]}}} refers to a setting; the environment variable is written "
+            f"${name[1]} or ${{oc.env:{name[1]}}}"
+        )
+    return f"{first_line(error)}: others refer to it, so that it cannot be taken away or left out"
 
 
 def reason(error: Mapping[str, Any]) -> str:

@@ -9,6 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from clbench.config import sources
 from clbench.config.run_names import run_name
+from clbench.paths import expanded
 
 
 def if_given(value: Any, then: Any, otherwise: Any) -> Any:
@@ -26,6 +27,15 @@ def gpus_of(device: str) -> int | None:
     return None if device == "cpu" else 1
 
 
+def expanded_path(setting: str, given: str) -> str:
+    """The path that is given as a setting, with `~` and environment variables replaced.
+
+    Raises:
+        UserError: as `clbench.paths.expanded`.
+    """
+    return str(expanded(given, setting))
+
+
 def register() -> None:
     """Register with Hydra everything that conf/ refers to. It may be called more than once.
 
@@ -33,7 +43,7 @@ def register() -> None:
     is composed with the group's default choice, which need not have a setting that the swept choices have. Whether
     a choice has the setting is checked with the run itself.
     """
-    for resolver in (run_name, if_given, strategy_class, gpus_of):
+    for resolver in (run_name, if_given, strategy_class, gpus_of, expanded_path):
         OmegaConf.register_new_resolver(resolver.__name__, resolver, replace=True)
     store = ConfigStore.instance()
     store.store(name="open", node=DictConfig({}, flags={"struct": False}))

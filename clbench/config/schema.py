@@ -19,6 +19,7 @@ from pydantic import (
 
 from clbench.data.samples import Geometry
 from clbench.errors import UserError
+from clbench.paths import PATH
 
 BESIDE_SETTINGS = ("departures", "made_by")  # keys of config.yaml that are no settings
 
@@ -156,7 +157,7 @@ class Wandb(Closed):
 class SweepSettings(Closed):
     """The settings that all runs of a sweep share and that change no results."""
 
-    outputs: Annotated[str, Field(min_length=1)]
+    outputs: Annotated[str, Field(min_length=1), PATH]
     maps: bool | Literal["few"]
     overwrite: bool
     only: Literal["failed", "missing"] | None
@@ -177,7 +178,7 @@ class Config(SweepSettings):
     wandb: Wandb
     benchmark: str
     experiment: Annotated[str, AfterValidator(_folder_name)]
-    cache: Annotated[str, Field(min_length=1)]
+    cache: Annotated[str, Field(min_length=1), PATH]
     seed: Annotated[int, Field(ge=0)]
     evaluate: Literal["seen", "all"]
 
@@ -206,7 +207,7 @@ class Config(SweepSettings):
         except ValidationError as error:
             first = error.errors()[0]
             raise UserError(
-                f"config.yaml is not of this version of clbench ({'.'.join(map(str, first['loc']))}: "
+                f"config.yaml is damaged, or not of this version of clbench ({'.'.join(map(str, first['loc']))}: "
                 f"{first['msg']}): repeat the run's command with another experiment=NAME"
             ) from error
 

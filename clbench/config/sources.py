@@ -87,8 +87,8 @@ def composed(*overrides: str, config_dir: str | Path | None = None, local: bool 
 def composed_from(hydra_config: Any, overrides: Sequence[str]) -> str:
     """SHA-256 of everything that a run's config is composed from.
 
-    All files of configs, the name of the first of them, the run's overrides, and the environment variables that these refer
-    to.
+    All files of configs, the name of the first of them, the run's overrides, the environment variables that these refer
+    to, and the folder of this process, in which relative paths begin.
 
     Args:
         hydra_config: the `hydra` node of a composed config.
@@ -99,7 +99,8 @@ def composed_from(hydra_config: Any, overrides: Sequence[str]) -> str:
     named = sorted(text for text in overrides if in_results(text))
     variables = {name for found in (*files, _Digest.of_texts(named)) for name in found.variables}
     environment = [f"{name}={os.environ.get(name)}" for name in sorted(variables)]
-    parts = [hydra_config.job.config_name, *(found.digest for found in files), *named, *environment]
+    where = [hydra_config.job.config_name, os.getcwd()]
+    parts = [*where, *(found.digest for found in files), *named, *environment]
     return hashlib.sha256("\n".join(parts).encode(errors="surrogateescape")).hexdigest()
 
 

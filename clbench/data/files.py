@@ -17,6 +17,7 @@ from clbench.data.listing import LeftOut, images_in
 from clbench.data.masks import Doubtful, marked
 from clbench.data.samples import GOOD, Geometry, Sample
 from clbench.errors import UserError
+from clbench.paths import expanded
 
 _CLOCK_NS = 2_000_000_000  # how coarse the clocks of file systems are: FAT's counts in steps of 2 s
 
@@ -40,7 +41,7 @@ def find_images(
     apart = [] if without is None else [_absolute(without)]
     found: dict[Path, None] = {}
     for each in given:
-        path = Path(each).expanduser()
+        path = expanded(each)
         pattern = not path.exists() and glob.has_magic(str(path))
         matches = sorted(map(Path, glob.glob(str(path), recursive=True))) if pattern else [path]
         if not matches:

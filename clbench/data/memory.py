@@ -22,10 +22,10 @@ def free_memory() -> int | None:
 def _limits() -> Iterator[int]:
     """What is free by each of the limits that there are, in bytes."""
     with suppress(OSError, StopIteration, ValueError):
-        lines = Path("/proc/meminfo").read_text().splitlines()
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
         yield next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
     with suppress(OSError, ValueError):
-        for line in Path("/proc/self/cgroup").read_text().splitlines():
+        for line in Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines():
             _, controllers, name = line.split(":", 2)
             if controllers in ("", "memory"):
                 group = _GROUPS / controllers / name.strip("/")
@@ -35,7 +35,9 @@ def _limits() -> Iterator[int]:
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)  # `ulimit -v`
     if limit != resource.RLIM_INFINITY:
         with suppress(OSError, ValueError):
-            used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+            used = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[0]) * os.sysconf(
+                "SC_PAGE_SIZE"
+            )
             yield max(0, limit - used)
 
 

@@ -10,6 +10,7 @@ from clbench.data.files import FileSample
 from clbench.data.listing import LeftOut, folders, images_in
 from clbench.data.samples import GOOD, Dataset, Sample, Split
 from clbench.errors import UserError
+from clbench.paths import Place, absolute
 
 Gap = Callable[[UserError], None]
 
@@ -52,8 +53,8 @@ class OnDisk(Dataset):
         UserError: the root or a category is missing or incomplete, or cannot be listed.
     """
 
-    def __init__(self, root: str, categories: list[str] | None = None, gap: Gap = refuse) -> None:
-        self.root = Path(root).expanduser().absolute()
+    def __init__(self, root: Place, categories: list[str] | None = None, gap: Gap = refuse) -> None:
+        self.root = Path(absolute(root, "dataset.root"))
         self.gap = gap
         self.left_out = LeftOut()
         try:

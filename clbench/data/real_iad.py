@@ -8,6 +8,7 @@ from typing import Any, Literal
 from clbench.data.on_disk import Entry, Gap, OnDisk, folders, refuse
 from clbench.data.samples import GOOD, Split
 from clbench.errors import UserError
+from clbench.paths import Place
 
 JSONS = "realiad_jsons"
 View = Literal["C1", "C2", "C3", "C4", "C5"]
@@ -36,7 +37,7 @@ class RealIAD(OnDisk):
 
     def __init__(
         self,
-        root: str,
+        root: Place,
         size: Literal[256, 512, 1024, "raw"] | None = None,
         split: str = JSONS,
         views: list[View] | None = None,

@@ -252,7 +252,8 @@ def check_frozen(before: str | None, now: str, run: Path) -> None:
     if before not in (None, now):
         raise UserError(
             f"{run} was begun with other weights of its frozen network (backbone.checkpoint, method.teacher, or what "
-            "timm downloads): put them back, take another experiment=NAME, or overwrite=true"
+            "timm downloads): put them back, name the right file where the detector is used (--replace KEY=FILE), take "
+            "another experiment=NAME, or overwrite=true"
         )
 
 

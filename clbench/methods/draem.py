@@ -72,6 +72,7 @@ class DRAEM(Detector):
                 f"method=draem halves images five times, and takes none of {width}x{height}: give a dataset.resize "
                 f"(and dataset.crop) of {_SMALLEST} or more"
             )
+        self.pictures.look_up()
 
     def prepare(self, images: Tensor) -> None:
         self._textures = self.pictures.load(*images.shape[-2:]).to(images.device)

@@ -1,7 +1,7 @@
 """EfficientAD: a student and an autoencoder imitate a distilled teacher (Batzner et al., 2024)."""
 
 import itertools
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from annotated_types import MultipleOf
@@ -21,6 +21,7 @@ from clbench.data.pictures import Folder, Pictures
 from clbench.errors import UserError
 from clbench.feature_store import FeatureStore
 from clbench.methods.base import Detector, Prediction, Share
+from clbench.paths import PATH_FOR_USE
 from clbench.randomness import seed_for
 
 _HARD = 0.999  # p_hard: the loss counts squared differences from this quantile of them on
@@ -31,13 +32,13 @@ _GREY_PENALTY = 0.3  # share of penalty images shown in grey
 _JITTER = 0.2  # largest relative change of brightness, contrast or saturation
 
 
-def _teacher(name: str | None) -> str:
+def _teacher(name: Any) -> Any:
     if name is None:
         raise ValueError(
             "it has no value: give a file of distilled weights (clbench distil makes one, published ones "
             "are read too), or random"
         )
-    return name if name == "random" else existing_weights(name)
+    return existing_weights(name) if isinstance(name, str) and name != "random" else name
 
 
 class EfficientAD(Detector):
@@ -73,7 +74,7 @@ class EfficientAD(Detector):
     def __init__(
         self,
         *,
-        teacher: Annotated[str, BeforeValidator(_teacher)],
+        teacher: Annotated[str, BeforeValidator(_teacher), PATH_FOR_USE],
         width: Annotated[PositiveInt, MultipleOf(8)] = 256,
         penalty_images: Folder | None = None,
         penalty_count: PositiveInt = 1000,
@@ -113,6 +114,10 @@ class EfficientAD(Detector):
         self.register_buffer("channel_mean", torch.zeros(1, channels, 1, 1))
         self.register_buffer("channel_deviation", torch.ones(1, channels, 1, 1))
         self.register_buffer("quantiles", torch.tensor([[0.0, _UNIT]] * 2))
+
+    def check(self, images: Tensor) -> None:
+        super().check(images)
+        self.pictures.look_up()
 
     def prepare(self, images: Tensor) -> None:
         height, width = images.shape[-2:]

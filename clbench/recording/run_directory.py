@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import yaml
 
-from clbench.config import differences
+from clbench.config.differences import differences
 from clbench.errors import UserError, first_line, in_one_line
 from clbench.locks import open_lock, take_lock
 from clbench.recording.files import append_whole, cannot_write, write_whole

@@ -38,6 +38,42 @@ def queue() -> dict[str, str]:
     return jobs
 
 
+def array_limit() -> int | None:
+    """Number of jobs that the cluster takes as one array; None where SLURM does not tell."""
+    try:
+        config = _ask("scontrol", "show", "config")
+    except UserError:
+        return None
+    limits = re.findall(r"^MaxArraySize\s*=\s*(\d+)|[\s=,]max_array_tasks=(\d+)", config, re.MULTILINE)
+    # Indices begin at 0 and must be below MaxArraySize; where that is 0, only jobs without an array are taken.
+    return max(1, min(int(size or tasks) for size, tasks in limits)) if limits else None
+
+
+def arrays(jobs: int, limit: int | None, parallel: int) -> list[tuple[int, int, int | None]]:
+    """How jobs are submitted as arrays of about the same size, none larger than the cluster takes.
+
+    Together no more jobs run at a time than are allowed to.
+
+    Args:
+        jobs: number of jobs, at least 1.
+        limit: number of jobs that the cluster takes as one array; None for any.
+        parallel: number of jobs that may run at a time.
+
+    Returns:
+        For each array: the number of its jobs, how many of them may run at a time, and the number of an array before
+        it that must have ended first; None where it need not wait.
+    """
+    parallel = max(1, parallel)
+    count = -(-jobs // (limit or jobs))
+    lanes = min(count, parallel)  # as many arrays at a time, each with its share of what may run
+    sizes = [jobs // count + (index < jobs % count) for index in range(count)]
+    shares = [parallel // lanes + (lane < parallel % lanes) for lane in range(lanes)]
+    return [
+        (size, shares[index % lanes], index - lanes if index >= lanes else None)
+        for index, size in enumerate(sizes)
+    ]
+
+
 def outcome(job: str) -> str:
     """How a job ended: SLURM's state, such as `TIMEOUT`; `state unknown` where SLURM does not tell."""
     try:
@@ -68,6 +104,11 @@ def rejected(error: Exception) -> UserError:
     text = str(getattr(error, "stderr", None) or error)
     messages = re.findall(r"sbatch: (?:error: )?(.+)", text)
     reason = "; ".join(messages) or text.strip().splitlines()[-1]
+    if "job array" in reason:
+        return UserError(
+            f"SLURM did not take the jobs as an array: {reason}: it takes fewer at a time (MaxArraySize, which "
+            "scontrol show config does not tell here); give that number as hydra.sweeper.max_batch_size"
+        )
     return UserError(
         f"SLURM did not take the job: {reason}: set hydra.launcher.partition, .account, .timeout_min, .mem_gb, "
         ".cpus_per_task and .gpus_per_node to what the cluster has (sinfo shows it)"

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable
-from pathlib import Path
 
 from clbench.config import Config
 from clbench.config.classes import class_of_kind
@@ -10,6 +9,7 @@ from clbench.data.on_disk import NoRoot
 from clbench.data.samples import Dataset
 from clbench.data.unchanged import Fingerprints, changes, fingerprints
 from clbench.errors import UserError
+from clbench.paths import expanded
 from clbench.recording.run_directory import RunDirectory
 
 
@@ -17,10 +17,12 @@ class FinishedImages:
     """Compares finished runs with the images that there are; the images of one dataset are looked at once.
 
     Args:
+        cache: folder of the cache of decoded images: the command's, as a run's own may be of another machine.
         say: is told where a dataset is not there any more, so that there is nothing to compare with.
     """
 
-    def __init__(self, say: Callable[[str], None]):
+    def __init__(self, cache: str, say: Callable[[str], None]):
+        self._cache = cache
         self._say = say
         self._now: dict[str, Fingerprints | None] = {}
 
@@ -59,7 +61,7 @@ class FinishedImages:
             UserError: the dataset is incomplete, a file is unreadable, or the cache cannot be written.
         """
         tasks = config.task_order.tasks
-        about = json.dumps([config.plain()["dataset"], tasks, config.cache, before])
+        about = json.dumps([config.plain()["dataset"], tasks, before])
         if about not in self._now:
             self._now[about] = None
             try:
@@ -70,6 +72,6 @@ class FinishedImages:
                 return None
             joined = [name for name in dataset.categories if name not in before] if tasks is None else []
             names = [*(name for name in before if name in dataset.categories), *joined]
-            cache = Path(config.cache).expanduser()
+            cache = expanded(self._cache, "cache")
             self._now[about] = fingerprints(dataset, names, config.dataset.geometry(), cache)
         return self._now[about]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from hydra.core.singleton import Singleton
@@ -18,6 +17,7 @@ from omegaconf import DictConfig, open_dict
 
 from clbench.config import register, run_name
 from clbench.errors import UserError
+from clbench.paths import expanded
 from clbench.recording.run_directory import RunDirectory
 from clbench.sweeps import cluster
 from clbench.sweeps.runs import SweepRun
@@ -198,34 +198,63 @@ class ClusterLauncher(SlurmLauncher):
         return [self._ended(directory) for directory in directories]
 
     def _submit(self, runs: Sequence[SweepRun], first: int, display: Any) -> None:
-        """Submit a job for each run, and note it in the run's directory.
+        """Submit a job for each run, in as many arrays as the cluster needs, and note it in the run's directory.
 
         Raises:
-            UserError: SLURM does not take the jobs, or a directory cannot be written.
+            UserError: SLURM does not take the jobs, or a directory cannot be written; jobs of earlier arrays go on.
         """
         import submitit
-        from submitit.core.utils import FailedJobError
 
         parameters = dict(self.params)
-        folder = Path(parameters.pop("submitit_folder")).absolute()
+        folder = expanded(parameters.pop("submitit_folder"), "hydra.launcher.submitit_folder").absolute()
         timeouts = parameters.pop("max_num_timeout")
         executor = submitit.AutoExecutor(folder, cluster="slurm", slurm_max_num_timeout=timeouts)
         executor.update_parameters(**{f"slurm_{name}": value for name, value in parameters.items()})
+        limit = cluster.array_limit() if len(runs) > 1 else None
+        arrays = cluster.arrays(len(runs), limit, parameters["array_parallelism"])
+        submitted: list[list[Any]] = []  # the jobs of each array
+        rest = list(enumerate(runs, first))
+        for size, parallel, after in arrays:
+            part, rest = rest[:size], rest[size:]
+            executor.update_parameters(slurm_array_parallelism=parallel)
+            if after is not None:
+                ended = submitted[after][0].job_id.partition("_")[0]
+                executor.update_parameters(slurm_dependency=f"afterany:{ended}")
+            submitted.append(self._submit_array(executor, part))
+        jobs = [job.job_id for array in submitted for job in array]
+        several = f" in {len(arrays)} arrays" if len(arrays) > 1 else ""
+        display.line(
+            f"submitted {len(jobs)} jobs{several}, {jobs[0]} to {jobs[-1]}; they go on without this process, and the "
+            "same command finds them again"
+        )
+
+    def _submit_array(self, executor: Any, part: Sequence[tuple[int, SweepRun]]) -> list[Any]:
+        """Submit an array, and note each job in its run's directory.
+
+        Args:
+            executor: submitit's.
+            part: number of each run in the sweep, and the run.
+
+        Returns:
+            submitit's jobs.
+
+        Raises:
+            UserError: SLURM does not take it, or a directory cannot be written.
+        """
+        from submitit.core.utils import FailedJobError
+
         tasks = [
             (list(run.overrides), "hydra.sweep.dir", index, f"job_id_for_{index}", Singleton.get_state())
-            for index, run in enumerate(runs, first)
+            for index, run in part
         ]
         try:
             submitted = executor.map_array(self, *zip(*tasks, strict=True))
         except FailedJobError as error:
             raise cluster.rejected(error) from error
-        for job, run in zip(submitted, runs, strict=True):
+        for job, (_, run) in zip(submitted, part, strict=True):
             run.directory.create()
             run.directory.write_job({"id": job.job_id, "log": str(job.paths.stdout)})
-        display.line(
-            f"submitted {len(submitted)} jobs, {submitted[0].job_id} to {submitted[-1].job_id}; they go on without "
-            "this process, and the same command finds them again"
-        )
+        return submitted
 
     def _wait(self, directories: Sequence[RunDirectory], display: Any) -> None:
         """Wait until none of the runs' jobs is in the queue any more.

@@ -23,6 +23,7 @@ from clbench.config import check, check_sweep
 from clbench.config.classes import class_of, own_arguments
 from clbench.config.explanations import setting_of_other_choices
 from clbench.config.messages import UnknownSetting
+from clbench.config.words import readable
 from clbench.errors import UserError, in_one_line
 from clbench.recording.run_directory import RunDirectory
 from clbench.sweeps.images import FinishedImages
@@ -124,9 +125,9 @@ class RunSweeper(Sweeper):
         given: list[list[str]] = []
         for grid in self.grids:
             texts = [*(f"{key}={value}" for key, value in {**self.params, **grid}.items()), *arguments]
-            given += combinations(parser.parse_overrides(texts))
+            given += combinations(parser.parse_overrides([readable(text) for text in texts]))
         settings_of = functools.cache(self._settings_of)
-        images = FinishedImages(Display("sweep").line)
+        images = FinishedImages(self._config.cache, Display("sweep").line)
         found: dict[Path, SweepRun] = {}
         for overrides in suited(given, self._config.hydra.runtime.choices, settings_of):
             try:
