@@ -1,12 +1,18 @@
 """Frozen feature pyramids from timm: a network sees an image once per run."""
 
 import difflib
-from collections.abc import Mapping, Sequence
+import logging
+import socket
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import timm
 import torch
+from huggingface_hub import constants
 from pydantic import AfterValidator, NonNegativeInt, PositiveInt
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -43,6 +49,31 @@ def existing_weights(name: str) -> str:
 
 
 Weights = Annotated[str, AfterValidator(existing_weights), PATH_FOR_USE]  # a file of weights
+
+
+@contextmanager
+def _asking_hub() -> Iterator[str | None]:
+    """Inside, timm asks its hub for weights once, and in silence.
+
+    Where the hub's name is not known here, its client would try a dozen times over most of a minute, with a line for each;
+    now it looks into its cache alone. Gives why the hub cannot be asked; None where it may be there.
+    """
+    logger, before = logging.getLogger("huggingface_hub"), constants.HF_HUB_OFFLINE
+    host, unreachable, level = urlsplit(constants.ENDPOINT).hostname, None, logger.level
+    if not getproxies():
+        try:
+            socket.getaddrinfo(host, None)
+        except OSError:
+            unreachable = f"{host} is not known on this machine"
+    logger.setLevel(logging.ERROR)
+    constants.HF_HUB_OFFLINE = before or unreachable is not None
+    try:
+        yield unreachable
+    finally:
+        logger.setLevel(level)
+        constants.HF_HUB_OFFLINE = before
+
+
 Layers = Annotated[list[int], AfterValidator(_ascending)]  # levels of a pyramid
 
 
@@ -140,20 +171,23 @@ class Backbone:
             "out_indices": tuple(layers),
             "pretrained": pretrained,
         }
+        unreachable = None
         try:
             with torch.device("meta"):
                 kind = type(timm.create_model(self.name, **{**create, "pretrained": False}, **self.arguments))
-            if kind is FeatureGetterNet:
-                # A transformer: its last normalisation is for the tokens of any block.
-                whole = timm.create_model(self.name, pretrained=pretrained, **self.arguments)
-                network = FeatureGetterNet(whole, out_indices=tuple(layers), norm=True)
-                network.pretrained_cfg = whole.pretrained_cfg
-                return network
-            return timm.create_model(self.name, **create, **self.arguments)
+            with _asking_hub() as unreachable:
+                if kind is FeatureGetterNet:
+                    # A transformer: its last normalisation is for the tokens of any block.
+                    whole = timm.create_model(self.name, pretrained=pretrained, **self.arguments)
+                    network = FeatureGetterNet(whole, out_indices=tuple(layers), norm=True)
+                    network.pretrained_cfg = whole.pretrained_cfg
+                    return network
+                return timm.create_model(self.name, **create, **self.arguments)
         except (IndexError, AssertionError) as error:
             raise UserError(
                 f"method.layers={layers} are not all levels of backbone.name={self.name}: "
-                f"it has {self._levels()}, numbered from 0"
+                f"it has {self._levels()}, numbered from 0; give others, or a backbone that has these, as benchmark=paper "
+                "does for methods that are made for one"
             ) from error
         except TypeError as error:
             raise UserError(
@@ -167,7 +201,7 @@ class Backbone:
                 ) from error
             raise UserError(
                 f"the pretrained weights of backbone.name={self.name} could not be downloaded "
-                f"({first_line(error)}): on a machine with a network, save timm.create_model('{self.name}', "
+                f"({unreachable or first_line(error)}): on a machine with a network, save timm.create_model('{self.name}', "
                 "pretrained=True).state_dict() with safetensors, bring the file here and set "
                 "backbone.checkpoint=FILE (--replace backbone.checkpoint=FILE where a trained detector is used); or "
                 "take backbone=small, which needs no download"

@@ -3,9 +3,11 @@
 MB are 10^6 bytes, as in the paper.
 """
 
+import ctypes
+import gc
 import resource
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -64,13 +66,16 @@ def _bytes(tensors: Iterable[Tensor | nn.Parameter]) -> int:
 
 
 def reset_peak(device: torch.device) -> None:
-    """Measure `peak` from now on: on a GPU or on Linux.
+    """Measure `peak` from now on: on a GPU or on Linux, where what a run before this one has left is given back first.
 
     Elsewhere the peak is that of the process since its start.
     """
+    gc.collect()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return
+    with suppress(OSError, AttributeError):  # glibc's, which keeps freed memory
+        ctypes.CDLL(None).malloc_trim(0)
     try:
         Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
     except OSError:

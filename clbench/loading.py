@@ -228,7 +228,14 @@ def load(
             f"what {directory.path} has learned does not fit {config.method.target} as it is now ({first_line(error)}): "
             "use the version of it that the run was made with"
         ) from error
-    learned = strategy.stages(len(stream.tasks))[: stage + 1]
+    stages = strategy.stages(len(stream.tasks))
+    if summary["status"] == "complete" and stage < len(stages) - 1:
+        raise UserError(
+            f"{directory.path} is finished, and what it has learned in the last of its {len(stages)} stages is missing or "
+            "damaged: copy its checkpoint/ again; or remove summary.json and repeat the run's command, which goes on from "
+            f"stage {stage + 1}"
+        )
+    learned = stages[: stage + 1]
     tasks = [stream.tasks[number] for numbers in learned for number in numbers]
     if not strategy.task_known and task is None:
         task = tasks[0]

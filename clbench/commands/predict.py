@@ -82,6 +82,8 @@ def main(options: argparse.Namespace) -> int:
     if not files:
         more = f" (left out: {left_out})" if str(left_out) else ""
         raise UserError(f"{' '.join(options.images)} holds no image{more}: name files, folders or patterns")
+    if not any(map(os.path.lexists, files)):
+        raise UserError(f"{' '.join(map(str, options.images))}: there is nothing of that name")
     if str(left_out):
         print(f"left out of the folders given: {left_out}", flush=True)
     folder = _common(options.images, files)

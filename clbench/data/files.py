@@ -35,12 +35,14 @@ def find_images(
         left_out: told what is left out of the folders given, but for those in `without`.
 
     Raises:
-        UserError: a pattern matches nothing, or a folder cannot be listed.
+        UserError: a pattern matches nothing, a word is empty, or a folder cannot be listed.
     """
     left_out = LeftOut() if left_out is None else left_out
     apart = [] if without is None else [_absolute(without)]
     found: dict[Path, None] = {}
     for each in given:
+        if not str(each):
+            raise UserError("an empty word names no image: give files, folders or patterns")
         path = expanded(each)
         pattern = not path.exists() and glob.has_magic(str(path))
         matches = sorted(map(Path, glob.glob(str(path), recursive=True))) if pattern else [path]

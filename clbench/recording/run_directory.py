@@ -291,7 +291,8 @@ class RunDirectory:
             self.write_summary(about)
 
         try:
-            yield begin
+            with _exits_as_errors():
+                yield begin
         except Exception as error:
             if self._completed:
                 print(f"warning: {self.path} is complete; after that: {first_line(error)}", file=sys.stderr)
@@ -398,6 +399,21 @@ class RunDirectory:
             UserError: the disk is full or may not be written.
         """
         write_whole(self.path / name, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+@contextmanager
+def _exits_as_errors() -> Iterator[None]:
+    """Inside, sys.exit ends a run and not its process: a method, a strategy or a library may call it.
+
+    Raises:
+        UserError: in place of SystemExit.
+    """
+    try:
+        yield
+    except SystemExit as ended:
+        raise UserError(
+            f"something in this run called sys.exit({ended.code!r}): have it raise an error in place of that"
+        ) from ended
 
 
 def _csv(rows: Sequence[MetricRow]) -> str:
