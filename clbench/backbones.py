@@ -16,6 +16,7 @@ from huggingface_hub import constants
 from pydantic import AfterValidator, NonNegativeInt, PositiveInt
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from timm.layers import Format
 from timm.models._features import FeatureGetterNet  # private, so that pyproject.toml bounds timm above
 from torch import Tensor, nn
 
@@ -182,7 +183,10 @@ class Backbone:
                     network = FeatureGetterNet(whole, out_indices=tuple(layers), norm=True)
                     network.pretrained_cfg = whole.pretrained_cfg
                     return network
-                return timm.create_model(self.name, **create, **self.arguments)
+                levels: nn.Module = timm.create_model(self.name, **create, **self.arguments)
+                if getattr(levels, "output_fmt", None) == Format.NHWC:  # swin
+                    levels.register_forward_hook(_channels_first)
+                return levels
         except (IndexError, AssertionError) as error:
             raise UserError(
                 f"method.layers={layers} are not all levels of backbone.name={self.name}: "
@@ -448,6 +452,11 @@ class FeaturePyramid(nn.Module):
         with torch.autocast(images.device.type, dtype=self.dtype, enabled=self.dtype is not None):
             levels = self.network(normalised)
         return [level[: len(images) - missing].float() for level in levels]
+
+
+def _channels_first(network: nn.Module, images: Any, levels: list[Tensor]) -> list[Tensor]:
+    """Levels [B, H_l, W_l, C_l] -> [B, C_l, H_l, W_l]: a hook of a network."""
+    return [level.permute(0, 3, 1, 2).contiguous() for level in levels]
 
 
 def _info(network: nn.Module) -> Any:

@@ -3,10 +3,12 @@
 import inspect
 import re
 import shlex
+import time
 
 import pytest
 import torch
 from conftest import ROOT, Train
+from huggingface_hub import constants
 
 from clbench.backbones import Backbone
 from clbench.config import check, composed
@@ -68,3 +70,28 @@ def test_backbone_documents_what_it_takes() -> None:
 )
 def test_a_first_line_is_never_empty(error: Exception, line: str) -> None:
     assert first_line(error) == line
+
+
+def test_where_no_hub_is_known_it_is_asked_once_and_in_silence(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(constants, "ENDPOINT", "https://hub.invalid")
+    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    begin = time.monotonic()
+    with pytest.raises(
+        UserError, match=r"hub.invalid is not known on this machine\).*backbone.checkpoint=FILE"
+    ):
+        Backbone("resnet10t", pretrained=True).pyramid([1])
+    assert time.monotonic() - begin < 20 and "Retry" not in "".join(capfd.readouterr())
+    assert not constants.HF_HUB_OFFLINE
+
+
+@pytest.mark.parametrize(
+    "name", ["swin_tiny_patch4_window7_224", "swinv2_cr_tiny_ns_224", "convnext_atto", "vit_tiny_patch16_224"]
+)
+def test_levels_have_their_channels_first_whatever_network_they_are_of(name: str) -> None:
+    pyramid = Backbone(name, pretrained=False).pyramid([1, 2])
+    levels = pyramid(torch.zeros(2, 3, 224, 224, dtype=torch.uint8))
+    assert [level.shape[1] for level in levels] == list(pyramid.channels)
+    assert all(level.shape[0] == 2 and level.shape[2] == level.shape[3] for level in levels)

@@ -22,7 +22,7 @@ SMALL = ("method.epochs=3", "method.batch_size=2", "method.held_out=0", "method.
 def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The files of the guide, written where it says, and importable as with PYTHONPATH=mine."""
     text = GUIDE.read_text(encoding="utf-8")
-    blocks = re.findall(r"```(?:python|yaml)\n((?:# @.*\n)?# (mine/\S+)\n.*?)```", text, re.DOTALL)
+    blocks = re.findall(r"```(?:python|yaml)\n((?:# @[^\n]*\n)?# (mine/\S+)\n.*?)```", text, re.DOTALL)
     assert len(blocks) >= 9
     for content, name in blocks:
         path = tmp_path / name

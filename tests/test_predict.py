@@ -23,6 +23,7 @@ from clbench.data.images import ImageSet
 from clbench.data.samples import Geometry
 from clbench.data.stream import Task
 from clbench.errors import UserError
+from clbench.loading import load
 from clbench.methods.base import Detector, Prediction, silent
 from clbench.methods.padim import PaDiM
 from clbench.methods.patchcore import PatchCore
@@ -339,3 +340,27 @@ def test_predictions_stay_in_their_folder_whatever_the_paths(tmp_path: Path) -> 
     assert sorted(names.values()) == ["a/photos/n.png", "photos/n.png"]
     with pytest.raises(UserError, match="matches no file"):
         find_images([str(tmp_path / "*.foo")])
+
+
+def test_a_finished_run_is_not_used_without_what_it_learned_last(train: Train, tmp_path: Path) -> None:
+    assert train("method=padim").returncode == 0
+    (directory,) = run_directories(tmp_path)
+    last = directory / "checkpoint" / "stage-0002.safetensors"
+    content = bytearray(last.read_bytes())
+    content[-5] ^= 1
+    last.write_bytes(content)
+    with pytest.raises(
+        UserError, match="in the last of its 3 stages is missing or damaged.*goes on from stage 2"
+    ):
+        load(directory)
+    (directory / "summary.json").unlink()
+    assert train("method=padim").returncode == 0
+    load(directory)
+
+
+@pytest.mark.parametrize("word", ["typo", "typo/*.png", ""])
+def test_images_that_are_not_there_are_said_before_a_run_is_loaded(word: str, tmp_path: Path) -> None:
+    refused = clbench("predict", str(tmp_path), word, "--output", str(tmp_path / "found"))
+    assert refused.returncode == 1 and refused.stderr.count("\n") == 1
+    assert "error: " in refused.stderr and "holds no trained" not in refused.stderr
+    assert not (tmp_path / "found").exists()

@@ -41,6 +41,8 @@ FAILING = (
     "method.learning_rate=0.1,1e30",
 )
 
+SMALL_STFPM = ("method=stfpm", "method.epochs=1", "method.batch_size=2")
+
 
 def status(directory: Path) -> str:
     return json.loads((directory / "summary.json").read_text())["status"]
@@ -483,3 +485,19 @@ def test_a_folder_of_configs_that_links_to_itself_is_read_once(tmp_path: Path) -
     (tmp_path / "method" / "mine.yaml").write_text("defaults: [patchcore]")
     sources.read_again()
     assert sources._folder_digest(str(tmp_path)) != before
+
+
+def test_a_run_that_exits_ends_no_other(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "exiting.py").write_text(
+        "import sys\nfrom clbench.strategies.finetune import Finetune\n\n\nclass Exits(Finetune):\n"
+        "    def end_stage(self, stage, images):\n        sys.exit(0)\n"
+    )
+    (tmp_path / "own" / "strategy").mkdir(parents=True)
+    (tmp_path / "own" / "strategy" / "exits.yaml").write_text("name: exits\n_target_: exiting.Exits\n")
+    result = train("-m", f"--config-dir={tmp_path / 'own'}", *SMALL_STFPM, "strategy=exits,finetune")
+    assert result.returncode == 1 and result.stderr.count("\n") == 1
+    assert "something in this run called sys.exit(0)" in result.stderr
+    assert sorted(map(status, run_directories(tmp_path))) == ["complete", "failed"]
