@@ -19,7 +19,7 @@ from typing import Any, Literal
 import yaml
 
 from clbench.config import differences
-from clbench.errors import UserError, in_one_line
+from clbench.errors import UserError, described, in_one_line
 from clbench.recording.files import append_whole, cannot_write, write_whole
 from clbench.recording.journal import Journal
 
@@ -230,7 +230,7 @@ class RunDirectory:
         try:
             yield begin
         except Exception as error:
-            reason = in_one_line(error) or f"{type(error).__name__}: {error}"
+            reason = in_one_line(error) or described(error)
             with suppress(UserError):  # where nothing can be written, the error itself matters more
                 self.write_summary({**about, "status": "failed", "reason": reason})
             raise
