@@ -67,16 +67,16 @@ def main(options: argparse.Namespace) -> int:
     from clbench.terminal import Display
 
     device = _device(options.device)
-    backbone = Backbone(
-        options.backbone,
-        checkpoint=options.checkpoint,
-        arguments={"channels": options.channels} if options.channels else None,
-        batch_size=options.batch_size,
-        precision=options.precision,
-    )
-    pyramid = backbone.pyramid(options.layers).to(device)
     with tempfile.TemporaryDirectory(prefix="clbench-") as cache:
         pictures = Pictures(options.images, options.count, "--images", options.seed, cache)
+        backbone = Backbone(  # after the folder was looked for: weights may take minutes to download
+            options.backbone,
+            checkpoint=options.checkpoint,
+            arguments={"channels": options.channels} if options.channels else None,
+            batch_size=options.batch_size,
+            precision=options.precision,
+        )
+        pyramid = backbone.pyramid(options.layers).to(device)
         print(f"reading {len(pictures.samples)} images", flush=True)
         loaded = pictures.load(options.size, options.size).to(device)
         with Display("distillation") as display:
