@@ -11,7 +11,7 @@ import torch
 from clbench import footprint
 from clbench.backbones import Backbone
 from clbench.config import Config, takes, wandb_mode
-from clbench.config.classes import BUFFER, class_of_kind
+from clbench.config.classes import BUFFER, arguments, class_of_kind
 from clbench.config.schema import Gpu
 from clbench.data import stream
 from clbench.data.samples import Dataset
@@ -102,7 +102,8 @@ def build_dataset(config: Config) -> Dataset:
     Raises:
         UserError: the class cannot be imported, or a folder or category is not there.
     """
-    dataset: Dataset = class_of_kind("dataset", config.dataset.target, Dataset)(**config.dataset.settings)
+    kind = class_of_kind("dataset", config.dataset.target, Dataset)
+    dataset: Dataset = kind(**arguments(kind, config.dataset.settings))
     return dataset
 
 
@@ -144,8 +145,9 @@ def build_detector(config: Config) -> Detector:
         name: getattr(config, name) for name in ("seed", "cache") if takes(config, "method", name)
     }
     if takes(config, "method", "backbone"):
-        given["backbone"] = Backbone(**config.backbone.settings, precision=gpu.precision, compile=gpu.compile)
-    detector: Detector = kind(**config.method.settings, **given)
+        settings = arguments(Backbone, config.backbone.settings)
+        given["backbone"] = Backbone(**settings, precision=gpu.precision, compile=gpu.compile)
+    detector: Detector = kind(**arguments(kind, config.method.settings), **given)
     detector.lay_out()
     detector.precision = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[gpu.precision]
     return detector
@@ -159,7 +161,7 @@ def build_strategy(config: Config, detector: Detector) -> Strategy:
     """
     kind: Any = class_of_kind("strategy", config.strategy.target, Strategy)
     buffer = {f"{BUFFER}{name}": value for name, value in config.replay} if kind.has_buffer else {}
-    return kind(detector, seed=config.seed, **config.strategy.settings, **buffer)
+    return kind(detector, seed=config.seed, **arguments(kind, {**config.strategy.settings, **buffer}))
 
 
 def identity(config: Config, tasks: list[Task] | None = None) -> dict[str, Any]:

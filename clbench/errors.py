@@ -4,8 +4,13 @@
 class UserError(Exception):
     """A wrong setting, file or machine; one line that names the thing, the value and the way out.
 
-    Commands print it without a traceback, and exit with a status other than 0.
+    Commands print it without a traceback, and exit with a status other than 0. Line feeds and other signs that
+    cannot be printed, which a value may hold, are written as Python writes them in a string: `\\n`.
     """
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        return "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in text)
 
 
 def in_one_line(error: BaseException) -> str | None:
@@ -19,6 +24,12 @@ def in_one_line(error: BaseException) -> str | None:
             return str(cause)
         cause = cause.__cause__
     return None
+
+
+def described(error: BaseException) -> str:
+    """An exception's type, and its whole message in one line where it has one."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def first_line(error: BaseException) -> str:

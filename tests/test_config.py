@@ -111,19 +111,29 @@ def test_settings_handed_on_to_a_parent_are_held_against_the_parent_s_annotation
 
 
 def test_a_class_that_cannot_be_imported_is_said_in_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
 ) -> None:
     (tmp_path / "half_written_module.py").write_text("class Broken(:\n")
     monkeypatch.syspath_prepend(tmp_path)
-    for target in ("half_written_module.Broken", "no_such_package.x.Y", "clbench.methods.cfa.CFB", "os.path"):
-        with pytest.raises(UserError, match="_target_=.* cannot be imported") as refused:
+    (tmp_path / "script_module.py").write_text("import sys\nsys.exit(3)\n")
+    (tmp_path / "asserting_module.py").write_text("assert False\n")
+    (tmp_path / "needing_module.py").write_text("import not_installed_at_all\n")
+    for target, said in {
+        "half_written_module.Broken": "SyntaxError: invalid syntax (half_written_module.py, line 1)): mend the module",
+        "script_module.Broken": "SystemExit: 3",
+        "asserting_module.Broken": "raises AssertionError): mend the module",
+        "needing_module.Broken": "No module named 'not_installed_at_all'",
+        "no_such_package.x.Y": "put the folder that holds no_such_package on PYTHONPATH",
+        "clbench.methods.cfa.CFB": "clbench.methods.cfa has no CFB): nearest: CFA",
+        "clbench.strategies.nativ.Nativ": "clbench.strategies has no nativ): nearest: native",
+        "os.path": "it is a module: give MODULE.CLASS",
+        "a..B": "is no dotted path",
+    }.items():
+        with pytest.raises(UserError, match="_target_=") as refused:
             class_of(target)
-        way_out = (
-            "on PYTHONPATH, or"
-            if "clbench" not in target and target != "os.path"
-            else "install the version of"
-        )
-        assert "\n" not in str(refused.value) and way_out in str(refused.value)
+        assert "\n" not in str(refused.value) and said in str(refused.value)
+        assert ("PYTHONPATH" in str(refused.value)) == (target == "no_such_package.x.Y")
+    assert capfd.readouterr() == ("", "")
 
 
 def test_what_a_class_takes_is_told_by_its_constructor(config: Config) -> None:

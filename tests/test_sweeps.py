@@ -456,14 +456,6 @@ def test_a_run_is_not_taken_for_finished_by_another_value_of_an_environment_vari
 def test_a_run_is_not_taken_for_finished_by_another_config_of_the_same_words(
     train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    own = tmp_path / "own"
-    own.mkdir()
-    for name, seed in (("one", 5), ("two", 6)):
-        (own / f"{name}.yaml").write_text(f"defaults: [usual, _self_]\nseed: {seed}\n")
-    for name in ("one", "two"):
-        result = train("method=padim", f"--config-dir={own}", f"--config-name={name}")
-        assert result.returncode == (0 if name == "one" else 2), result.stderr
-    assert "seed: 5 -> 6" in result.stderr
     monkeypatch.syspath_prepend(tmp_path)
     for package, size in (("first_configs", 300), ("second_configs", 200)):
         (tmp_path / package / "method").mkdir(parents=True)

@@ -73,20 +73,20 @@ def main(options: argparse.Namespace) -> int:
     from clbench.terminal import Display
 
     device = _device(options.device)
-    arguments = {"channels": options.channels, "img_size": options.img_size}
-    backbone = Backbone(
-        options.backbone,
-        checkpoint=options.checkpoint,
-        arguments={name: value for name, value in arguments.items() if value},
-        batch_size=options.batch_size,
-        precision=options.precision,
-    )
-    pyramid = backbone.pyramid(options.layers).to(device)
-    seen = torch.zeros(1, 3, 2 * options.size, 2 * options.size, dtype=torch.uint8, device=device)
-    pyramid.check(seen, "give another --size", "--img-size ")
     with tempfile.TemporaryDirectory(prefix="clbench-") as cache:
         pictures = Pictures(options.images, options.count, "--images", options.seed, cache)
-        found = pictures.look_up()
+        found = pictures.look_up()  # before weights, which may take minutes to download
+        arguments = {"channels": options.channels, "img_size": options.img_size}
+        backbone = Backbone(
+            options.backbone,
+            checkpoint=options.checkpoint,
+            arguments={name: value for name, value in arguments.items() if value},
+            batch_size=options.batch_size,
+            precision=options.precision,
+        )
+        pyramid = backbone.pyramid(options.layers).to(device)
+        seen = torch.zeros(1, 3, 2 * options.size, 2 * options.size, dtype=torch.uint8, device=device)
+        pyramid.check(seen, "give another --size", "--img-size ")
         left_out = f"; left out of {options.images}: {pictures.left_out}" if str(pictures.left_out) else ""
         print(f"reading {len(found)} images{left_out}", flush=True)
         loaded = pictures.load(options.size, options.size).to(device)

@@ -5,18 +5,16 @@ from __future__ import annotations
 import os
 import re
 import sys
+from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
-import yaml
 from hydra._internal.utils import _run_hydra, get_args_parser  # hydra.main, but with errors of our own
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.plugins import Plugins
-from hydra.errors import HydraException
 from omegaconf import DictConfig
-from omegaconf.errors import OmegaConfBaseException
 
 from clbench.config import Config, check, departures, register, sources
 from clbench.config.departures import read_again
@@ -25,6 +23,15 @@ from clbench.config.words import readable
 from clbench.errors import UserError
 from clbench.paths import expanded
 from clbench.streams import secure
+
+_OWN_CONFIGS = (
+    "put configs of your own into a folder, as method/NAME.yaml, and give --config-dir=FOLDER method=NAME"
+)
+_NOT_HERE = {  # flags of Hydra's: what helps in their place
+    "config_path": _OWN_CONFIGS,
+    "config_name": _OWN_CONFIGS,
+    "experimental_rerun": "repeat the run's own command, which continues it",
+}
 
 
 def main(words: Sequence[str]) -> int:
@@ -43,14 +50,10 @@ def main(words: Sequence[str]) -> int:
     parser = get_args_parser()
     try:
         given = parser.parse_intermixed_args(list(words))
-        given.overrides = [readable(text) for text in given.overrides]
-        if given.config_dir is not None:
-            given.config_dir = str(expanded(given.config_dir, "--config-dir"))
-        for text in given.overrides:
-            if text.lstrip("+~").startswith(("hydra.mode=", "hydra/sweeper=")):
-                return _refused(
-                    UserError(f"{text}: every run is checked as a sweep of one here; leave it out")
-                )
+    except SystemExit as ended:
+        return ended.code if isinstance(ended.code, int) else 1
+    try:
+        _check_words(given)
         with _fresh_hydra():
             _run_hydra(
                 args=given,
@@ -61,21 +64,56 @@ def main(words: Sequence[str]) -> int:
             )
     except SystemExit as ended:
         return ended.code if isinstance(ended.code, int) else 1
-    except UserError as error:
-        return _refused(error)
-    except (HydraException, OmegaConfBaseException) as error:
-        return _refused(explain(error, given.overrides, given.config_dir))
-    except ValueError as error:
-        # What Hydra says of replay=100, where a choice of a group is wanted and a number is given.
-        if not str(error).startswith("Config group override"):
-            raise
-        return _refused(explain(error, given.overrides, given.config_dir))
-    except yaml.YAMLError as error:  # most likely in the user's own conf/local.yaml
-        return _refused(UserError(f"a config cannot be read: {' '.join(str(error).split())}"))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except Exception as error:
+        explained = explain(error, given.overrides, given.config_dir)
+        if explained is None:
+            raise
+        print(f"error: {explained}", file=sys.stderr)
+        return 2
     return 0
+
+
+def _check_words(given: Namespace) -> None:
+    """Check Hydra's flags, and the overrides that change how it runs; paths are written as Hydra takes them.
+
+    Raises:
+        UserError: flags exclude one another, mean nothing alone, or ask for what is not done here; or --config-dir names
+            a user or variable that is not there.
+    """
+    given.overrides = [readable(text) for text in given.overrides]
+    if given.config_dir is not None:
+        given.config_dir = str(expanded(given.config_dir, "--config-dir"))
+    for text in given.overrides:
+        if text.lstrip("+~").startswith(("hydra.mode=", "hydra/sweeper=")):
+            raise UserError(f"{text}: every run is checked as a sweep of one here; leave it out")
+    for flag, way_out in _NOT_HERE.items():
+        value = getattr(given, flag)
+        if value is not None:
+            raise UserError(f"--{flag.replace('_', '-')} {value} is not for clbench: {way_out}")
+    if given.hydra_help:
+        given.overrides = []  # Hydra would look for them among settings of its own
+    if given.help or given.hydra_help:
+        return
+    asked = [flag for flag in ("run", "multirun", "cfg", "info", "shell_completion") if getattr(given, flag)]
+    if len(asked) > 1:
+        flags = " and ".join(f"--{flag.replace('_', '-')}" for flag in asked)
+        raise UserError(f"{flags} exclude one another: give one of them")
+    for flag in ("resolve", "package"):
+        if getattr(given, flag) and not given.cfg:
+            raise UserError(f"--{flag} says what --cfg prints: give --cfg job too, or leave --{flag} out")
+    shells = [
+        text for text in given.overrides if re.match(r"(install|uninstall|query)=(bash|fish|zsh)$", text)
+    ]
+    if given.shell_completion and (len(shells) != 1 or len(given.overrides) != 1):
+        raise UserError(
+            f"{' '.join(['-sc', *given.overrides])}: give one of install, uninstall or query, with a shell: "
+            "-sc install=bash, fish or zsh"
+        )
+    if given.shell_completion and shells[0].startswith("query=") and "COMP_LINE" not in os.environ:
+        raise UserError(f"-sc {shells[0]} is what a shell asks, with COMP_LINE set: give -sc install=bash")
 
 
 def complete(words: Sequence[str]) -> int:
@@ -83,12 +121,6 @@ def complete(words: Sequence[str]) -> int:
     line = os.environ.get("COMP_LINE", "")
     os.environ["COMP_LINE"] = re.sub(r"^(\S+) +run( |$)", r"\1 ", line)
     return main(words)
-
-
-def _refused(error: UserError) -> int:
-    """Print why a command line is refused, and give the exit status for it."""
-    print(f"error: {error}", file=sys.stderr)
-    return 2
 
 
 @contextmanager

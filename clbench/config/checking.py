@@ -8,16 +8,17 @@ from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import InterpolationKeyError, MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from pydantic import ValidationError
 
 from clbench.config import classes
 from clbench.config.differences import NOT_IN_RESULTS
-from clbench.config.messages import UnknownSetting, invalid, no_such_key
+from clbench.config.messages import UnknownSetting, invalid, shown, unresolved
+from clbench.config.resolvers import strategy_class
 from clbench.config.schema import Config, SweepSettings
 from clbench.config.wandb_access import wandb_mode
 from clbench.data.samples import Dataset, Geometry
-from clbench.errors import UserError, first_line
+from clbench.errors import UserError
 from clbench.paths import PATH, absolute, expanded
 
 
@@ -28,6 +29,7 @@ def check(composed: DictConfig) -> Config:
         UserError: a key is unknown, a value is missing, of the wrong type or out of range, a class cannot be
             imported, or settings do not go together.
     """
+    _check_packages(composed)
     values = resolved(composed)
     try:
         config = Config.of(values)
@@ -54,10 +56,8 @@ def resolved(composed: DictConfig, allow_missing: bool = False) -> dict[str, Any
         plain = OmegaConf.to_container(settings, resolve=True, throw_on_missing=not allow_missing)
     except MissingMandatoryValue as error:
         raise UserError(f"{error.full_key} has no value: give {error.full_key}=...") from error
-    except InterpolationKeyError as error:
-        raise UserError(no_such_key(error)) from error
     except OmegaConfBaseException as error:
-        raise UserError(first_line(error)) from error
+        raise unresolved(error, OmegaConf.select(composed, "hydra.runtime.choices") or {}) from error
     assert isinstance(plain, dict)
     return {str(key): value for key, value in plain.items()}
 
@@ -115,6 +115,7 @@ def check_sweep(composed: DictConfig, overrides: Sequence[str]) -> None:
             raise UserError(
                 f"hydra.{name}={found[key]} would have results where nothing finds them: {way_out}"
             )
+    _check_packages(composed)
     size = composed.hydra.sweeper.get("max_batch_size")
     if size is not None and (not isinstance(size, int) or size < 1):
         raise UserError(
@@ -135,6 +136,28 @@ def check_sweep(composed: DictConfig, overrides: Sequence[str]) -> None:
             raise UserError(f"{text}: runs that differ in it alone would be one run; give it one value")
 
 
+def _check_packages(composed: DictConfig) -> None:
+    """Check that the chosen benchmark and sweep say what is theirs at the top of the config, and their name.
+
+    Raises:
+        UserError: a file lacks the line that says so, or a benchmark calls itself otherwise.
+    """
+    choices = OmegaConf.select(composed, "hydra.runtime.choices") or {}  # none where Hydra did not compose it
+    for group in ("benchmark", "sweep"):
+        chosen = choices.get(group)
+        found = OmegaConf.select(composed, group, throw_on_resolution_failure=False)
+        if chosen and OmegaConf.is_config(found):
+            raise UserError(
+                f"{group}={chosen}: what its file says would be in the node {group}; begin the file with the line "
+                f"'# @package _global_', or give a {group} whose file does"
+            )
+    chosen, found = choices.get("benchmark"), composed.get("benchmark")
+    if chosen and found != chosen:
+        raise UserError(
+            f"benchmark={chosen}: its file says benchmark: {shown(found)}; write benchmark: {chosen} there"
+        )
+
+
 def strategy_of(config: Config) -> Any:
     """The strategy's class.
 
@@ -143,7 +166,14 @@ def strategy_of(config: Config) -> Any:
     """
     from clbench.strategies.base import Strategy  # here, as it imports torch, which --help must not wait for
 
-    return classes.class_of_kind("strategy", config.strategy.target, Strategy)
+    try:
+        return classes.class_of_kind("strategy", config.strategy.target, Strategy)
+    except UserError as error:
+        if config.strategy.target != strategy_class(config.method.protocol.strategy):
+            raise
+        raise UserError(
+            f"method.protocol.strategy={config.method.protocol.strategy}, which strategy=auto stands for: {error}"
+        ) from error
 
 
 def detector_of(config: Config) -> Any:
@@ -166,6 +196,8 @@ def _with_checked_settings(config: Config) -> Config:
     plain = config.plain()
 
     def check(node: str, target: type, *beside: str) -> None:
+        if node != "backbone":
+            classes.check_constructor(node, target)
         plain[node] |= classes.check_settings(node, target, getattr(config, node).settings, beside)
 
     check("method", detector_of(config), "protocol")
@@ -200,19 +232,17 @@ def checked_buffer(config: Config) -> dict[str, Any]:
     """The further keys of the buffer, checked against the strategy's class, with paths made absolute.
 
     Raises:
-        UserError: a key is unknown or has a wrong value.
+        UserError: a key is unknown, has a wrong value, or is missing.
     """
-    strategy = strategy_of(config)
-    known = {
-        key.removeprefix(classes.BUFFER): argument
-        for key, argument in classes.constructor(strategy).items()
-        if key.startswith(classes.BUFFER)
-    }
+    known = classes.buffer_arguments(strategy_of(config))
     checked = {}
     for key, value in config.replay.settings.items():
         if key not in known:
             raise UnknownSetting(f"replay.{key}", [f"replay.{name}" for name in {"size", *known}])
         checked[key] = classes.check_value(f"replay.{key}", value, known[key])
+    for key, argument in known.items():
+        if argument.required and key != "size" and key not in checked:
+            raise UserError(f"replay.{key} has no value: give replay.{key}=...")
     return checked
 
 

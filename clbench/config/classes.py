@@ -5,17 +5,23 @@ Imports no torch.
 
 from __future__ import annotations
 
+import difflib
 import inspect
+import json
 import math
-from collections.abc import Callable, Collection, Mapping
+import sys
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
+from importlib.util import find_spec
+from pkgutil import iter_modules
 from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
 
-from clbench.config.messages import UnknownSetting, reason
-from clbench.errors import UserError
+from clbench.config.messages import UnknownSetting, refused, shown
+from clbench.errors import UserError, described, first_line
 from clbench.paths import path_mark
 
 if TYPE_CHECKING:
@@ -35,10 +41,19 @@ BUFFER = "replay_"  # what names of constructor arguments begin with that are se
 
 @dataclass(frozen=True)
 class Argument:
-    """An argument of a constructor: its annotation, and whether it must be given."""
+    """An argument of a constructor.
+
+    Attributes:
+        annotation: its type with what `Annotated` says beside it, such as a range; Any where there is none.
+        type: its type alone.
+        required: whether it must be given.
+        kind: how it may be given, by position or by name.
+    """
 
     annotation: Any
+    type: Any
     required: bool
+    kind: Any
 
 
 def class_of(target: str) -> type:
@@ -49,41 +64,47 @@ def class_of(target: str) -> type:
     """
     try:
         found = _located(target)
-        if not isinstance(found, type):
-            raise TypeError("it is no class")
-        return found
-    except Exception as error:  # also whatever a user's own file raises while it is imported
-        message = " ".join(str(error).split()) or type(error).__name__
-        package = target.partition(".")[0]
-        way_out = f"put the folder that holds {package} on PYTHONPATH, or pip install its package"
-        if isinstance(error, AttributeError | TypeError):  # the module is there
-            way_out = f"name a class that is there, or install the version of {package} that has it"
-        raise UserError(f"_target_={target} cannot be imported ({message}): {way_out}") from error
+    except UserError:
+        raise
+    except (Exception, SystemExit) as error:  # whatever a user's own file does while it is imported
+        script = '; what a script does goes under if __name__ == "__main__"'
+        raise UserError(
+            f"_target_={target} cannot be imported (importing its module raises {described(error)}): mend the "
+            f"module, or install what it imports{script if isinstance(error, SystemExit) else ''}"
+        ) from error
+    if not isinstance(found, type):
+        raise UserError(
+            f"_target_={target} cannot be imported as a class, it is a {type(found).__name__}: give MODULE.CLASS"
+        )
+    return found
 
 
 def _located(target: str) -> Any:
-    """What a dotted path names: something of a module, or within a class there.
-
-    Hydra's own function for it logs errors, line by line, beside raising them.
+    """What a dotted path names: a module, or what is in one.
 
     Raises:
-        Exception: it is not there, or whatever its module raises while it is imported.
+        UserError: it is not there.
+        Exception, SystemExit: whatever is raised while its modules are imported.
     """
-    module, _, name = target.rpartition(".")
-    names = [name]
-    while True:
-        try:
-            found: Any = import_module(module)
-            break
-        except ModuleNotFoundError as error:
-            above, _, name = module.rpartition(".")
-            if not above or not f"{module}.".startswith(
-                f"{error.name}."
-            ):  # the latter: what it imports is missing
-                raise
-            module, names = above, [name, *names]
-    for name in names:
-        found = getattr(found, name)
+    first, *parts = target.split(".")
+    if not all((first, *parts)):
+        raise UserError(f"_target_={target} is no dotted path: give MODULE.CLASS, such as {BACKBONE}")
+    if first not in sys.modules and find_spec(first) is None:
+        raise UserError(
+            f"_target_={target} cannot be imported (there is no module {first}): put the folder that holds {first} "
+            "on PYTHONPATH, or pip install its package"
+        )
+    found, path = import_module(first), first
+    for part in parts:
+        folders = getattr(found, "__path__", None)  # of a package, whose modules may not be imported yet
+        if folders and not hasattr(found, part) and find_spec(f"{path}.{part}"):
+            import_module(f"{path}.{part}")
+        if not hasattr(found, part):
+            names = [*vars(found), *(module.name for module in iter_modules(folders or ()))]
+            close = difflib.get_close_matches(part, names, n=1, cutoff=0.5)
+            way_out = f"nearest: {close[0]}" if close else f"install the version of {first} that has it"
+            raise UserError(f"_target_={target} cannot be imported ({path} has no {part}): {way_out}")
+        found, path = getattr(found, part), f"{path}.{part}"
     return found
 
 
@@ -111,7 +132,7 @@ def constructor(target: type) -> dict[str, Argument]:
     A constructor with `**settings` hands them to that of its parent, whose arguments count too.
 
     Raises:
-        UserError: an annotation names something that is not there.
+        UserError: an annotation cannot be read.
     """
     found: dict[str, Argument] = {}
     for parent in target.__mro__[:-1]:
@@ -120,21 +141,26 @@ def constructor(target: type) -> dict[str, Argument]:
         function = vars(parent)["__init__"]
         try:
             hints = get_type_hints(function, include_extras=True)
-        except NameError as error:
+        except Exception as error:  # an annotation in quotes can be any expression
             raise UserError(
-                f"{parent.__module__}.{parent.__qualname__}: an annotation of __init__ cannot be read ({error}): "
-                "import what it names, outside of TYPE_CHECKING"
+                f"{named(parent)}: an annotation of __init__ cannot be read ({described(error)}): mend it, and import "
+                "what it names, outside of TYPE_CHECKING"
             ) from error
+        bare = get_type_hints(function)
         parameters = list(inspect.signature(function).parameters.values())[1:]
         for parameter in parameters:
             if parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
-                argument = Argument(
-                    hints.get(parameter.name, Any), parameter.default is inspect.Parameter.empty
-                )
-                found.setdefault(parameter.name, argument)
+                annotation, plain = (known.get(parameter.name, Any) for known in (hints, bare))
+                required = parameter.default is inspect.Parameter.empty
+                found.setdefault(parameter.name, Argument(annotation, plain, required, parameter.kind))
         if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
             break
     return found
+
+
+def named(kind: type) -> str:
+    """The dotted path of a class."""
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def takes(config: Config, node: Literal["method", "strategy", "dataset"], name: str) -> bool:
@@ -150,13 +176,61 @@ def own_arguments(node: str, target: type) -> dict[str, Argument]:
     """The arguments of a class's constructor that the config's node gives: name -> argument.
 
     Raises:
-        UserError: an annotation of the constructor names something that is not there.
+        UserError: an annotation of the constructor cannot be read.
     """
     return {
         name: argument
         for name, argument in constructor(target).items()
         if name not in FROM_THE_RUN[node] and not (node == "strategy" and name.startswith(BUFFER))
     }
+
+
+def buffer_arguments(strategy: type) -> dict[str, Argument]:
+    """The arguments of a strategy's constructor that the group `replay` gives: its key there -> argument.
+
+    Raises:
+        UserError: an annotation of the constructor cannot be read.
+    """
+    return {
+        name.removeprefix(BUFFER): argument
+        for name, argument in constructor(strategy).items()
+        if name.startswith(BUFFER)
+    }
+
+
+def check_constructor(node: str, target: type) -> None:
+    """Check that a class's constructor can be called as it is when a run is assembled.
+
+    Every argument is given by its name, but for a strategy's detector, which comes first.
+
+    Raises:
+        UserError: it cannot.
+    """
+    known = constructor(target)
+    place = f"{node}._target_={named(target)}"
+    for name, argument in known.items():
+        if argument.kind is inspect.Parameter.POSITIONAL_ONLY and (node, name) != ("strategy", "detector"):
+            raise UserError(
+                f"{place}: {name} of __init__ is given by its name: take away the / that follows it"
+            )
+    if node == "strategy":
+        needed = ("detector", "seed", *([f"{BUFFER}size"] if getattr(target, "has_buffer", False) else []))
+        for name in needed:
+            if name not in known or (
+                name == "detector" and known[name].kind is inspect.Parameter.KEYWORD_ONLY
+            ):
+                raise UserError(
+                    f"{place}: __init__ takes no {name}, which every run gives: begin it "
+                    f"def __init__(self, {', '.join(needed).replace('detector, ', 'detector, *, ')}, ...), and hand "
+                    "detector and seed to super().__init__"
+                )
+        if not getattr(target, "has_buffer", False):
+            for name, argument in buffer_arguments(target).items():
+                if argument.required:
+                    raise UserError(
+                        f"{place}: __init__ asks for {BUFFER}{name}: say has_buffer = True in the class, or give "
+                        "the argument a default"
+                    )
 
 
 def check_settings(
@@ -200,12 +274,67 @@ def check_value(key: str, value: Any, argument: Argument) -> Any:
         The value; made absolute where it is a path, see `clbench.paths`.
 
     Raises:
-        UserError: it is of the wrong type, out of range, or no finite number.
+        UserError: it is of the wrong type, out of range, or no finite number; or pydantic knows no such type.
     """
-    try:
-        checked = TypeAdapter(argument.annotation).validate_python(value, strict=True)
-    except ValidationError as error:
-        raise UserError(f"{key}={value}: {reason(error.errors()[0])}") from error
     if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"{key}={value}: give a finite number")
-    return value if path_mark(argument.annotation) is None else checked
+    try:
+        checked = _as_annotated(value, argument.annotation)
+    except ValidationError as error:
+        raise refused(key, value, error) from error
+    except Exception as error:  # the annotation's own, which a user's class may bring along
+        raise UserError(
+            f"{key}={shown(value)} cannot be held against its annotation {argument.annotation} "
+            f"({first_line(error)}): mend the annotation"
+        ) from error
+    if path_mark(argument.annotation) is None:
+        return value
+    return _adapter(argument.annotation).dump_python(checked, mode="json")
+
+
+def arguments(target: type, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as a class's constructor takes them: a list as a tuple, a text as a Path, where annotated so.
+
+    Args:
+        target: the class.
+        settings: name of the argument -> plain value, which was checked when the run was composed. It is not checked
+            again: a folder that was there then need not be where a run is loaded.
+    """
+    known = constructor(target)
+    return {
+        name: _of_type(value, known[name]) if name in known else value for name, value in settings.items()
+    }
+
+
+def _of_type(value: Any, argument: Argument) -> Any:
+    """A plain value as what its argument's annotation says; by its type alone where the value does not pass now."""
+    for annotation in (argument.annotation, argument.type):
+        with suppress(ValidationError):
+            found = _as_annotated(value, annotation)
+            # What Iterable[...] gives would be used up by one loop.
+            return value if isinstance(found, Iterator) else found
+    return value
+
+
+def _as_annotated(value: Any, annotation: Any) -> Any:
+    """A plain value as an annotation says, by the rules for JSON: no text for a number, but a list for a tuple.
+
+    Raises:
+        pydantic.ValidationError: it is of another type or out of range.
+        Exception: there are no rules for the annotation.
+    """
+    return _adapter(annotation).validate_json(json.dumps(value), strict=True)
+
+
+def _adapter(annotation: Any) -> TypeAdapter:
+    """What holds values against an annotation.
+
+    Raises:
+        Exception: there are no rules for the annotation.
+    """
+    try:
+        return TypeAdapter(annotation, config=ConfigDict(arbitrary_types_allowed=True))
+    except PydanticUserError as error:
+        if error.code != "type-adapter-config-unused":  # of a class that has a config of its own
+            raise
+        return TypeAdapter(annotation)

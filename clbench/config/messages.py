@@ -5,13 +5,13 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from omegaconf.errors import InterpolationKeyError
+from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
-from clbench.errors import UserError, first_line
+from clbench.errors import UserError, described
 
 
 class UnknownSetting(UserError):
@@ -59,22 +59,94 @@ def invalid(error: ValidationError, values: Mapping[str, Any], schema: type[Base
         known = schema.model_fields if len(path) == 1 else level
         beside = [".".join([*path[:-1], name]) for name in known if name != path[-1]]
         return UnknownSetting(".".join(path), beside)
-    # A type within a union, such as `str`, and an index of a list are in the path too.
-    key = ".".join(name for name in path if name.isidentifier() and name not in ("str", "list"))
     if first["type"] == "missing":
+        key = ".".join(path)
         return UserError(f"{key} has no value: give {key}=...")
-    return UserError(f"{key}={first['input']}: {reason(first)}")
+    return _refused(values, error.errors())
 
 
-def no_such_key(error: InterpolationKeyError) -> str:
-    """The message for `${NAME}` in a config where there is no such setting."""
-    name = re.match(r"Interpolation key '(\w+)'", str(error))
-    if name and name[1] in os.environ:
-        return (
-            f"{first_line(error)}: ${{{name[1]}}} refers to a setting; the environment variable is written "
-            f"${name[1]} or ${{oc.env:{name[1]}}}"
-        )
-    return f"{first_line(error)}: others refer to it, so that it cannot be taken away or left out"
+def refused(key: str, value: Any, error: ValidationError) -> UserError:
+    """The error to show for the value of a setting that an annotation refused, in one line."""
+    found = [{**one, "loc": (key, *one["loc"])} for one in error.errors()]
+    return _refused({key: value}, found)
+
+
+def _refused(values: Mapping[str, Any], errors: Sequence[Mapping[str, Any]]) -> UserError:
+    """The error for the first setting that was refused, with all reasons where a union of types refused it.
+
+    Of a list's entries and of the list itself, what is wrong with the entries is the reason.
+    """
+    path, value = _setting(errors[0]["loc"], values)
+    key = ".".join(path)
+    found = [error for error in errors if _setting(error["loc"], values)[0] == path]
+    depth = max(_indices(error) for error in found)
+    found = [error for error in found if _indices(error) == depth]
+    reasons = list(dict.fromkeys(reason(error) for error in found))
+    said = ", or ".join([reasons[0], *(text.removeprefix("input should be ") for text in reasons[1:])])
+    entry = f"{shown(found[0]['input'])} in it: " if depth and isinstance(value, list) else ""
+    text = any(error["type"] == "string_type" for error in found)
+    if text and not isinstance(found[0]["input"], str | list | dict):
+        quoted = f"'{shown(value)}'" if isinstance(value, int) else "[a,'...']" if entry else "'...'"
+        said += f'; what reads as a number, a bool or null is quoted, for the shell too: {key}="{quoted}"'
+    return UserError(f"{key}={shown(value)}: {entry}{said}")
+
+
+def _setting(location: Sequence[Any], values: Mapping[str, Any]) -> tuple[list[str], Any]:
+    """The names of a setting and of the nodes that it is in, and its value.
+
+    Args:
+        location: pydantic's, which goes on into lists and names the types of a union.
+    """
+    path: list[str] = []
+    value: Any = values
+    for name in location:
+        if not isinstance(value, Mapping) or name not in value:
+            break
+        path.append(str(name))
+        value = value[name]
+    return path, value
+
+
+def _indices(error: Mapping[str, Any]) -> int:
+    """How many lists an error lies within."""
+    return sum(isinstance(name, int) for name in error["loc"])
+
+
+def shown(value: Any) -> str:
+    """A value as a command line has it: null, true, [a, b]."""
+    if isinstance(value, list):
+        return f"[{', '.join(map(shown, value))}]"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return "null" if value is None else str(value)
+
+
+def unresolved(error: OmegaConfBaseException, choices: Mapping[str, str]) -> UserError:
+    """The error for a config in which a value cannot be resolved, in one line.
+
+    Args:
+        choices: group -> its choice.
+    """
+    missing = re.search(r"Interpolation key '(.*?)' not found", str(error))
+    if missing is None:
+        return UserError(f"{error.full_key}: {hydra_says(error)}" if error.full_key else hydra_says(error))
+    key = missing[1]
+    group = key.partition(".")[0]
+    way_out = "give another value"
+    if group in choices:
+        way_out = f"the file of {group}={choices[group]} must have it"
+    elif key in os.environ:
+        way_out = f"the environment variable is written ${key} or ${{oc.env:{key}}}"
+    return UserError(f"there is no setting {key}, which {error.full_key} refers to: {way_out}")
+
+
+def hydra_says(error: BaseException) -> str:
+    """All that Hydra says of an error and of its cause, in one line, without what it says of its own objects."""
+    lines = [line.strip() for line in f"{error}\n{error.__cause__ or ''}".splitlines()]
+    own = r"full_key\b|object_type\b|reference_type\b|To append"
+    said = [line for line in dict.fromkeys(lines) if line and not re.match(own, line)]
+    text = " ".join(line if line[-1] in ".:,;" else f"{line};" for line in said)
+    return text.rstrip(";.:") or described(error)
 
 
 def reason(error: Mapping[str, Any]) -> str:
@@ -83,5 +155,7 @@ def reason(error: Mapping[str, Any]) -> str:
     Args:
         error: one of `ValidationError.errors()`.
     """
-    message = str(error["msg"]).removeprefix("Value error, ")
+    if error["type"] == "needs_python_object":
+        return "a config cannot hold what its annotation asks for; leave it out"
+    message = str(error["msg"]).removeprefix("Value error, ").replace("valid array", "valid list")
     return message[0].lower() + message[1:]

@@ -70,6 +70,13 @@ def search_path(config_dir: str | Path | None) -> list[str]:
     return [] if config_dir is None else [f"hydra.searchpath=[file://{Path(config_dir).absolute()}]"]
 
 
+def file_with(content: bytes, config_dir: str | Path | None) -> Path | None:
+    """The file of configs, ours and a user's own, that holds these bytes; None where none does."""
+    folders = [conf(), sweeps(), *([Path(config_dir)] if config_dir else [])]
+    files = (file for folder in folders for file in sorted(folder.rglob("*.y*ml")))
+    return next((file for file in files if file.is_file() and content in file.read_bytes()), None)
+
+
 def composed(*overrides: str, config_dir: str | Path | None = None, local: bool = True) -> DictConfig:
     """What the overrides of a command line compose to, unchecked.
 

@@ -20,7 +20,7 @@ from typing import Any, Literal
 import yaml
 
 from clbench.config.differences import differences
-from clbench.errors import UserError, first_line, in_one_line
+from clbench.errors import UserError, described, first_line, in_one_line
 from clbench.locks import open_lock, take_lock
 from clbench.recording.files import append_whole, cannot_write, write_whole
 from clbench.recording.journal import Journal
@@ -297,7 +297,7 @@ class RunDirectory:
             if self._completed:
                 print(f"warning: {self.path} is complete; after that: {first_line(error)}", file=sys.stderr)
                 return
-            reason = in_one_line(error) or f"{type(error).__name__}: {error}"
+            reason = in_one_line(error) or described(error)
             with suppress(UserError):  # where nothing can be written, the error itself matters more
                 self.write_summary({**about, "status": "failed", "reason": reason})
             raise

@@ -138,13 +138,20 @@ def read(folders: Sequence[Path]) -> list[FoundRun]:
                 f"{folder} cannot be read ({error.strerror}): get the right to, or give another folder"
             ) from error
         if not inside:
-            raise UserError(f"{folder} holds no runs: give outputs/EXPERIMENT, of runs that were begun")
+            raise UserError(f"{folder} holds no runs: give {_experiments(folder) or 'outputs/EXPERIMENT'}")
         runs += [_read_run(path) for path in inside]
     return runs
 
 
 def _begun(path: Path) -> bool:
-    return any((path / name).exists() for name in ("summary.json", "config.yaml", "run.lock", "job.json"))
+    """Whether a folder is a run's: config.yaml is not looked for, as folders of configs hold one too."""
+    return any((path / name).exists() for name in ("summary.json", "run.lock", "job.json"))
+
+
+def _experiments(folder: Path) -> str:
+    """The folders of runs that lie in a folder, as words of a command line; empty where there are none."""
+    found = sorted({path.parent for path in folder.glob("*/*") if path.is_dir() and _begun(path)})
+    return " ".join(map(str, found[:8])) + (f" or one of {len(found) - 8} more" if len(found) > 8 else "")
 
 
 def _read_run(path: Path) -> FoundRun:

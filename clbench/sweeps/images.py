@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable
 
 from clbench.config import Config
-from clbench.config.classes import class_of_kind
+from clbench.config.classes import arguments, class_of_kind
 from clbench.data.on_disk import NoRoot
 from clbench.data.samples import Dataset
 from clbench.data.unchanged import Fingerprints, changes, fingerprints
@@ -66,7 +66,7 @@ class FinishedImages:
             self._now[about] = None
             try:
                 kind = class_of_kind("dataset", config.dataset.target, Dataset)
-                dataset: Dataset = kind(**config.dataset.settings)
+                dataset: Dataset = kind(**arguments(kind, config.dataset.settings))
             except NoRoot as error:
                 self._say(f"images of finished runs cannot be compared with what they were: {error}")
                 return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 import sys
 import traceback
 from collections import Counter
@@ -15,22 +16,25 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus
+from hydra.errors import HydraException
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
 from clbench.config import check, check_sweep
-from clbench.config.classes import class_of, own_arguments
+from clbench.config.classes import buffer_arguments, class_of, own_arguments
 from clbench.config.explanations import setting_of_other_choices
 from clbench.config.messages import UnknownSetting
 from clbench.config.words import readable
-from clbench.errors import UserError, in_one_line
+from clbench.errors import UserError, described, first_line, in_one_line
 from clbench.recording.run_directory import RunDirectory
 from clbench.sweeps.images import FinishedImages
 from clbench.sweeps.launchers import SequentialLauncher, Starts
 from clbench.sweeps.runs import SweepRun, distinct, finished_unchanged, suited, to_launch
 from clbench.sweeps.tables import plan_table, sweep_table
 from clbench.terminal import Display
+
+_MOST_RUNS = 100_000  # of a sweep: each is composed and kept in memory; range(0,inf) would never end
 
 
 class RunSweeper(Sweeper):
@@ -41,6 +45,10 @@ class RunSweeper(Sweeper):
         params: Hydra's own: setting -> values of the sweep.
         grids: those of a ready-made sweep (sweeps/): setting -> values, each; all combinations of a grid's
             values are run. Settings of the command line take the place of a grid's.
+        unknown: what else a config gives, which is refused.
+
+    Raises:
+        UserError: a setting is unknown, or `grids` is no list of grids.
     """
 
     def __init__(
@@ -48,8 +56,17 @@ class RunSweeper(Sweeper):
         max_batch_size: int | None = None,
         params: Mapping[str, str] | None = None,
         grids: Sequence[Mapping[str, Any]] = (),
+        **unknown: Any,
     ) -> None:
         super().__init__()
+        for key in unknown:
+            known = ("grids", "max_batch_size", "params")
+            raise UnknownSetting(f"hydra.sweeper.{key}", [f"hydra.sweeper.{name}" for name in known])
+        if not isinstance(grids, Sequence) or not all(isinstance(grid, Mapping) for grid in grids):
+            raise UserError(
+                f"hydra.sweeper.grids={grids} is no list of grids: begin each with a dash, as "
+                "grids: [{method: 'patchcore,padim'}]"
+            )
         self.max_batch_size = max_batch_size
         self.params = dict(params or {})
         self.grids = [dict(grid) for grid in grids] or [{}]
@@ -124,6 +141,11 @@ class RunSweeper(Sweeper):
         parser = OverridesParser.create(config_loader=self._loader)
         given: list[list[str]] = []
         for grid in self.grids:
+            for key, value in grid.items():
+                if key in self._config.hydra.runtime.choices and not isinstance(value, str):
+                    raise UserError(
+                        f"{key}: {value} in a grid is no choice: write the names with commas in one text, as {key}: a,b"
+                    )
             texts = [*(f"{key}={value}" for key, value in {**self.params, **grid}.items()), *arguments]
             given += combinations(parser.parse_overrides([readable(text) for text in texts]))
         settings_of = functools.cache(self._settings_of)
@@ -157,12 +179,17 @@ class RunSweeper(Sweeper):
     def _settings_of(self, group: str, choice: str) -> set[str]:
         """The settings of a group's choice: those in its file, and its class's constructor arguments.
 
+        Those of a strategy's buffer are called as on the command line, such as `replay.size`.
+
         Raises:
             UserError: the class cannot be imported.
         """
         node = self._loader.load_sweep_config(self._config, [f"{group}={choice}"])[group]
-        arguments = own_arguments(group, class_of(node._target_)) if "_target_" in node else {}
-        return {*map(str, node), *arguments}
+        if "_target_" not in node:
+            return set(map(str, node))
+        target = class_of(node._target_)
+        buffer = buffer_arguments(target) if group == "strategy" else {}
+        return {*map(str, node), *own_arguments(group, target), *(f"replay.{name}" for name in buffer)}
 
     def _launch(self, pending: list[SweepRun], folder: Path, display: Display) -> bool:
         """Launch these runs, and print and note the reason of each that failed.
@@ -194,7 +221,7 @@ class RunSweeper(Sweeper):
             message = in_one_line(job._return_value)
             if message is None:
                 traceback.print_exception(job._return_value)
-                message = str(job._return_value)
+                message = described(job._return_value)
             run.reason = message
             named = len(pending) == 1 or str(run.directory.path) in message
             print(f"error: {'' if named else run.directory.path.name + ': '}{message}", file=sys.stderr)
@@ -221,7 +248,7 @@ def combinations(overrides: Sequence[Override]) -> list[list[str]]:
     """The overrides of each run: every combination of the values that overrides with lists give.
 
     Raises:
-        UserError: an override asks for values that cannot be listed.
+        UserError: an override asks for values that cannot be listed, or there are more than `_MOST_RUNS`.
     """
     values: dict[str, list[str]] = {}
     for override in overrides:
@@ -229,9 +256,30 @@ def combinations(overrides: Sequence[Override]) -> list[list[str]]:
         if not override.is_sweep_override():
             values[key] = [f"{key}={override.get_value_element_as_str()}"]
         elif override.is_discrete_sweep():
-            values[key] = [f"{key}={value}" for value in override.sweep_string_iterator()]
+            values[key] = [f"{key}={value}" for value in _listed(override)]
         else:
             raise UserError(
                 f"{override.input_line}: a sweep takes lists, as {key}=a,b, range(...) and glob(...)"
             )
+    if math.prod(map(len, values.values())) > _MOST_RUNS:
+        lists = ", ".join(f"{len(texts)} values of {key}" for key, texts in values.items() if len(texts) > 1)
+        raise UserError(f"{lists} are more than {_MOST_RUNS} runs: give fewer at a time")
     return [list(combination) for combination in itertools.product(*values.values())]
+
+
+def _listed(override: Override) -> list[str]:
+    """The values of an override that asks for several.
+
+    Raises:
+        UserError: they cannot be listed, or are more than `_MOST_RUNS`.
+    """
+    try:
+        values = list(itertools.islice(override.sweep_string_iterator(), _MOST_RUNS + 1))
+    except (ValueError, ArithmeticError, HydraException) as error:  # of range(): a step of 0, a bound of nan
+        raise UserError(
+            f"{override.input_line} cannot be listed ({first_line(error)}): "
+            "give range(START,STOP,STEP) a step other than 0, or a list a,b"
+        ) from error
+    if len(values) > _MOST_RUNS:
+        raise UserError(f"{override.input_line} has more than {_MOST_RUNS} values: give fewer at a time")
+    return values
