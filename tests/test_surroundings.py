@@ -297,7 +297,7 @@ def test_what_goes_wrong_after_a_run_is_complete_does_not_fail_it(train, tmp_pat
 def test_an_exception_after_the_summary_leaves_a_run_complete(tmp_path: Path, capsys) -> None:
     directory = RunDirectory(tmp_path)
     with directory.reporting({"status": "running"}):
-        directory.write_summary({"status": "complete"})
+        directory.write_summary({"status": "complete", "tasks": [], "final": {}, "memory": {}, "time": {}})
         raise ValueError("of something\nelse")
     assert (directory.summary() or {})["status"] == "complete"
     assert capsys.readouterr().err == f"warning: {tmp_path} is complete; after that: of something\n"

@@ -35,7 +35,8 @@ def for_use(stored: Mapping[str, Any], gpu: Mapping[str, Any], replace: Mapping[
     try:
         config = config.changed("gpu", **gpu)
     except ValidationError as error:
-        raise invalid(error, config.plain(), Config) from error
+        plain = config.plain()
+        raise invalid(error, {**plain, "gpu": {**plain["gpu"], **gpu}}, Config) from error
     kinds = {
         "method": detector_of(config),
         "backbone": classes.class_of(classes.BACKBONE),
