@@ -6,6 +6,7 @@ the other lines.
 """
 
 import itertools
+from collections.abc import Iterable
 from typing import Any
 
 from clbench.assembly import Assembly
@@ -138,13 +139,13 @@ class History:
             self.spent.restore(newest["spent"])
             where = f"in stage {last + 2}" if begun else f"after stage {last + 1}"
             self.continued = f"{where} of {len(self.stages)}"
-        numbers = {name: number for number, name in enumerate(self.results.categories)}
-        for entry in self._valid_entries(last, begun["epoch"] if begun else 0):
-            if entry["kind"] == "epoch":
-                self._tell_epoch(entry["stage"], entry["epoch"], entry["loss"])
-            else:
-                self.results.add(entry["stage"], numbers[entry["category"]], entry["values"])
-                self.spent.restore(entry["spent"])
+        try:
+            self._take(self._valid_entries(last, begun["epoch"] if begun else 0))
+        except (KeyError, TypeError, IndexError) as error:
+            raise UserError(
+                f"{self._journal.path} holds what no run of these categories has written ({type(error).__name__}: {error}): "
+                "put it back, take another experiment=NAME, or overwrite=true"
+            ) from error
         for stage in range(last):
             if self.to_evaluate(stage):
                 raise UserError(
@@ -153,6 +154,20 @@ class History:
                 )
             self.recorder.stage(stage, self.results.after(stage))
         return last
+
+    def _take(self, entries: Iterable[dict[str, Any]]) -> None:
+        """Take over what an earlier process wrote into the journal, and tell the recorder its epochs.
+
+        Raises:
+            KeyError, TypeError, IndexError: an entry is of another run.
+        """
+        numbers = {name: number for number, name in enumerate(self.results.categories)}
+        for entry in entries:
+            if entry["kind"] == "epoch":
+                self._tell_epoch(entry["stage"], entry["epoch"], entry["loss"])
+            else:
+                self.results.add(entry["stage"], numbers[entry["category"]], entry["values"])
+                self.spent.restore(entry["spent"])
 
     def _valid_entries(self, last: int, epochs: int) -> list[dict[str, Any]]:
         """The journal's entries that checkpoints stand behind; the others are removed from the file.

@@ -301,7 +301,7 @@ def test_an_exception_after_the_summary_leaves_a_run_complete(tmp_path: Path, ca
         raise ValueError("of something\nelse")
     assert (directory.summary() or {})["status"] == "complete"
     assert capsys.readouterr().err == f"warning: {tmp_path} is complete; after that: of something\n"
-    with pytest.raises(ValueError), directory.reporting({"status": "running"}) as report:
-        report({"status": "running"})
+    with pytest.raises(ValueError), directory.reporting({}) as report:
+        report({"status": "running", "tasks": []})
         raise ValueError("before it")
     assert (directory.summary() or {})["status"] == "failed"

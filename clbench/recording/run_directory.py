@@ -150,7 +150,7 @@ class RunDirectory:
                     "take another experiment=NAME, or overwrite=true"
                 )
             return False
-        made_by = stored.pop("made_by", None) or {}
+        made_by = stored.pop("made_by", None)
         stored.pop("departures", None)
         if changed := differences(stored, config):
             raise UserError(
@@ -160,7 +160,7 @@ class RunDirectory:
         summary = self.summary()
         if summary is not None and self.complete(summary):
             return True
-        ours, theirs = version("clbench"), made_by.get("clbench")
+        ours, theirs = version("clbench"), made_by.get("clbench") if isinstance(made_by, dict) else None
         if theirs != ours:
             raise UserError(
                 f"{self.path} holds an unfinished run of clbench {theirs}, and this is {ours}: finish it with that "
