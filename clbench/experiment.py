@@ -12,11 +12,13 @@ from clbench.errors import UserError
 from clbench.footprint import memory_named
 from clbench.history import History
 from clbench.interruption import Interruption
+from clbench.methods.base import silent
 from clbench.metrics.curves import METRICS
 from clbench.recording import heat_maps
 from clbench.recording.recorder import Recorder
 from clbench.recording.run_directory import RunDirectory
 from clbench.results import Values
+from clbench.strategies.base import ignore_epoch
 from clbench.terminal import Display, number, run_table
 from clbench.training import Diverged
 
@@ -47,12 +49,15 @@ def run(
             written.
     """
     course = Course(assembly, directory, display, interruption, recorder)
-    for stage in course.remaining():
-        course.learn(stage)
-        for category in course.history.to_evaluate(stage):
-            course.evaluate(stage, category)
-        course.record(stage)
-    return course.finish()
+    try:
+        for stage in course.remaining():
+            course.learn(stage)
+            for category in course.history.to_evaluate(stage):
+                course.evaluate(stage, category)
+            course.record(stage)
+        return course.finish()
+    finally:
+        course.let_go()
 
 
 class Course:
@@ -87,6 +92,12 @@ class Course:
             display.line(f"note: {note}")
         if self.history.continued:
             display.line(f"continuing {self.history.continued}")
+
+    def let_go(self) -> None:
+        """End all calls back from the strategy, so that its tensors are freed as soon as the run is left."""
+        self.strategy.bookmark, self.strategy.on_epoch = None, ignore_epoch
+        self.strategy.detector.progress = silent
+        self.history.checkpoints.beside = dict
 
     def remaining(self) -> range:
         """The stages to go through, 0-based: the last learned one, which may lack evaluations, and on."""

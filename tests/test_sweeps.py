@@ -1,5 +1,6 @@
 """Sweeps: what is started, what is left out, and what one failure does to the rest."""
 
+import gc
 import io
 import json
 import os
@@ -21,11 +22,12 @@ from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import DictConfig
 from rich.console import Console
 
-from clbench import cli
+from clbench import assembly, cli
 from clbench.commands.run import main
 from clbench.config import sources
 from clbench.errors import UserError
 from clbench.footprint import memory_named
+from clbench.methods import maps
 from clbench.recording.run_directory import RunDirectory
 from clbench.sweeps.launchers import LocalLauncher
 from clbench.sweeps.runs import SweepRun, suited
@@ -493,3 +495,35 @@ def test_a_run_that_exits_ends_no_other(
     assert result.returncode == 1 and result.stderr.count("\n") == 1
     assert "something in this run called sys.exit(0)" in result.stderr
     assert sorted(map(status, run_directories(tmp_path))) == ["complete", "failed"]
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        (*FAILING, "seed=0,1"),
+        ("-m", "method=patchcore,padim,cfa", "strategy=native"),
+        ("-m", "method=padim", "strategy=single,native,joint", "maps=few"),
+    ],
+    ids=["some fail", "banks", "strategies"],
+)
+def test_runs_in_one_process_leave_no_tensor_to_those_after_them(
+    given: tuple[str, ...], train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even to a collector of garbage, which comes when it likes."""
+    alive: list[int] = []
+    assemble = assembly.assemble
+
+    def counted(*arguments: object) -> assembly.Assembly:
+        maps._resampling.cache_clear()  # at most 32 matrices, which are kept on purpose
+        tensors = [one for one in gc.get_objects() if type(one) in (torch.Tensor, torch.nn.Parameter)]
+        alive.append(len({one.untyped_storage().data_ptr() for one in tensors}))
+        return assemble(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(assembly, "assemble", counted)
+    gc.collect()
+    gc.disable()
+    try:
+        train(*given)
+    finally:
+        gc.enable()
+    assert len(alive) >= 3 and set(alive) == {alive[0]}

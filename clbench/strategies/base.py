@@ -15,6 +15,10 @@ from clbench.randomness import seed_for
 from clbench.training import OF_STEPS, Bookmark, Hooks, held_out, overrides, train, with_prefix
 
 
+def ignore_epoch(stage: int, epoch: int, loss: float) -> None:
+    """An `on_epoch` that does nothing."""
+
+
 class Strategy(Hooks):
     """Learns the stages of a stream with a detector, and predicts with what was learned.
 
@@ -66,7 +70,7 @@ class Strategy(Hooks):
         self.seed = seed
         self.memory: dict[str, Tensor] = {}
         self.bookmark: Bookmark | None = None
-        self.on_epoch: Callable[[int, int, float], None] = lambda stage, epoch, loss: None
+        self.on_epoch: Callable[[int, int, float], None] = ignore_epoch
 
     @classmethod
     def flags(cls) -> dict[str, bool]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+import traceback
 from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -75,13 +76,31 @@ class SequentialLauncher(Launcher):
         assert config is not None
         with open_dict(config):
             config.hydra.job.id = config.hydra.job.num = number
-        return run_job(
+        job = run_job(
             hydra_context=self.hydra_context,
             task_function=self.task_function,
             config=config,
             job_dir_key="hydra.sweep.dir",
             job_subdir_key="hydra.sweep.subdir",
         )
+        if job.status is not JobStatus.COMPLETED:
+            _forget_frames(job._return_value)
+        return job
+
+
+def _forget_frames(error: BaseException) -> None:
+    """Let go of all variables of the functions that an exception passed through: a run's tensors are among them.
+
+    Its lines can still be printed.
+    """
+    known: set[int] = set()
+    waiting: list[BaseException | None] = [error]
+    while waiting:
+        if (one := waiting.pop()) is None or id(one) in known:
+            continue
+        known.add(id(one))
+        traceback.clear_frames(one.__traceback__)
+        waiting += [one.__cause__, one.__context__]
 
 
 class LocalLauncher(JoblibLauncher):
