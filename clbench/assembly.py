@@ -93,6 +93,11 @@ def select_device(gpu: Gpu) -> torch.device:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(gpu.deterministic, warn_only=False)
     torch.backends.cudnn.deterministic = gpu.deterministic
+    if chosen.type == "cuda":
+        chosen = torch.device("cuda", chosen.index or 0)
+        torch.cuda.set_device(
+            chosen
+        )  # this initialises CUDA, and what asks for memory asks this one from now on
     return chosen
 
 

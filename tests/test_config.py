@@ -4,12 +4,14 @@ from pathlib import Path
 from typing import Annotated
 
 import pytest
+import torch
 import yaml
 from conftest import ROOT
 from hydra import compose
 from omegaconf import OmegaConf
 from pydantic import Field, ValidationError
 
+from clbench import assembly, footprint
 from clbench.config import Config, check, class_of, composed, composing, flat, takes
 from clbench.config.classes import check_settings, constructor
 from clbench.errors import UserError
@@ -139,3 +141,23 @@ def test_a_class_that_cannot_be_imported_is_said_in_one_line(
 def test_what_a_class_takes_is_told_by_its_constructor(config: Config) -> None:
     assert takes(config, "method", "backbone") and takes(config, "dataset", "train")
     assert not takes(config, "method", "memory_size")
+
+
+def test_a_gpu_is_chosen_before_anything_is_asked_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for torch.cuda, with two GPUs, which refuses what CUDA refuses before it is initialised."""
+    chosen: list[torch.device] = []
+
+    def reset_peak(device: torch.device) -> None:
+        assert chosen == [device], "CUDA is not initialised"
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", reset_peak)
+    for name, index in (("cuda:1", 1), ("cuda", 0), ("auto", 0)):
+        chosen.clear()
+        device = assembly.select_device(check(composed(f"gpu.device={name}")).gpu)
+        footprint.reset_peak(device)
+        assert device == torch.device("cuda", index)
+    with pytest.raises(UserError, match="sees 2 GPUs here"):
+        assembly.select_device(check(composed("gpu.device=cuda:2")).gpu)

@@ -428,6 +428,23 @@ def test_draem_is_its_equations(tmp_path: Path) -> None:
     assert float(prediction.maps.min()) >= 0 and float(prediction.maps.max()) <= 1
 
 
+@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
+def test_draem_learns_from_the_same_material_in_every_precision(
+    precision: torch.dtype, tmp_path: Path
+) -> None:
+    detector = DRAEM(reconstructive_width=4, discriminative_width=4, texture_count=3, cache=str(tmp_path))
+    batch = images(4, 0)
+    detector.prepare(batch)
+    torch.manual_seed(5)
+    expected = detector.material(batch)
+    torch.manual_seed(5)
+    with torch.autocast("cpu", precision):
+        found = detector.material(batch)
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
+    assert float(expected[2].mean()) > 0
+
+
 # EfficientAD
 
 

@@ -93,14 +93,17 @@ class DRAEM(Detector):
     def material(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What a step learns from, made of normal images [B, 3, H, W].
 
+        In single precision whatever the networks' is: rounded coordinates would draw other masks.
+
         Returns:
             The normal images, some of them turned; the same with simulated anomalies; both float32
             [B, 3, H, W] in [0, 1]; and the anomalies' masks, float32 [B, 1, H, W] of 0 and 1.
         """
-        normal = unit(images)
-        turned = torch.rand(len(images)) < self.rotated_share
-        change_some(normal, turned, lambda t: rotated(t, uniform(t, -90, 90)))
-        anomalous, masks = simulate(normal, self._textures)
+        with torch.autocast(images.device.type, enabled=False):
+            normal = unit(images)
+            turned = torch.rand(len(images)) < self.rotated_share
+            change_some(normal, turned, lambda t: rotated(t, uniform(t, -90, 90)))
+            anomalous, masks = simulate(normal, self._textures)
         return normal, anomalous, masks
 
     def parts(self, images: Tensor) -> tuple[Tensor, Tensor]:
