@@ -165,7 +165,7 @@ def _without_masks(categories: list[CategoryCheck]) -> list[str]:
 
 
 def _against_published(dataset: Published, categories: list[CategoryCheck]) -> list[str]:
-    """Notes on how the counts differ from the published ones, where at least half of the categories are published ones."""
+    """Notes on how the counts differ from the published ones, where the categories are the published ones."""
     names = {category.name for category in categories}
     if 2 * len(names & set(dataset.counts)) < len(
         names
