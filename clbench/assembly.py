@@ -12,6 +12,7 @@ from clbench import footprint
 from clbench.backbones import Backbone
 from clbench.config import Config, takes, wandb_mode
 from clbench.config.classes import BUFFER, arguments, class_of_kind
+from clbench.config.files import file_digests
 from clbench.config.schema import Gpu
 from clbench.data import stream
 from clbench.data.samples import Dataset
@@ -190,6 +191,7 @@ def identity(config: Config, tasks: list[Task] | None = None) -> dict[str, Any]:
         "tasks": [task.name for task in tasks or []],
         "categories": [[category.name for category in task.categories] for task in tasks or []],
         "images": stream.fingerprints(tasks or []),
+        "files": file_digests(config) if tasks else {},
         "seed": config.seed,
     }
 

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from clbench.assembly import Assembly
+from clbench.config.files import changed_files
 from clbench.data.stream import fingerprints
 from clbench.data.unchanged import changes
 from clbench.errors import UserError
@@ -41,7 +42,7 @@ class History:
         continued: where an earlier process stopped, to show to people; None where this one is the first.
 
     Raises:
-        UserError: the run was begun with other images or other frozen weights, its journal lacks results, or a
+        UserError: the run was begun with other images, files or frozen weights, its journal lacks results, or a
             file cannot be read or written.
     """
 
@@ -64,7 +65,7 @@ class History:
         )
         self._every = assembly.config.evaluate == "all"
         self.continued: str | None = None
-        self._stream = fingerprints(self.tasks)
+        self._stream, self._files = fingerprints(self.tasks), assembly.identity["files"]
         self._frozen = frozen_digest(self.strategy.detector)
         self._journal = directory.journal()
         self._epochs = [0] * (len(self.stages) + 1)  # of all stages before each
@@ -122,7 +123,7 @@ class History:
             The last stage that is learned, 0-based; -1 where none is.
 
         Raises:
-            UserError: the run was begun with other images or other frozen weights, or its journal lacks results.
+            UserError: the run was begun with other images, files or frozen weights, or its journal lacks results.
         """
         last, data = -1, None
         if saved := self.checkpoints.load_stage():
@@ -133,6 +134,11 @@ class History:
             if changed := changes(newest["stream"], self._stream):
                 raise UserError(
                     f"{self.directory.path} was begun with other images ({changed}): put them back, take another "
+                    "experiment=NAME, or overwrite=true"
+                )
+            if changed := changed_files(newest.get("files", {}), self._files):
+                raise UserError(
+                    f"{self.directory.path} was begun with other files ({changed}): put them back, take another "
                     "experiment=NAME, or overwrite=true"
                 )
             check_frozen(newest.get("frozen"), self._frozen, self.directory.path)
@@ -190,7 +196,12 @@ class History:
     def _beside(self) -> dict[str, Any]:
         """What every checkpoint holds beside its own data; what the journal holds by now is on the disk then."""
         self._journal.flush()
-        return {"stream": self._stream, "frozen": self._frozen, "spent": self.spent.so_far()}
+        return {
+            "stream": self._stream,
+            "files": self._files,
+            "frozen": self._frozen,
+            "spent": self.spent.so_far(),
+        }
 
     def _tell_epoch(self, stage: int, epoch: int, loss: float) -> None:
         """Tell the recorder an epoch's mean loss, with the epoch counted over all stages."""

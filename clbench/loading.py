@@ -80,6 +80,7 @@ class TrainedDetector:
             made by an older clbench.
         thresholds: thresholds of maps and scores; None where the run has not ended.
         device: where the detector is.
+        peak: the largest value of the 16-bit files that were predicted; None where there were none.
     """
 
     def __init__(
@@ -94,6 +95,7 @@ class TrainedDetector:
         self.image_size = image_size
         self.thresholds = thresholds
         self.device = detector.device
+        self.peak: int | None = None
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Prediction:
@@ -144,7 +146,11 @@ class TrainedDetector:
                 read = []
                 for path, future in zip(batch, reading, strict=True):
                     try:
-                        read.append((path, *future.result()))
+                        whole, own_size, peak = future.result()
+                        read.append((path, whole, own_size))
+                        self.peak = max(
+                            (each for each in (self.peak, peak) if each is not None), default=None
+                        )
                     except UserError as error:
                         if unreadable is None:
                             pool.shutdown(cancel_futures=True)
@@ -158,13 +164,14 @@ class TrainedDetector:
                     anomalous = None if image is None else score > image
                     yield Found(path, score, anomalous, size, grid, self.geometry, pixel)
 
-    def _read(self, path: Path) -> tuple[np.ndarray, tuple[int, int]]:
-        """An image at the run's size, uint8 [3, h, w], and its own size (H, W).
+    def _read(self, path: Path) -> tuple[np.ndarray, tuple[int, int], int | None]:
+        """An image at the run's size, uint8 [3, h, w], its own size (H, W), and its largest value if it has 16 bits.
 
         Raises:
             UserError: it cannot be read, or cannot be brought to the run's size.
         """
         picture, (height, width) = read_image_at(path, self.geometry)
+        peak = int(picture.max()) if picture.dtype == np.uint16 else None
         try:
             pixels = self.geometry.image(picture)
         except UserError as error:
@@ -175,7 +182,7 @@ class TrainedDetector:
                 f"image file {path} is {width}x{height}, and the run learned from images of {wanted}: "
                 "bring it to that size, or train with dataset.resize=..."
             )
-        return np.ascontiguousarray(pixels.transpose(2, 0, 1)), (height, width)
+        return np.ascontiguousarray(pixels.transpose(2, 0, 1)), (height, width), peak
 
 
 def load(

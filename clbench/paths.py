@@ -19,8 +19,7 @@ _VARIABLE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([A-Za-z_]\w*)\})", re.ASCII)
 def expanded(given: str | Path, setting: str | None = None) -> Path:
     """The path that a person means, with `~`, `~user`, `$NAME` and `${NAME}` replaced.
 
-    A file or folder that really is called `~name` or `$NAME`, where there is no such user or variable, is meant as it
-    is written.
+    A file or folder that really is called `$NAME`, or `~name` where there is no such user, is meant as it is written.
 
     Args:
         setting: name of the setting that the path is the value of, for the error; None for a word of a command.
@@ -40,10 +39,10 @@ def absolute(given: str | Path, setting: str | None = None) -> str:
     Raises:
         UserError: as `expanded`.
     """
-    return _absolute(expanded(given, setting))
+    return absolute_of(expanded(given, setting))
 
 
-def _absolute(path: Path) -> str:
+def absolute_of(path: Path) -> str:
     """The absolute path, without `..` where that leads to the same place: it does not where a link is left by it."""
     whole = str(path.absolute())
     plain = os.path.normpath(whole)
@@ -57,6 +56,8 @@ def _expanded(text: str) -> Path:
         ValueError: as it raises a UserError; the message is the end of a sentence on the path.
     """
     home = text == "~" or text.startswith("~/")
+    if "$" in text and not text.startswith("~") and os.path.lexists(text):  # as what was expanded before
+        return Path(text).absolute()
     try:
         return Path(_with_home(_VARIABLE.sub(_value, text)))
     except ValueError:
@@ -111,7 +112,7 @@ def absolute_path(text: str) -> str:
     """
     if not text:
         raise ValueError("it is empty: give a path")
-    return _absolute(_expanded(text))
+    return absolute_of(_expanded(text))
 
 
 def _file(path: str) -> str:

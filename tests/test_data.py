@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 
 from clbench.data.cache import contents_of, load_cached
-from clbench.data.doubts import doubts
+from clbench.data.doubts import doubts, nearly_all
 from clbench.data.files import read_image, read_mask
 from clbench.data.images import ImageSet
 from clbench.data.mvtec import MVTec
@@ -624,6 +624,28 @@ def test_images_that_leave_their_range_empty_are_told_of(
     lines = doubts({"a": None, "b": peak}, {}, bit_depth)
     assert len(lines) == (said is not None)
     assert said is None or (lines[0].startswith("b: the largest value") and lines[0].endswith(f"set {said}"))
+
+
+def test_one_category_of_the_full_range_silences_no_other() -> None:
+    (line,) = doubts({"a": 65000, "b": 4000, "c": 3000, "d": None}, {}, None)
+    assert line.startswith("b, c: the largest value of the 16-bit images is 4000 of 65535")
+
+
+@pytest.mark.parametrize(
+    ("inset", "value", "said"), [(0, 1, True), (2, 1, True), (8, 1, False), (0, 0, False)]
+)
+def test_masks_that_mark_nearly_all_are_doubtful(inset: int, value: int, said: bool) -> None:
+    mask = np.full((40, 40), not value, bool)
+    mask[inset : 40 - inset, inset : 40 - inset] = value
+    assert nearly_all(mask) == said
+
+
+def test_white_of_a_file_that_states_it_is_white_whatever_the_bit_depth(tmp_path: Path) -> None:
+    pixels = np.linspace(0, 4095, 12).round().astype(">u2").reshape(3, 4)
+    (tmp_path / "a.pgm").write_bytes(b"P5 4 3 4095\n" + pixels.tobytes())
+    for bits in (None, 12):
+        found = Geometry(None, bit_depth=bits).image(read_image(tmp_path / "a.pgm"))
+        np.testing.assert_allclose(found[..., 0], pixels / 4095 * 255, atol=0.6)
 
 
 def test_decoding_holds_few_images_at_a_time(tmp_path: Path) -> None:

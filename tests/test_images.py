@@ -8,7 +8,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from conftest import Train, clbench
+from conftest import Train, clbench, run_directories
 
 
 def shifted(path: Path) -> None:
@@ -66,7 +66,7 @@ def test_what_is_doubtful_about_images_is_said_by_every_run(
         said = train(f"dataset.root={root}", f"seed={seed}").stdout
         assert re.search(r"note: brick: the largest value of the 16-bit images is [34]\d{3} of 65535", said)
         assert (
-            "note: cloth: masks that mark more than 90% of their image: 1, such as that of cloth/test/blot/000.png"
+            "note: cloth: masks that mark nearly all of their image: 1, such as that of cloth/test/blot/000.png"
             in said
         )
         assert said.count("note: ") == 2
@@ -75,3 +75,52 @@ def test_what_is_doubtful_about_images_is_said_by_every_run(
         assert line in checked.splitlines()
     deep = train(f"dataset.root={root}", "dataset.bit_depth=12")
     assert deep.returncode == 0 and deep.stdout.count("note: ") == 1
+
+
+def test_a_run_whose_settings_name_a_file_that_changed_is_neither_finished_nor_continued(
+    train: Train, tmp_path: Path
+) -> None:
+    textures = tmp_path / "textures"
+    textures.mkdir()
+    for number in range(3):
+        cv2.imwrite(str(textures / f"{number}.png"), np.full((40, 40, 3), 60 * number, np.uint8))
+    given = (
+        *(
+            "method=draem",
+            "strategy=finetune",
+            "method.epochs=1",
+            "method.batch_size=2",
+            f"method.textures={textures}",
+        ),
+        *("method.reconstructive_width=4", "method.discriminative_width=4", "task_order.tasks=[brick,cloth]"),
+    )
+    assert train(*given).returncode == 0
+    assert "finished already" in train(*given).stdout
+    before = (textures / "1.png").read_bytes()
+    inverted(textures / "1.png")
+    refused = train(*given)
+    assert refused.returncode == 2 and "finished already" not in refused.stdout
+    assert "made with other files (what method.textures names changed)" in refused.stderr
+    (directory,) = run_directories(tmp_path)
+    (directory / "summary.json").unlink()
+    refused = train(*given)
+    assert refused.returncode == 1 and "begun with other files (what method.textures names" in refused.stderr
+    (textures / "1.png").write_bytes(before)
+    assert train(*given).returncode == 0
+
+
+def test_images_of_a_camera_with_fewer_bits_are_told_of_where_they_are_predicted(
+    folder: Path, train: Train, tmp_path: Path
+) -> None:
+    assert train("method=padim", "method.held_out=0.4").returncode == 0
+    (directory,) = run_directories(tmp_path)
+    photo = tmp_path / "photos" / "one.png"
+    photo.parent.mkdir()
+    grey = cv2.imread(str(next((folder / "brick" / "test" / "good").iterdir())))
+    cv2.imwrite(str(photo), grey.astype(np.uint16) * 16)
+    said = clbench("predict", str(directory), str(photo.parent), "--output", str(tmp_path / "found"))
+    assert (
+        said.returncode == 0
+        and "note: these images: the largest value of the 16-bit images is" in said.stdout
+    )
+    assert "dataset.bit_depth=12" in said.stdout

@@ -238,3 +238,15 @@ def test_a_run_a_check_and_a_prediction_say_what_they_left_out(train: Train, tmp
         assert re.search(r"passed over: cannot read image file \S*gone.png: No such file", done.stderr)
         rows = list(csv.DictReader((photos / "found/scores.csv").read_text().splitlines()))
         assert [row["image"] for row in rows] == ["0.png", "day1/1.png", "day1/2.png", "day1/3.png"]
+
+
+def test_a_name_that_looks_like_a_variable_is_not_replaced_in_what_was_listed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("USER", "me")
+    folder = tmp_path / "x$USER"
+    folder.mkdir()
+    (folder / "a$USER.png").write_bytes(b"")
+    listed = find_images([str(folder)])
+    assert listed == [folder / "a$USER.png"] == find_images(listed)
+    assert find_images([str(tmp_path / "$USER.png")]) == [tmp_path / "me.png"]  # which is not there

@@ -64,7 +64,18 @@ def test_odd_names_give_what_plain_names_give(train: Train, tmp_path: Path) -> N
 
 @pytest.mark.parametrize(
     "name",
-    ["a\nb", "a\tb", "a\x1b[31mb", os.fsdecode(b"caf\xe9"), "x" * 250, "б" * 101, "mean", "final", "R"],
+    [
+        "a\nb",
+        "a\tb",
+        "a\x1b[31mb",
+        "a\u2028b",
+        os.fsdecode(b"caf\xe9"),
+        "x" * 250,
+        "б" * 101,
+        "mean",
+        "final",
+        "R",
+    ],
 )
 def test_other_names_are_refused_in_one_line_before_anything_is_learned(
     name: str, train: Train, tmp_path: Path

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from clbench.commands import trained
 from clbench.errors import UserError
-from clbench.paths import expanded
+from clbench.paths import absolute, expanded
 
 if TYPE_CHECKING:
     from clbench.loading import Found, TrainedDetector
@@ -130,6 +130,7 @@ def _predict(
         folder: what names of images are relative to.
         pictures: the name of each file's pictures; empty where none are written.
     """
+    from clbench.data.doubts import doubts
     from clbench.terminal import Display
 
     assert detector.thresholds is not None
@@ -171,6 +172,8 @@ def _predict(
         anomalous = sum(row["anomalous"] for row in rows)
         what = "scores" if options.only_scores else "scores, overlays and masks"
         display.line(f"{anomalous} of {len(rows)} images are anomalous: {what} in {options.output}")
+        for doubt in doubts({"these images": detector.peak}, {}, detector.geometry.bit_depth):
+            display.line(f"note: {doubt}, and train so")
         for line in _threshold_lines(detector, rate, image_rate, pixel, image):
             display.line(line)
     if unreadable:
@@ -225,7 +228,7 @@ def _remove_pictures(output: Path) -> None:
 
 def _common(given: list[str], files: list[Path]) -> Path:
     """The nearest folder that holds all folders given and all files: outputs have their paths below it."""
-    paths = [Path(os.path.abspath(expanded(each))) for each in given]
+    paths = [Path(absolute(each)) for each in given]
     roots = [path for path in paths if path.is_dir()]
     others = [file.parent for file in files if not any(root in file.parents for root in roots)]
     return Path(os.path.commonpath([*roots, *others]))

@@ -98,12 +98,14 @@ class Decoded:
         size: size (H, W) of the file's image: that of `pixels`, unless these were decoded smaller.
         lossy: whether the file's format changes values, as JPEG does.
         alpha: whether there is an alpha channel that is not the same everywhere; False unless it was asked for.
+        white_stated: whether the file itself says which value is white, as PGM and PPM do: the largest of its type here.
     """
 
     pixels: np.ndarray
     size: tuple[int, int]
     lossy: bool
     alpha: bool
+    white_stated: bool = False
 
 
 def decode(path: Path, least: int | None = None, look_at_alpha: bool = False) -> Decoded:
@@ -134,7 +136,8 @@ def decode(path: Path, least: int | None = None, look_at_alpha: bool = False) ->
         stretched = np.asarray(image.convert("RGB"))[..., ::-1].copy() if header.white < 255 else None
         image.close()  # frees its pixels
         pixels = _pixels(path, data, header, reduction) if stretched is None else stretched
-    return Decoded(pixels, size or (pixels.shape[0], pixels.shape[1]), header.lossy, alpha)
+    size = size or (pixels.shape[0], pixels.shape[1])
+    return Decoded(pixels, size, header.lossy, alpha, header.format == "PPM")
 
 
 @dataclass(frozen=True)

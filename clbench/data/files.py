@@ -17,7 +17,7 @@ from clbench.data.listing import LeftOut, images_in
 from clbench.data.masks import Doubtful, marked
 from clbench.data.samples import GOOD, Geometry, Sample
 from clbench.errors import UserError
-from clbench.paths import expanded
+from clbench.paths import absolute_of, expanded
 
 _CLOCK_NS = 2_000_000_000  # how coarse the clocks of file systems are: FAT's counts in steps of 2 s
 
@@ -28,7 +28,7 @@ def find_images(
     """Image files, absolute, in the order given, each once.
 
     Args:
-        given: files, whatever their suffix; folders, whose image files are taken, sorted, with those of
+        given: texts, in which `~` and variables are replaced, or Paths: files, whatever their suffix; folders, whose image files are taken, sorted, with those of
             folders inside (see `images_in`); and patterns such as `parts/*.png`. A path that does not exist is
             given back.
         without: a folder whose files are left out of the folders given.
@@ -38,27 +38,24 @@ def find_images(
         UserError: a pattern matches nothing, a word is empty, or a folder cannot be listed.
     """
     left_out = LeftOut() if left_out is None else left_out
-    apart = [] if without is None else [_absolute(without)]
+    apart = [] if without is None else [Path(absolute_of(without))]
     found: dict[Path, None] = {}
     for each in given:
         if not str(each):
             raise UserError("an empty word names no image: give files, folders or patterns")
-        path = expanded(each)
+        path = (
+            expanded(each) if isinstance(each, str) else each
+        )  # a Path is of a program, which has expanded it
         pattern = not path.exists() and glob.has_magic(str(path))
         matches = sorted(map(Path, glob.glob(str(path), recursive=True))) if pattern else [path]
         if not matches:
             raise UserError(f"{each} matches no file: name files, folders or another pattern")
-        for match in map(_absolute, matches):
+        for match in map(Path, map(absolute_of, matches)):
             if not match.is_dir():
                 found[match] = None
             elif not any(folder in (match, *match.parents) for folder in apart):
                 found |= dict.fromkeys(images_in(match, left_out, apart))
     return list(found)
-
-
-def _absolute(path: Path) -> Path:
-    """The absolute path without `..`: the same file has one name."""
-    return Path(os.path.abspath(path))
 
 
 @dataclass(frozen=True)
@@ -112,6 +109,10 @@ class FileSample(Sample):
         return " ".join(digests)
 
     def settled(self) -> bool:
+        if (
+            os.statvfs(self.image).f_flag & os.ST_RDONLY
+        ):  # a container's image, say: another has the same times
+            return False
         return abs(time.time_ns() - self._changed_ns) > _CLOCK_NS
 
     def _check_unchanged(self) -> None:
@@ -166,8 +167,12 @@ def read_image_at(path: Path, geometry: Geometry) -> tuple[np.ndarray, tuple[int
 
 
 def _rgb(decoded: Decoded) -> np.ndarray:
-    """The pixels in RGB order, in the place of those given: a copy of a large image may not fit beside it."""
-    return cv2.cvtColor(decoded.pixels, cv2.COLOR_BGR2RGB, dst=decoded.pixels)
+    """The pixels in RGB order, in the place of those given: a copy of a large image may not fit beside it.
+
+    Where the file says what is white, they are brought to 8 bits: `dataset.bit_depth` is for files that do not.
+    """
+    pixels = Geometry().eight_bits(decoded.pixels) if decoded.white_stated else decoded.pixels
+    return cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB, dst=pixels)
 
 
 def read_mask(path: Path) -> np.ndarray:

@@ -21,7 +21,7 @@ class ImageSet:
         kinds: `GOOD` or the kind of defect, one for each image.
         names: names to show to people, one for each image.
         unknown: indices of the defective images whose defect was not outlined: their masks mean nothing.
-        contents: what was found when they were decoded; None where they come from elsewhere.
+        contents: what was found when they were decoded; nothing where they come from elsewhere.
     """
 
     images: Tensor
@@ -29,7 +29,7 @@ class ImageSet:
     kinds: list[str]
     names: list[str]
     unknown: list[int] = field(default_factory=list)
-    contents: Contents | None = None
+    contents: Contents = field(default_factory=lambda: Contents("", None, []))
 
     def __len__(self) -> int:
         return len(self.images)

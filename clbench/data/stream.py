@@ -93,7 +93,7 @@ def name_problem(name: str) -> str | None:
     reason = None
     if name in _TAKEN:
         reason = "has a name that results need for themselves"
-    elif any(unicodedata.category(sign) in ("Cc", "Cs") for sign in name):
+    elif any(unicodedata.category(sign) in ("Cc", "Cs", "Zl", "Zp") for sign in name):
         reason = "has a name with signs that are no text in UTF-8"
     elif "/" in name or name in ("", ".", ".."):
         reason = "has a name that no folder can have"
@@ -165,8 +165,7 @@ def load_tasks(
         ImageSet.same_size(first, images)
 
     def category(name: str) -> Category:
-        contents = [sets[name, split].contents for split in SPLITS]
-        known = [each for each in contents if each is not None]
+        known = [sets[name, split].contents for split in SPLITS]
         return Category(
             name,
             test=sets[name, "test"],

@@ -13,6 +13,7 @@ import socket
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -256,11 +257,7 @@ class RunDirectory:
                     "wait for it, or give this run another experiment=NAME"
                 )
             if whose == "none":
-                print(
-                    f"warning: the disk of {self.path} has no locks ({reason}): two processes in one run directory "
-                    "would not notice each other",
-                    file=sys.stderr,
-                )
+                _warn_of_no_locks(self.path.parent, reason)
             with suppress(OSError):  # on a full disk the lock holds too, but does not say who has it
                 file.truncate(0)
                 file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
@@ -399,6 +396,15 @@ class RunDirectory:
             UserError: the disk is full or may not be written.
         """
         write_whole(self.path / name, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+@lru_cache  # once for all runs of an experiment
+def _warn_of_no_locks(folder: Path, reason: str) -> None:
+    print(
+        f"warning: the disk of {folder} has no locks ({reason}): two processes in one run directory would not notice each "
+        "other",
+        file=sys.stderr,
+    )
 
 
 @contextmanager

@@ -1,10 +1,11 @@
-"""Whether a finished run's images are still those that it was made with. Imports no torch."""
+"""Whether the images and files of a finished run are still those that it was made with."""
 
 import json
 from collections.abc import Callable
 
 from clbench.config import Config
 from clbench.config.classes import arguments, class_of_kind
+from clbench.config.files import changed_files, file_digests
 from clbench.data.on_disk import NoRoot
 from clbench.data.samples import Dataset
 from clbench.data.unchanged import Fingerprints, changes, fingerprints
@@ -27,17 +28,22 @@ class FinishedImages:
         self._now: dict[str, Fingerprints | None] = {}
 
     def check(self, directory: RunDirectory) -> None:
-        """Check that the images of a finished run are those that it was made with.
+        """Check that the images of a finished run, and the files that its settings name, are those that it was made with.
 
         A run of an earlier version does not say which these were, and passes.
 
         Raises:
             UserError: they are not, or the dataset is incomplete.
         """
-        before: Fingerprints | None = (directory.summary() or {}).get("images")
-        stored = directory.config()
+        summary, stored = directory.summary() or {}, directory.config()
+        before: Fingerprints | None = summary.get("images")
         if not before or stored is None:
             return
+        if changed := changed_files(summary.get("files", {}), file_digests(Config.stored(stored))):
+            raise UserError(
+                f"{directory.path} is finished, but was made with other files ({changed}): put them back, take another "
+                "experiment=NAME, or overwrite=true"
+            )
         try:
             now = self._fingerprints(Config.stored(stored), list(before))
         except UserError as error:
