@@ -357,7 +357,7 @@ def test_a_run_is_neither_continued_nor_used_with_other_frozen_weights(train: Tr
         clbench.load(directory)
     (directory / "summary.json").unlink()
     refused = train(*given)
-    assert refused.returncode == 1 and "begun with other weights of its frozen network" in refused.stderr
+    assert refused.returncode == 1 and "other files (what method.teacher names changed)" in refused.stderr
     assert summary(directory)["reason"].startswith(str(directory))  # in the words of stderr
 
 

@@ -162,8 +162,9 @@ def test_a_disk_without_locks_is_said_once_and_used(answer: str, tmp_path: Path,
         raise OSError(getattr(errno, answer), os.strerror(getattr(errno, answer)))
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    with RunDirectory(tmp_path).lock():
-        pass
+    for name in ("one", "two"):
+        with RunDirectory(tmp_path / name).lock():
+            pass
     (line,) = capsys.readouterr().err.splitlines()
     assert line == (
         f"warning: the disk of {tmp_path} has no locks ({os.strerror(getattr(errno, answer))}): two processes in one "
