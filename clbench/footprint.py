@@ -4,7 +4,6 @@ MB are 10^6 bytes, as in the paper.
 """
 
 import ctypes
-import gc
 import resource
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -70,7 +69,6 @@ def reset_peak(device: torch.device) -> None:
 
     Elsewhere the peak is that of the process since its start.
     """
-    gc.collect()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return

@@ -39,7 +39,9 @@ class FinishedImages:
         before: Fingerprints | None = summary.get("images")
         if not before or stored is None:
             return
-        if changed := changed_files(summary.get("files", {}), file_digests(Config.stored(stored))):
+        files = summary.get("files")
+        # Only where there are some: it imports the method's class, and torch with it.
+        if files and (changed := changed_files(files, file_digests(Config.stored(stored)))):
             raise UserError(
                 f"{directory.path} is finished, but was made with other files ({changed}): put them back, take another "
                 "experiment=NAME, or overwrite=true"
