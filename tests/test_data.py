@@ -581,6 +581,14 @@ def test_a_moved_dataset_is_not_decoded_again(root: Path, tmp_path: Path) -> Non
     assert torch.equal(again.images, first.images)
 
 
+def test_a_pipe_among_images_is_refused_and_not_waited_for(root: Path, tmp_path: Path) -> None:
+    pipe = root / "cable" / "train" / "good" / "001.png"
+    pipe.unlink()
+    os.mkfifo(pipe)
+    with pytest.raises(UserError, match=r"001.png is .*a pipe, socket or device"):
+        load_cached(samples_of(root, "train"), WHOLE, tmp_path / "cache")
+
+
 def test_a_file_that_changes_while_it_is_read_is_refused(root: Path, tmp_path: Path) -> None:
     samples = samples_of(root, "train")
     write(root / "cable" / "train" / "good" / "001.png", noise(40, 40, 3, seed=99))

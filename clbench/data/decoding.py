@@ -122,7 +122,7 @@ def decode(path: Path, least: int | None = None, look_at_alpha: bool = False) ->
             compression that is not read, or has pixels that cannot be read for certain (float, 32-bit, and two
             kinds of 16-bit TIFF).
     """
-    data = _bytes(path)
+    data = file_bytes(path)
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except Exception as error:  # Pillow's decoders fail with whatever the damage leads them to
@@ -216,7 +216,7 @@ class _Header:
         return max(decoded, checked) + (6 * pixels if self.progressive else 0)
 
 
-def _bytes(path: Path) -> bytes:
+def file_bytes(path: Path) -> bytes:
     """The file's bytes.
 
     Raises:

@@ -12,7 +12,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from clbench.data.decoding import Decoded, decode
+from clbench.data.decoding import Decoded, decode, file_bytes
 from clbench.data.listing import LeftOut, images_in
 from clbench.data.masks import Doubtful, marked
 from clbench.data.samples import GOOD, Geometry, Sample
@@ -99,19 +99,14 @@ class FileSample(Sample):
 
     def content(self) -> str:
         """The SHA-256 of each file, the image's first."""
-        digests = []
-        for path in (self.image, *self.masks):
-            try:
-                digests.append(hashlib.sha256(path.read_bytes()).hexdigest())
-            except OSError as error:
-                raise UserError(f"cannot read image file {path}: {error.strerror}") from error
+        paths = (self.image, *self.masks)
+        digests = [hashlib.sha256(file_bytes(path)).hexdigest() for path in paths]
         self._check_unchanged()
         return " ".join(digests)
 
     def settled(self) -> bool:
-        if (
-            os.statvfs(self.image).f_flag & os.ST_RDONLY
-        ):  # a container's image, say: another has the same times
+        # The image of a container, for one, may have the times and sizes of another.
+        if os.statvfs(self.image).f_flag & os.ST_RDONLY:
             return False
         return abs(time.time_ns() - self._changed_ns) > _CLOCK_NS
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from clbench.data.acquire.published import Counts, Published
+from clbench.data.decoding import file_bytes
 from clbench.data.doubts import doubts, nearly_all
 from clbench.data.files import FileSample, read_image, read_mask_of
 from clbench.data.samples import GOOD
@@ -138,7 +139,7 @@ def _read_sample(sample: FileSample) -> _ReadImage:
         pixels = read_image(sample.image)
         found.size = pixels.shape[0], pixels.shape[1]
         found.peak = int(pixels.max()) if pixels.dtype == np.uint16 else None
-        found.content = hashlib.sha256(sample.image.read_bytes()).hexdigest()
+        found.content = hashlib.sha256(file_bytes(sample.image)).hexdigest()
     except UserError as error:
         found.problems.append(str(error))
     merged = None
