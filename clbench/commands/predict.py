@@ -141,7 +141,7 @@ def _predict(
 
     def pass_over(path: Path, error: UserError) -> None:
         unreadable.append({"image": _name(path, folder), "reason": str(error)})
-        print(f"passed over: {str(error).encode(errors='backslashreplace').decode()}", file=sys.stderr)
+        print(f"passed over: {error}", file=sys.stderr)
 
     with Display("predict") as display:
         display.heading(options.run.name)

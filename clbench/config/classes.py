@@ -185,6 +185,23 @@ def own_arguments(node: str, target: type) -> dict[str, Argument]:
     }
 
 
+def path_settings(kinds: Mapping[str, type]) -> list[str]:
+    """The flat keys of the settings that are paths, see `clbench.paths`.
+
+    Args:
+        kinds: node of the config -> its class.
+
+    Raises:
+        UserError: an annotation of a constructor cannot be read.
+    """
+    return [
+        f"{node}.{name}"
+        for node, kind in kinds.items()
+        for name, argument in own_arguments(node, kind).items()
+        if path_mark(argument.annotation) is not None
+    ]
+
+
 def buffer_arguments(strategy: type) -> dict[str, Argument]:
     """The arguments of a strategy's constructor that the group `replay` gives: its key there -> argument.
 

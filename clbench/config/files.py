@@ -1,39 +1,49 @@
 """Digests of the files and folders that settings name, to notice those that changed under a run. Imports no torch."""
 
-import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from clbench import digests
 from clbench.config import classes
 from clbench.config.schema import Config
 from clbench.data.listing import LeftOut, images_in
-from clbench.paths import path_mark
 
 
 def file_digests(config: Config) -> dict[str, str]:
-    """The digests of what the settings of method, backbone and strategy name that are paths, see `clbench.paths`.
+    """The digests of what all settings of method, backbone and strategy name that are paths, see `digests_at`.
+
+    Raises:
+        UserError: a class cannot be imported, or a folder cannot be listed.
+    """
+    kinds = {
+        "method": classes.class_of(config.method.target),
+        "strategy": classes.class_of(config.strategy.target),
+    }
+    if classes.takes(config, "method", "backbone"):
+        kinds["backbone"] = classes.class_of(classes.BACKBONE)
+    return digests_at(config, classes.path_settings(kinds))
+
+
+def digests_at(config: Config, keys: Iterable[str]) -> dict[str, str]:
+    """The digests of the files and folders that these settings name.
+
+    Args:
+        keys: flat keys, such as `backbone.checkpoint`.
 
     Returns:
         Flat key -> SHA-256, in hexadecimal: of a file's content, or of the names and contents of a folder's images. What
         is not there, or is the package's own, is left out.
 
     Raises:
-        UserError: a class cannot be imported, or a folder cannot be listed.
+        UserError: a folder cannot be listed.
     """
-    nodes = {
-        "method": classes.class_of(config.method.target),
-        "strategy": classes.class_of(config.strategy.target),
-    }
-    if classes.takes(config, "method", "backbone"):
-        nodes["backbone"] = classes.class_of(classes.BACKBONE)
     found = {}
-    for node, kind in nodes.items():
-        settings: Mapping[str, Any] = getattr(config, node).settings
-        for name, argument in classes.own_arguments(node, kind).items():
-            if path_mark(argument.annotation) is not None and (digest := _digest(settings.get(name))):
-                found[f"{node}.{name}"] = digest
+    for key in keys:
+        node, _, name = key.partition(".")
+        if digest := _digest(getattr(config, node).settings.get(name)):
+            found[key] = digest
     return found
 
 
@@ -47,7 +57,7 @@ def _digest(value: Any) -> str | None:
     """The digest of a path, or of a list of paths; None where there is nothing."""
     paths = [Path(each) for each in (value if isinstance(value, list) else [value]) if isinstance(each, str)]
     parts = [_of_file(*_identity(file)) for path in paths for file in _files(path)]
-    return hashlib.sha256(" ".join(parts).encode()).hexdigest() if parts else None
+    return digests.of_text(" ".join(parts)) if parts else None
 
 
 def _files(path: Path) -> Iterator[Path]:
@@ -66,8 +76,4 @@ def _identity(file: Path) -> tuple[Path, int, int, int]:
 @lru_cache(maxsize=100_000)
 def _of_file(file: Path, *identity: int) -> str:
     """A file's name and the SHA-256 of its content; the identity says until when that holds."""
-    digest = hashlib.sha256()
-    with open(file, "rb") as content:
-        while block := content.read(2**20):
-            digest.update(block)
-    return f"{file.name!a} {digest.hexdigest()}"
+    return f"{file.name!a} {digests.of_file(file)}"

@@ -1,9 +1,9 @@
 """The name of a run's directory."""
 
-import hashlib
 import re
 from collections.abc import Iterable
 
+from clbench import digests
 from clbench.config.differences import in_results
 
 _LONGEST = 200  # bytes; file systems take 255, and files are written beside under longer names
@@ -14,11 +14,6 @@ def _order(override: str) -> tuple[int, str]:
     """What overrides are sorted by: choices come first, as the name may be cut at its end."""
     key = override.partition("=")[0].lstrip("+")
     return (_FIRST.index(key) if key in _FIRST else len(_FIRST)), override.lstrip("+")
-
-
-def _digest(text: str) -> str:
-    """SHA-256 of a text, which may hold bytes of a file's name that are no text."""
-    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()
 
 
 def run_name(overrides: Iterable[str]) -> str:
@@ -34,10 +29,10 @@ def run_name(overrides: Iterable[str]) -> str:
             continue
         readable = re.sub(r"[^\w.+\-]+", "-", value.rstrip("/").rsplit("/", 1)[-1]).strip("-")[:40]
         if readable != value:
-            readable += f"~{_digest(value)[:6]}"
+            readable += f"~{digests.of_text(value)[:6]}"
         words.append(f"{key.lstrip('+')}={readable}")
     name = ",".join(words) or "default"
     if len(name.encode(errors="surrogateescape")) <= _LONGEST:
         return name
     begin = name.encode(errors="surrogateescape")[: _LONGEST - 10].decode(errors="ignore")
-    return f"{begin}~{_digest(name)[:8]}"
+    return f"{begin}~{digests.of_text(name)[:8]}"

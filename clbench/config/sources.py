@@ -5,7 +5,6 @@ Imports no torch.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import hydra
 from hydra.core.global_hydra import GlobalHydra
 
+from clbench import digests
 from clbench.config.differences import in_results
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ def composed_from(hydra_config: Any, overrides: Sequence[str]) -> str:
     environment = [f"{name}={os.environ.get(name)}" for name in sorted(variables)]
     where = [hydra_config.job.config_name, os.getcwd()]
     parts = [*where, *(found.digest for found in files), *named, *environment]
-    return hashlib.sha256("\n".join(parts).encode(errors="surrogateescape")).hexdigest()
+    return digests.of_text("\n".join(parts))
 
 
 def read_again() -> None:
@@ -138,7 +138,7 @@ class _Digest(NamedTuple):
         variables = {name for pattern in _VARIABLES for name in pattern.findall(plain)}
         if "~" in whole:
             variables.add("HOME")
-        return cls(hashlib.sha256(whole.encode(errors="surrogateescape")).hexdigest(), variables)
+        return cls(digests.of_text(whole), variables)
 
 
 @lru_cache

@@ -76,12 +76,7 @@ def _known(replace: Mapping[str, str | Path], kinds: Mapping[str, type]) -> Mapp
     Raises:
         UserError: one is of something else.
     """
-    paths = [
-        f"{node}.{name}"
-        for node, kind in kinds.items()
-        for name, argument in classes.own_arguments(node, kind).items()
-        if path_mark(argument.annotation) is not None
-    ]
+    paths = classes.path_settings(kinds)
     for key in replace:
         if key not in paths:
             raise UserError(

@@ -37,7 +37,7 @@ _THREADS = min(8, os.cpu_count() or 1)
 
 Result = TypeVar("Result")
 # Image uint8 [H, W, 3]; mask bool [H, W], or None without; largest value of a 16-bit image, None of others.
-Decoded = tuple[np.ndarray, np.ndarray | None, int | None]
+AtSize = tuple[np.ndarray, np.ndarray | None, int | None]
 
 
 def ignore(decoded: int) -> None:
@@ -271,10 +271,10 @@ def _write(
         file.write(json.dumps(asdict(Contents(of_all.hexdigest(), peak, marked))).encode())
 
 
-def _decoded(samples: list[Sample], geometry: Geometry) -> Generator[Decoded, None, None]:
+def _decoded(samples: list[Sample], geometry: Geometry) -> Generator[AtSize, None, None]:
     """The samples at the run's size in their order, decoded by a few threads a few images ahead."""
 
-    def decode(sample: Sample) -> Decoded:
+    def decode(sample: Sample) -> AtSize:
         image, mask = sample.at(geometry).read()
         largest = int(image.max()) if image.dtype == np.uint16 else None
         try:
@@ -282,7 +282,7 @@ def _decoded(samples: list[Sample], geometry: Geometry) -> Generator[Decoded, No
         except UserError as error:
             raise UserError(f"{sample.name}: {error}") from error
 
-    pending: deque[Future[Decoded]] = deque()
+    pending: deque[Future[AtSize]] = deque()
     with ThreadPoolExecutor(_THREADS) as pool:
         try:
             for sample in samples:

@@ -78,8 +78,9 @@ def _examples(names: Collection[str]) -> str:
 def images_in(folder: Path, left_out: LeftOut, without: Collection[Path] = ()) -> list[Path]:
     """The image files of a folder and of the folders in it, sorted by their path in it.
 
-    Links to files and folders are followed, unless they lead to a folder that holds this one; no folder is read twice, and a
-    real one is read under its own name rather than that of a link. A link that leads nowhere and is named like an image is taken for one, for whoever reads it to tell.
+    Links to files and folders are followed, unless they lead to a folder that holds this one; no folder is read twice, and
+    a real one is read under its own name rather than that of a link. A link that leads nowhere and is named like an image
+    is taken for one, for whoever reads it to tell.
 
     Args:
         folder: the folder; its own name may be any.

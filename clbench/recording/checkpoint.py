@@ -4,7 +4,6 @@ There are two kinds in a run's `checkpoint/`: `stage-<stage>`, the state after a
 `learning-<stage>-<number>`, the state of a stage that is being learned. The newest two of each kind stay.
 """
 
-import hashlib
 import json
 import time
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from clbench import digests
 from clbench.recording.files import write_whole
 
 _KEPT = 2  # checkpoints of a kind: if the newest is damaged, the one before is used
@@ -142,13 +142,13 @@ class Checkpoints:
                 save_file(written, path)
             except SafetensorError as error:
                 raise OSError(str(error)) from error
-            digest = _file_digest(path)
+            digest = digests.of_file(path)
 
         write_whole(self._path(name, "safetensors"), write)
         # safetensors keeps neither order nor devices.
         devices = {key: tensor.device.type for key, tensor in written.items()}
         text = json.dumps({"tensors": digest, "devices": devices, **self.beside(), **data})
-        content = f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}\n"
+        content = f"{digests.of_text(text)}\n{text}\n"
         write_whole(self._path(name, "json"), lambda path: path.write_text(content, encoding="utf-8"))
 
     def _load(self, name: str) -> Saved | None:
@@ -167,10 +167,10 @@ class Checkpoints:
         """The data of a checkpoint; None where one of its two files is damaged."""
         try:
             digest, text, _ = self._path(name, "json").read_text(encoding="utf-8").split("\n")
-            if hashlib.sha256(text.encode()).hexdigest() != digest:
+            if digests.of_text(text) != digest:
                 return None
             data = json.loads(text)
-            return data if _file_digest(self._path(name, "safetensors")) == data.pop("tensors") else None
+            return data if digests.of_file(self._path(name, "safetensors")) == data.pop("tensors") else None
         except (OSError, ValueError):
             return None
 
@@ -187,12 +187,3 @@ class Checkpoints:
         for kind in ("json", "safetensors"):
             with suppress(OSError):
                 self._path(name, kind).unlink(missing_ok=True)
-
-
-def _file_digest(path: Path) -> str:
-    """SHA-256 of a file's content, in hexadecimal."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()

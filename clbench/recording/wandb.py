@@ -10,7 +10,6 @@ wandb's own files are in the run directory too, whatever the home folder is. A f
 paths: one of a directory that was moved is written anew before it is sent.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -23,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from clbench import digests
 from clbench.metrics.continual import Matrix
 from clbench.recording.files import write_whole
 from clbench.recording.heat_maps import write_picture
@@ -235,7 +235,7 @@ def run_id(directory: Path) -> str:
     about = _read_about(directory / "wandb")
     if "id" not in about:
         text = f"{directory.resolve()} {time.time_ns()}"
-        about = {"id": hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:16]}
+        about = {"id": digests.of_text(text)[:16]}
         _write_about(directory / "wandb", about)
     return str(about["id"])
 
@@ -268,7 +268,7 @@ def cut_name(name: str) -> str:
     """A name as W&B's server takes it: one that is cut ends in a hash of the whole, and stays distinct."""
     if len(name) <= _LONGEST:
         return name
-    digest = hashlib.sha256(name.encode(errors="surrogateescape")).hexdigest()[:8]
+    digest = digests.of_text(name)[:8]
     return f"{name[: _LONGEST - len(digest) - 1]}~{digest}"
 
 

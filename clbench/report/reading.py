@@ -179,9 +179,7 @@ def _read_run(path: Path) -> FoundRun:
         run.state, run.reason = "failed", str(summary.get("reason", "it did not say why"))
     elif summary["status"] != "complete":
         run.reason = f"under way or interrupted, {run.stages} of {expected} stages written"
-    elif hashlib.sha256(written).hexdigest() != summary.get(
-        "metrics_sha256", hashlib.sha256(written).hexdigest()
-    ):
+    elif summary.get("metrics_sha256", digest := hashlib.sha256(written).hexdigest()) != digest:
         run.state, run.reason = (
             "damaged",
             "metrics.csv is not as the run wrote it; its command, repeated, writes it again",

@@ -1,11 +1,11 @@
-"""Whether the images and files of a finished run are still those that it was made with."""
+"""Whether the images and files of a finished run are still those that it was made with. Imports no torch."""
 
 import json
 from collections.abc import Callable
 
 from clbench.config import Config
 from clbench.config.classes import arguments, class_of_kind
-from clbench.config.files import changed_files, file_digests
+from clbench.config.files import changed_files, digests_at
 from clbench.data.on_disk import NoRoot
 from clbench.data.samples import Dataset
 from clbench.data.unchanged import Fingerprints, changes, fingerprints
@@ -39,15 +39,14 @@ class FinishedImages:
         before: Fingerprints | None = summary.get("images")
         if not before or stored is None:
             return
-        files = summary.get("files")
-        # Only where there are some: it imports the method's class, and torch with it.
-        if files and (changed := changed_files(files, file_digests(Config.stored(stored)))):
+        config, files = Config.stored(stored), summary.get("files", {})
+        if changed := changed_files(files, digests_at(config, files)):
             raise UserError(
                 f"{directory.path} is finished, but was made with other files ({changed}): put them back, take another "
                 "experiment=NAME, or overwrite=true"
             )
         try:
-            now = self._fingerprints(Config.stored(stored), list(before))
+            now = self._fingerprints(config, list(before))
         except UserError as error:
             raise UserError(
                 f"{directory.path} is finished, but its images are not what they were: {error}; or take another "

@@ -1,0 +1,22 @@
+"""SHA-256 of texts and files, in hexadecimal."""
+
+import hashlib
+from pathlib import Path
+
+
+def of_text(text: str) -> str:
+    """The digest of a text, which may hold bytes of a file's name that are no text."""
+    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()
+
+
+def of_file(path: Path) -> str:
+    """The digest of a file's content, which is never held as a whole.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
