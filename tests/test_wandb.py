@@ -16,7 +16,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -532,6 +532,54 @@ def test_a_run_that_was_killed_after_its_summary_is_completed_where_it_was_moved
     after = json.loads((moved / "summary.json").read_bytes())
     assert "may lack heat maps" in after.pop("not_recorded") and after == before
     check_everything_once(moved, pictures=False)
+
+
+def _whose_wandb_dies(words: list[str], step: int) -> None:
+    """A run whose own process lives on, as where SLURM's scancel ends all of a job and the job takes a while to."""
+
+    def end_wandb(recorder: WandbRun, *_: object) -> None:
+        children = Path(f"/proc/self/task/{os.getpid()}/children").read_text(encoding="ascii").split()
+        assert children
+        for child in map(int, children):
+            os.kill(child, signal.SIGKILL)
+            with suppress(ChildProcessError):
+                os.waitpid(child, 0)
+
+    def after_its_death(recorder: WandbRun, *what: Any) -> None:
+        end_wandb(recorder)
+        end(recorder, *what)
+
+    tell_wandb, end = WandbRun._tell, WandbRun._end
+
+    def tell(recorder: WandbRun, number: int, line: Any) -> None:
+        if number == step:
+            end_wandb(recorder)
+        tell_wandb(recorder, number, line)
+
+    os.chdir(ROOT)
+    WandbRun._tell = tell  # type: ignore[method-assign]
+    if step < 0:
+        WandbRun._end = after_its_death  # type: ignore[method-assign]
+    main(words)
+
+
+@pytest.mark.parametrize("step", [0, 5, -1], ids=["first", "middle", "end"])
+def test_a_run_whose_wandb_dies_is_complete_and_lacks_nothing_after_sync(
+    step: int, folder: Path, tmp_path: Path
+) -> None:
+    process = CONTEXT.Process(
+        target=_whose_wandb_dies, args=(command(folder, tmp_path, *SMALL, "wandb=offline")[2:], step)
+    )
+    process.start()
+    process.join(120)
+    assert process.exitcode == 0
+    (directory,) = run_directories(tmp_path)
+    about = json.loads((directory / "summary.json").read_bytes())
+    assert about["status"] == "complete"
+    assert about["not_recorded"] == "W&B is not told of the end of this run; clbench wandb sync completes it"
+    send(directory)
+    assert "not_recorded" not in json.loads((directory / "summary.json").read_bytes())
+    check_everything_once(directory)
 
 
 def test_a_run_that_was_moved_is_sent_whole(train: Train, tmp_path: Path) -> None:

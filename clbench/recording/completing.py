@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from clbench.config.schema import BESIDE_SETTINGS
-from clbench.errors import first_line
+from clbench.errors import UserError, first_line
 from clbench.metrics.curves import METRICS
 from clbench.recording.run_directory import RunDirectory
 from clbench.recording.wandb import UNTOLD_END, WandbRun, moved
@@ -15,7 +15,9 @@ _COMPLETED = "W&B failed in this run, and may lack heat maps; clbench wandb sync
 
 
 def complete(folders: Sequence[Path]) -> None:
-    """Write what W&B was not told of complete runs, and runs that were moved, to be sent; lost heat maps stay lost.
+    """Write what W&B was not told of complete runs, and runs that were moved, to be sent.
+
+    Heat maps that were not written into the run directory, as on a full disk, stay lost.
 
     What goes wrong with a run is printed in a line, and the others go on.
 
@@ -61,7 +63,9 @@ def _complete(directory: RunDirectory) -> None:
                 results.add(entry["stage"], results.categories.index(entry["category"]), entry["values"])
         for stage in range(1 + max(entry["stage"] for entry in journal.entries)):
             recorder.stage(stage, results.after(stage))
-        recorder.finish(summary, {metric: results.matrix(metric) for metric in METRICS})
+        said = recorder.finish(summary, {metric: results.matrix(metric) for metric in METRICS})
+        if recorder.missing() is not None:
+            raise UserError(said or UNTOLD_END)
         if missing is not None:
             rest = {} if missing.startswith(UNTOLD_END) else {"not_recorded": _COMPLETED}
             directory.write_summary({**summary, **rest})

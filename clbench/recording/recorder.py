@@ -1,12 +1,12 @@
 """Recorders: what is told of a run's losses, heat maps and results besides its directory."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import numpy as np
 
-from clbench.errors import first_line, in_one_line
+from clbench.errors import described, in_one_line
 from clbench.interruption import Stopped
 from clbench.metrics.continual import Matrix
 
@@ -100,18 +100,29 @@ class Surviving(Recorder):
             return self._recorder.finish(summary, matrices)
         return None
 
-    @contextmanager
-    def _surviving(self) -> Iterator[None]:
-        """Inside, any exception of a recorder is its last; those that stop a run pass through.
+    def _surviving(self) -> AbstractContextManager[None]:
+        """Inside, any exception of a recorder is its last; those that stop a run pass through."""
+        return surviving(self._fail)
 
-        Libraries raise more than Exceptions: SystemExit and CancelledError are none.
-        """
-        try:
-            yield
-        except (KeyboardInterrupt, Stopped):
-            raise
-        except BaseException as error:  # noqa: BLE001
-            self._recorder, self.wants_pictures = Recorder(), False
-            reason = in_one_line(error) or f"{type(error).__name__}: {first_line(error)}"
-            self._failure = f"{self._name} failed, and has not all of this run ({reason}); {self._way_out}"
-            self._say(self._failure)
+    def _fail(self, error: BaseException) -> None:
+        self._recorder, self.wants_pictures = Recorder(), False
+        reason = in_one_line(error) or described(error)
+        self._failure = f"{self._name} failed, and has not all of this run ({reason}); {self._way_out}"
+        self._say(self._failure)
+
+
+@contextmanager
+def surviving(failed: Callable[[BaseException], None]) -> Iterator[None]:
+    """Inside, an exception ends what is inside, and nothing else; those that stop a run pass through.
+
+    Libraries raise more than Exceptions: SystemExit and CancelledError are none.
+
+    Args:
+        failed: told the exception.
+    """
+    try:
+        yield
+    except (KeyboardInterrupt, Stopped):
+        raise
+    except BaseException as error:  # noqa: BLE001
+        failed(error)

@@ -4,7 +4,8 @@ What was logged is in `wandb/logged.jsonl`, a JSON line each; the number of a li
 written before wandb is told. wandb writes its own file, the fragment, by a process of its own and some seconds late,
 and what a killed job had yet to write is lost. So a continued run removes the fragment of the process before it, and
 logs all lines again into a new one: the same values at the same steps under the same id, whatever a server has got of
-them already. Pictures stay in `wandb/pictures` for that.
+them already. Pictures stay in `wandb/pictures` for that. Where wandb fails, it is told nothing more, and our own file goes
+on: `clbench wandb sync` tells all of it.
 
 wandb's own files are in the run directory too, whatever the home folder is. A fragment names those of tables by their whole
 paths: one of a directory that was moved is written anew before it is sent.
@@ -23,11 +24,12 @@ from typing import Any
 import numpy as np
 
 from clbench import digests
+from clbench.errors import described
 from clbench.metrics.continual import Matrix
 from clbench.recording.files import write_whole
 from clbench.recording.heat_maps import write_picture
 from clbench.recording.journal import Journal
-from clbench.recording.recorder import Recorder
+from clbench.recording.recorder import Recorder, surviving
 from clbench.recording.sending import answers, fragments, own_folders, send_live, sent
 
 UNTOLD_END = "W&B is not told of the end of this run"
@@ -49,7 +51,6 @@ class WandbRun(Recorder):
 
     Raises:
         UserError: the run directory cannot be written; from every method.
-        Exception: what wandb raises; from every method.
     """
 
     wants_pictures = True
@@ -67,22 +68,27 @@ class WandbRun(Recorder):
         self._pictures = self.folder / "pictures"
         self._file = Journal(self.folder / "logged.jsonl", lose_damaged=True)
         self._logged = {(line["key"], line["at"]) for line in self._file.entries}
-        self._run: Any = None  # the wandb.Run that is told; None where there is nothing more to tell
+        self._run: Any = (
+            None  # the wandb.Run that is told; None where there is nothing to tell, or wandb failed
+        )
+        self._failure: str | None = None  # why wandb is not told all
+        self._address = ""
         finished = ("finished", None) in self._logged  # by a process that was killed before the run's own end
         if not finished or not fragments(self.folder) or moved(self.folder):
             for left in [*fragments(self.folder), self.folder / "artifacts"]:
                 shutil.rmtree(left, ignore_errors=True)
             _write_about(self.folder, {"id": self.id, "folder": str(self.folder.resolve())})
-            self._run = _begin(directory, self.id, settings, config, names)
+            with self._telling():
+                self._run = _begin(directory, self.id, settings, config, names)
             for step, line in enumerate(self._file.entries):
                 self._tell(step, line)
             for waiting in sorted(self._pictures.glob("[0-9]*/*")):  # a killed process had yet to log them
                 self._log_pictures(int(waiting.parent.name), waiting.name)
-        with _writing_into(self.folder):
+        with self._telling():
             self._address = wandb.setup().settings.base_url
-        self._fragment = Path(self._run.dir).parent if self._run else fragments(self.folder)[-1]
-        online = settings["mode"] == "online" and not sent(self._fragment)
-        self._sender = send_live(self._fragment) if online else None
+        self._sender = None
+        if settings["mode"] == "online" and self._failure is None and not self._all_sent():
+            self._sender = send_live(fragments(self.folder)[-1])
 
     def epoch(self, stage: int, epoch: int, loss: float) -> None:
         self._log("epoch", epoch, {"epoch": epoch, "training/loss": loss, "training/stage": stage})
@@ -116,16 +122,21 @@ class WandbRun(Recorder):
 
     def finish(self, summary: Mapping[str, Any], matrices: Mapping[str, Matrix]) -> str | None:
         if self._run is not None:
-            self._end(summary, matrices)
-            if ("finished", None) not in self._logged:
+            with self._telling():
+                self._end(summary, matrices)
+            if self._failure is None and ("finished", None) not in self._logged:
                 self._append("finished", None, {})
         if self._sender is not None and self._sender.poll() is None and answers(self._address):
             with suppress(subprocess.TimeoutExpired):
                 self._sender.wait(max(_LEAST_GRACE, _GRACE * (time.perf_counter() - self._begun)))
         _end_process()
-        if sent(self._fragment):
-            return None
         command = f"clbench wandb sync {self.folder.parent}"
+        if self._failure is not None:
+            if self._sender is not None:
+                self._sender.terminate()
+            return f"W&B failed, and has not all of run {self.id} ({self._failure}): {command} completes it"
+        if self._all_sent():
+            return None
         if self._sender is None:
             return f"W&B run {self.id} is written, and not sent: {command} sends it"
         self._sender.terminate()
@@ -133,7 +144,7 @@ class WandbRun(Recorder):
 
     def _log(self, key: str, at: int, values: dict[str, Any]) -> None:
         """Log values under a key, at a stage or an epoch: once, however often a run comes by here."""
-        if self._run is not None and (key, at) not in self._logged:
+        if (key, at) not in self._logged:
             self._tell(*self._append(key, at, values))
 
     def _append(self, key: str, at: int | None, values: dict[str, Any]) -> tuple[int, dict[str, Any]]:
@@ -143,6 +154,19 @@ class WandbRun(Recorder):
         self._file.append(line)
         return self._file.count - 1, line
 
+    def _all_sent(self) -> bool:
+        """Whether W&B's server has all of the run so far."""
+        return all(map(sent, fragments(self.folder)))
+
+    @contextmanager
+    def _telling(self) -> Iterator[None]:
+        """Inside, wandb is told something, and writes into the run directory; where it fails, it is told nothing more."""
+        with surviving(self._fail), _writing_into(self.folder):
+            yield
+
+    def _fail(self, error: BaseException) -> None:
+        self._run, self._failure = None, self._failure or described(error)
+
     # All that wandb is told goes through _begin, _tell and _end. It is imported where it is used: that takes a second.
 
     def _tell(self, step: int, line: Mapping[str, Any]) -> None:
@@ -150,12 +174,12 @@ class WandbRun(Recorder):
         import wandb
 
         key, values = line["key"], dict(line["values"])
-        if key == "finished":
+        if self._run is None or key == "finished":
             return
-        if key.startswith("maps/"):
-            paths = sorted((self._pictures / str(line["at"]) / key.removeprefix("maps/")).glob("*.png"))
-            values[key] = [wandb.Image(str(path)) for path in paths]
-        with _writing_into(self.folder):
+        with self._telling():
+            if key.startswith("maps/"):
+                paths = sorted((self._pictures / str(line["at"]) / key.removeprefix("maps/")).glob("*.png"))
+                values[key] = [wandb.Image(str(path)) for path in paths]
             self._run.log(values, step=step)
 
     def _end(self, summary: Mapping[str, Any], matrices: Mapping[str, Matrix]) -> None:
@@ -170,12 +194,11 @@ class WandbRun(Recorder):
             f"R/{metric}": wandb.Table(columns=columns, data=[[stage, *row] for stage, row in enumerate(R)])
             for metric, R in matrices.items()
         }
-        with _writing_into(self.folder):
-            self._run.log(tables, step=self._file.count - (("finished", None) in self._logged))
-            for group in ("final", "forgetting", "memory", "time"):
-                self._run.summary.update({f"{group}/{key}": value for key, value in summary[group].items()})
-            self._run.summary["average_forgetting_pct"] = summary["average_forgetting_pct"]
-            self._run.finish()
+        self._run.log(tables, step=self._file.count - (("finished", None) in self._logged))
+        for group in ("final", "forgetting", "memory", "time"):
+            self._run.summary.update({f"{group}/{key}": value for key, value in summary[group].items()})
+        self._run.summary["average_forgetting_pct"] = summary["average_forgetting_pct"]
+        self._run.finish()
 
 
 def _begin(
@@ -192,27 +215,26 @@ def _begin(
     import wandb
 
     _end_process()
-    with _writing_into(directory / "wandb"):
-        run = wandb.init(
-            mode="offline",
-            dir=str(directory),
-            id=identity,
-            name=cut_name(directory.name),
-            project=settings["project"],
-            entity=settings["entity"],
-            group=cut_name(config["experiment"]),
-            tags=settings["tags"] or None,
-            notes=settings["notes"],
-            config=dict(config),
-            settings=wandb.Settings(
-                console="off",
-                silent=True,
-                disable_git=True,
-                disable_code=True,
-                x_disable_stats=True,  # x_ marks what wandb may change in any version
-                x_disable_meta=True,
-            ),
-        )
+    run = wandb.init(
+        mode="offline",
+        dir=str(directory),
+        id=identity,
+        name=cut_name(directory.name),
+        project=settings["project"],
+        entity=settings["entity"],
+        group=cut_name(config["experiment"]),
+        tags=settings["tags"] or None,
+        notes=settings["notes"],
+        config=dict(config),
+        settings=wandb.Settings(
+            console="off",
+            silent=True,
+            disable_git=True,
+            disable_code=True,
+            x_disable_stats=True,  # x_ marks what wandb may change in any version
+            x_disable_meta=True,
+        ),
+    )
     for over in ("stage", "epoch"):
         run.define_metric(over)
     plain = [name for name in names if "*" not in name]  # which wandb takes for a pattern
