@@ -155,6 +155,7 @@ def build_detector(config: Config) -> Detector:
         given["backbone"] = Backbone(**settings, precision=gpu.precision, compile=gpu.compile)
     detector: Detector = kind(**arguments(kind, config.method.settings), **given)
     detector.lay_out()
+    detector.image_memory = None if gpu.image_memory_mb is None else gpu.image_memory_mb * 10**6
     detector.precision = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[gpu.precision]
     return detector
 

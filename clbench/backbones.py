@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies
+from weakref import WeakKeyDictionary
 
 import timm
 import torch
@@ -20,6 +21,7 @@ from timm.layers import Format
 from timm.models._features import FeatureGetterNet  # private, so that pyproject.toml bounds timm above
 from torch import Tensor, nn
 
+from clbench.data.images import Identity, Images, identities, origin
 from clbench.errors import UserError, first_line
 from clbench.feature_store import FeatureStore
 from clbench.paths import PATH_FOR_USE, absolute_path, expanded
@@ -342,8 +344,10 @@ class Student(nn.Module):
 class FeaturePyramid(nn.Module):
     """A frozen network that gives levels of features, each image's computed once.
 
-    The network always sees batches of the same size (the last one is filled up), so that an image's features
-    do not depend on which images it comes with.
+    The network always sees batches of the same size, so that an image's features do not depend on which images it comes
+    with. One that is not full is filled up with images that will be asked for later, as long as their features have
+    room, and else with copies. On a GPU, which does not give equal digits anyway unless `gpu.deterministic` asks for them, the
+    copies are left out.
 
     Args:
         network: normalised images [B, 3, H, W] -> levels [B, C_l, H_l, W_l].
@@ -380,6 +384,9 @@ class FeaturePyramid(nn.Module):
         self.batch_size = batch_size
         self.dtype = dtype
         self.normalisation = normalisation or Normalisation()
+        self._looked: WeakKeyDictionary[Images, int] = (
+            WeakKeyDictionary()
+        )  # how many were looked at to fill up batches
 
     def train(self, mode: bool = True) -> "FeaturePyramid":
         """Always in evaluation mode: frozen normalisation statistics stay as they are."""
@@ -391,20 +398,49 @@ class FeaturePyramid(nn.Module):
             return self.network(self.normalisation(images))
         if self.store.paused:
             return self.compute(images)
-        keys = self.store.keys(images)
-        found = [self.store.get(key) for key in keys]
-        missing = [index for index, levels in enumerate(found) if levels is None]
+        names = identities(images)
+        found = {name: self.store.get(name) for name in names}
+        missing = [row for row, name in enumerate(names) if found[name] is None]
         for begin in range(0, len(missing), self.batch_size):
-            part = missing[begin : begin + self.batch_size]
-            for row, index in enumerate(part):
-                if row == 0:
-                    levels = self.compute(images[part])
-                found[index] = one = [level[row] for level in levels]
-                self.store.put(keys[index], one)
+            rows = missing[begin : begin + self.batch_size]
+            known, part = [names[row] for row in rows], images[rows] if len(rows) < len(names) else images
+            if (ahead := self._ahead(images, known)) is not None:
+                known, part = known + identities(ahead), torch.cat([part, ahead])
+            levels = self.compute(part)
+            for place, name in enumerate(known):
+                one = [level[place] for level in levels]
+                self.store.put(name, one)
+                if name in found:
+                    found[name] = one
         return [
-            torch.stack([levels[index].to(images.device) for levels in found if levels])
+            torch.stack([found[name][index] for name in names])  # type: ignore[index]
             for index in range(len(self.channels))
         ]
+
+    def _ahead(self, images: Tensor, names: list[Identity]) -> Tensor | None:
+        """Images that will be asked for later, uint8 [M, 3, H, W], to fill up a batch that is not whole.
+
+        Args:
+            images: some of those that the batch is of, which tell where the others are.
+            names: the batch's own.
+
+        Returns:
+            At most as many as the batch lacks; None where there are none, or no room for their features.
+        """
+        source = origin(images)
+        if self.store.full or source is None:
+            return None
+        rows: list[int] = []
+        while lacking := self.batch_size - len(names) - len(rows):
+            begin = self._looked.get(source[0], 0)
+            window = torch.arange(begin, min(begin + lacking, len(source[0])))
+            if not len(window):
+                break
+            for row, name in zip(window.tolist(), source[0].identities(window), strict=True):
+                if name not in names and self.store.get(name) is None:
+                    rows.append(row)
+            self._looked[source[0]] = begin + len(window)
+        return source[0][torch.tensor(rows)] if rows else None
 
     @torch.no_grad()
     def check(
@@ -444,8 +480,9 @@ class FeaturePyramid(nn.Module):
         return [torch.cat(levels) if len(parts) > 1 else levels[0] for levels in zip(*parts, strict=True)]
 
     def _whole_batch(self, images: Tensor) -> list[Tensor]:
-        """The levels of at most a batch of images, which is filled up with copies of the first."""
-        missing = self.batch_size - len(images)
+        """The levels of at most a batch of images, which is filled up with copies of the first where digits are to be equal."""
+        equal = images.device.type == "cpu" or torch.are_deterministic_algorithms_enabled()
+        missing = self.batch_size - len(images) if equal else 0
         if missing:
             images = torch.cat([images, images[:1].expand(missing, -1, -1, -1)])
         normalised = self.normalisation(images)

@@ -1,13 +1,13 @@
 """Anomaly maps of test images, the metrics of these maps, and the time that they take."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from clbench.data.images import ImageSet
+from clbench.data.images import Images, ImageSet
 from clbench.methods.base import Prediction, Progress
 from clbench.metrics.curves import image_metrics, pixel_metrics
 from clbench.strategies.base import Strategy
@@ -42,7 +42,9 @@ def predict(
 
 
 @torch.no_grad()
-def predictions(strategy: Strategy, images: Tensor, task: int, device: torch.device) -> Iterator[Prediction]:
+def predictions(
+    strategy: Strategy, images: Tensor | Images, task: int, device: torch.device
+) -> Iterator[Prediction]:
     """Images of a task, uint8 [N, 3, H, W] -> maps [B, H, W] and scores [B] batch by batch, on the CPU.
 
     Args:
@@ -53,13 +55,45 @@ def predictions(strategy: Strategy, images: Tensor, task: int, device: torch.dev
         Diverged: a map or score is not finite.
     """
     strategy.detector.eval()
-    for batch in images.split(BATCH_SIZE):
-        maps, scores = (found.cpu() for found in strategy.predict(batch.to(device), task))
-        if not (maps.isfinite().all() and scores.isfinite().all()):
-            raise Diverged(
-                f"an anomaly map or score is not finite: {advice_on_divergence(strategy.detector)}"
-            )
-        yield Prediction(maps, scores)
+    before: Callable[[], Prediction] | None = None
+    for batch in Images.of(images).on(device).split(BATCH_SIZE):
+        # A GPU begins with a batch before the one before has come back.
+        coming = _coming_back(strategy.predict(batch, task))
+        if before is not None:
+            yield _finite(before(), strategy)
+        before = coming
+    if before is not None:
+        yield _finite(before(), strategy)
+
+
+def _coming_back(prediction: Prediction) -> Callable[[], Prediction]:
+    """Begin to copy a prediction to the CPU; gives a function that waits for it, and gives it there."""
+    if prediction.maps.device.type != "cuda":
+        return lambda: Prediction(*(found.cpu() for found in prediction))
+    copies = Prediction(
+        *(torch.empty(found.shape, dtype=found.dtype, pin_memory=True) for found in prediction)
+    )
+    for copy, found in zip(copies, prediction, strict=True):
+        copy.copy_(found, non_blocking=True)
+    done = torch.cuda.Event()
+    done.record()
+
+    def arrived() -> Prediction:
+        done.synchronize()
+        return copies
+
+    return arrived
+
+
+def _finite(prediction: Prediction, strategy: Strategy) -> Prediction:
+    """The prediction.
+
+    Raises:
+        Diverged: a map or score is not finite.
+    """
+    if not all(bool(found.isfinite().all()) for found in prediction):
+        raise Diverged(f"an anomaly map or score is not finite: {advice_on_divergence(strategy.detector)}")
+    return prediction
 
 
 def metrics_of(prediction: Prediction, images: ImageSet) -> dict[str, float | None]:
@@ -83,7 +117,7 @@ def metrics_of(prediction: Prediction, images: ImageSet) -> dict[str, float | No
 
 @torch.no_grad()
 def inference_time(
-    strategy: Strategy, images: Tensor, task: int, device: torch.device, progress: Progress
+    strategy: Strategy, images: Tensor | Images, task: int, device: torch.device, progress: Progress
 ) -> float:
     """Milliseconds for an image, from uint8 pixels on the device to map and score.
 

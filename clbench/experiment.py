@@ -1,13 +1,13 @@
 """The protocol: for each task, learn; then for each category, evaluate; record; checkpoint."""
 
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
-import torch
-
 from clbench import evaluation, footprint, thresholds
 from clbench.assembly import Assembly
+from clbench.data.images import Images
 from clbench.errors import UserError
 from clbench.footprint import memory_named
 from clbench.history import History
@@ -54,6 +54,7 @@ def run(
             course.learn(stage)
             for category in course.history.to_evaluate(stage):
                 course.evaluate(stage, category)
+            course.settle()
             course.record(stage)
         return course.finish()
     finally:
@@ -88,6 +89,8 @@ class Course:
         self.spent = self.history.spent
         self.strategy.bookmark, self.strategy.on_epoch = self.history.checkpoints, self.history.add_epoch
         self.strategy.detector.progress = self.progress
+        self._thread = ThreadPoolExecutor(1)
+        self._measuring: tuple[int, int, Future[Values]] | None = None  # stage, category, and metrics to come
         for note in assembly.notes:
             display.line(f"note: {note}")
         if self.history.continued:
@@ -95,6 +98,7 @@ class Course:
 
     def let_go(self) -> None:
         """End all calls back from the strategy, so that its tensors are freed as soon as the run is left."""
+        self._thread.shutdown(cancel_futures=True)
         self.strategy.bookmark, self.strategy.on_epoch = None, ignore_epoch
         self.strategy.detector.progress = silent
         self.history.checkpoints.beside = dict
@@ -118,13 +122,12 @@ class Course:
         names = "+".join(self.tasks[task].name for task in self.stages[stage])
         with self.spent.on("train_s"), memory_named(f"learning {names}", "method.batch_size"):
             with _titled(self._title(stage)):
-                images = torch.cat(train) if len(train) > 1 else train[0]
-                self.strategy.learn(stage, images.to(self.assembly.device))
+                self.strategy.learn(stage, Images.concatenate(train))
             self.strategy.detector.release(self.strategy.stored_images())
         self.history.add_learned(stage)
 
     def evaluate(self, stage: int, category: int) -> None:
-        """Evaluate a category after a stage, and keep the metrics.
+        """Evaluate a category after a stage, and keep the metrics, or leave that to `settle`.
 
         Where the strategy says that its predictions did not change, the last metrics are taken.
 
@@ -135,13 +138,35 @@ class Course:
         name, learned = self.categories[category].name, self.results.learned[category]
         with self.spent.on("eval_s"), memory_named(f"evaluating {name}", "backbone.batch_size"):
             unchanged = stage > 0 and self.strategy.unchanged(stage, learned)
-            values = self.results.get(stage - 1, category) if unchanged else None
-            if values is None or self.assembly.config.maps is True:
-                values = self._measure(stage, category)
-        self.history.add_evaluation(stage, category, values)
+            known = self.results.get(stage - 1, category) if unchanged else None
+            if known is None or self.assembly.config.maps is True:
+                values = self._measured(stage, category)
+            else:
+                values = Future()
+                values.set_result(known)
+        self.settle()
+        self._measuring = stage, category, values
+        if values.done():
+            self.settle()
 
-    def _measure(self, stage: int, category: int) -> Values:
-        """Predict a category's test images, write the heat maps that are asked for, and give the metrics."""
+    def settle(self) -> None:
+        """Keep the metrics of the last category that was evaluated, once they are there.
+
+        Raises:
+            UserError: a file cannot be written.
+        """
+        if self._measuring is not None:
+            stage, category, values = self._measuring
+            self._measuring = None
+            with self.spent.on("eval_s"):
+                found = values.result()
+            self.history.add_evaluation(stage, category, found)
+
+    def _measured(self, stage: int, category: int) -> "Future[Values]":
+        """Predict a category's test images, and write the heat maps that are asked for; gives the metrics to come.
+
+        Beside a GPU, a thread computes them while the next category is predicted.
+        """
         test, name = self.categories[category].test, self.categories[category].name
         maps = self.assembly.config.maps
         title = f"{self._title(stage)}, {name}"
@@ -156,7 +181,11 @@ class Course:
             heat_maps.write_few(prediction.maps, test, pictures / "few", stage)
         if maps is True and stage in (self.results.learned[category], len(self.stages) - 1):
             heat_maps.write_all(prediction.maps, test, pictures, stage)
-        return evaluation.metrics_of(prediction, test)
+        if self.assembly.device.type != "cpu":
+            return self._thread.submit(evaluation.metrics_of, prediction, test)
+        values: Future[Values] = Future()
+        values.set_result(evaluation.metrics_of(prediction, test))
+        return values
 
     def record(self, stage: int) -> None:
         """Give a stage's results to the recorder and show their means on the terminal."""

@@ -1,4 +1,4 @@
-"""Features of images that a frozen network has seen, kept within a budget of memory and then of disk."""
+"""Features of images that a frozen network has seen, kept within a budget of memory and, beside a CPU, of disk."""
 
 import os
 import tempfile
@@ -7,9 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clbench.randomness import generator
-
-Key = tuple[int, int]
+from clbench.data.images import Identity, Images
 
 _SEGMENT = 256 * 10**6  # bytes of disk taken at a time
 
@@ -35,7 +33,10 @@ class FeatureStore:
 
     An image is known by its content: the same image is found again in any stage, split or replay buffer, and
     a detector need not know that there is a store. What came first stays: images are seen in the same order
-    again and again, where dropping the oldest would make every pass miss.
+    again and again, where dropping the oldest would make every pass miss. But test images in memory make room for training
+    images, which every epoch sees.
+
+    A GPU's features stay in its memory: half of what is free there when the first are kept, at most, and no disk.
 
     Args:
         memory_limit: bytes of memory for features, at most.
@@ -44,71 +45,85 @@ class FeatureStore:
     Attributes:
         paused: True while nothing is to be found or kept.
         learning: True while training images are seen, whose features `release` drops after the stage.
+        full: whether there was no room for the image that came last.
     """
 
     def __init__(self, memory_limit: int, disk_limit: int):
         self.memory_limit, self.disk_limit = memory_limit, disk_limit
         self.memory_used = self.disk_used = 0
-        self.paused = self.learning = False
-        self._entries: dict[Key, list[Tensor]] = {}
-        self._places: dict[Key, Tensor] = {}  # on disk
+        self.paused = self.learning = self.full = False
+        self._entries: dict[Identity, list[Tensor]] = {}
+        self._places: dict[Identity, Tensor] = {}  # on disk
         self._free: dict[int, list[Tensor]] = {}  # places on disk that were released, by length
         self._segment = torch.empty(0)  # the free rest of the newest piece of disk
-        self._learned: set[Key] = set()
-        self._weights: Tensor | None = None
+        self._learned: set[Identity] = set()
+        self._tests: dict[Identity, None] = {}  # images in memory that no stage learns from
+        self._limited = False  # by what a GPU has free
 
-    def keys(self, images: Tensor) -> list[Key]:
-        """Images [B, 3, H, W], uint8 or float32 -> their keys, two independent 64-bit sums over pixels."""
-        flat = images.reshape(len(images), -1)
-        flat = flat.view(torch.int32) if flat.dtype == torch.float32 else flat
-        if self._weights is None or self._weights.shape[1] != flat.shape[1]:
-            bounds = -(2**62), 2**62
-            random = generator(0, "feature store")
-            self._weights = torch.randint(*bounds, (2, flat.shape[1]), generator=random) | 1
-        weights = self._weights = self._weights.to(images.device)
-        # One image and one sum at a time: products of a whole batch would take 16 times its bytes.
-        sums = torch.stack([torch.stack([(row * weight).sum() for weight in weights]) for row in flat])
-        return [(first, second) for first, second in sums.tolist()]
+    def get(self, image: Identity) -> list[Tensor] | None:
+        """The levels [C_l, H_l, W_l] of an image; None where they are not kept."""
+        return None if self.paused else self._entries.get(image)
 
-    def get(self, key: Key) -> list[Tensor] | None:
-        """The levels [C_l, H_l, W_l] of the image with this key; None where they are not kept."""
-        return None if self.paused else self._entries.get(key)
-
-    def put(self, key: Key, levels: list[Tensor]) -> None:
-        """Keep the levels [C_l, H_l, W_l] of the image with this key, where there is room for them."""
-        if self.paused or key in self._entries:
+    def put(self, image: Identity, levels: list[Tensor]) -> None:
+        """Keep the levels [C_l, H_l, W_l] of an image, where there is room for them."""
+        if self.paused or image in self._entries:
             return
+        device = levels[0].device
+        if device.type == "cuda" and not self._limited:
+            self.memory_limit = min(self.memory_limit, torch.cuda.mem_get_info(device)[0] // 2)
+            self._limited = True
         floats = sum(level.numel() for level in levels)
-        if self.memory_used + 4 * floats <= self.memory_limit:
-            self._entries[key] = [level.clone() for level in levels]
-            self.memory_used += 4 * floats
-        elif (place := self._place(floats)) is not None:
-            parts = place.split([level.numel() for level in levels])
-            kept = [part.view(level.shape) for part, level in zip(parts, levels, strict=True)]
-            for part, level in zip(kept, levels, strict=True):
-                part.copy_(level)
-            self._entries[key], self._places[key] = kept, place
-            self.disk_used += 4 * floats
-        else:
-            return
-        if self.learning:
-            self._learned.add(key)
+        self.full = not (self._in_memory(image, levels, floats) or self._on_disk(image, levels, floats))
+        while self.full and self.learning and self._tests:
+            self._drop(next(reversed(self._tests)))
+            self.full = not self._in_memory(image, levels, floats)
+        if self.learning and not self.full:
+            self._learned.add(image)
 
-    def release(self, keep: Tensor | None) -> None:
+    def _in_memory(self, image: Identity, levels: list[Tensor], floats: int) -> bool:
+        """Keep an image's levels, so many numbers, in memory; False where it has no room."""
+        if self.memory_used + 4 * floats > self.memory_limit:
+            return False
+        self._entries[image] = [level.clone() for level in levels]
+        self.memory_used += 4 * floats
+        if not self.learning:
+            self._tests[image] = None
+        return True
+
+    def _on_disk(self, image: Identity, levels: list[Tensor], floats: int) -> bool:
+        """Keep an image's levels, so many numbers, on disk; False where it has no room, or they are a GPU's."""
+        place = self._place(floats) if levels[0].device.type == "cpu" else None
+        if place is None:
+            return False
+        parts = place.split([level.numel() for level in levels])
+        kept = [part.view(level.shape) for part, level in zip(parts, levels, strict=True)]
+        for part, level in zip(kept, levels, strict=True):
+            part.copy_(level)
+        self._entries[image], self._places[image] = kept, place
+        self.disk_used += 4 * floats
+        return True
+
+    def _drop(self, image: Identity) -> None:
+        """Forget an image's levels."""
+        size = 4 * sum(level.numel() for level in self._entries.pop(image))
+        self._tests.pop(image, None)
+        if (place := self._places.pop(image, None)) is not None:
+            self._free.setdefault(len(place), []).append(place)
+            self.disk_used -= size
+        else:
+            self.memory_used -= size
+
+    def release(self, keep: Images | None) -> None:
         """Drop the features of training images, which are not seen after their stage.
 
         Args:
             keep: images that will be learned again and so stay, uint8 [M, 3, H, W]; None for none.
         """
-        again = set(self.keys(keep)) if keep is not None and len(keep) else set()
-        for key in self._learned - again:
-            size = 4 * sum(level.numel() for level in self._entries.pop(key))
-            if (place := self._places.pop(key, None)) is not None:
-                self._free.setdefault(len(place), []).append(place)
-                self.disk_used -= size
-            else:
-                self.memory_used -= size
+        again = set(keep.identities(torch.arange(len(keep)))) if keep is not None else set()
+        for image in self._learned - again:
+            self._drop(image)
         self._learned &= again
+        self.full = False
 
     def _place(self, floats: int) -> Tensor | None:
         """A free place for so many floats on disk, float32 [floats]; None where there is none."""

@@ -16,6 +16,7 @@ from pydantic.dataclasses import dataclass as checked_dataclass
 from torch import Tensor
 
 from clbench import evaluation
+from clbench.data.images import Images
 from clbench.data.stream import Task
 from clbench.errors import UserError
 from clbench.methods.base import Progress
@@ -175,19 +176,18 @@ def calibrate(
     return {"image_size": size, "false_positive_rates": list(RATES), "models": found}
 
 
-def _normal(strategy: Strategy, tasks: list[Task], stage: int, enough: int) -> tuple[Tensor, bool]:
+def _normal(strategy: Strategy, tasks: list[Task], stage: int, enough: int) -> tuple[Images, bool]:
     """Normal images of a stage, uint8 [N, 3, H, W], and whether they were held out.
 
     Args:
         enough: number of images, at most, where none was held out and they are some that were learned from.
     """
-    sets = [tasks[task].train.images for task in strategy.stages(len(tasks))[stage]]
-    images = torch.cat(sets) if len(sets) > 1 else sets[0]
+    images = Images.concatenate([tasks[task].train.images for task in strategy.stages(len(tasks))[stage]])
     learned, held = split_rows(len(images), strategy.detector.held_out, strategy.seed, stage)
     if len(held):
-        return images[held], True
+        return images.some(held), True
     order = torch.randperm(len(learned), generator=generator(strategy.seed, "thresholds", stage))
-    return images[order[: max(enough, 1)].sort().values], False
+    return images.some(order[: max(enough, 1)].sort().values), False
 
 
 @checked_dataclass(frozen=True)

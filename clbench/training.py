@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from clbench.data.images import Images
 from clbench.errors import UserError
 from clbench.methods.base import Detector, kept_state
 from clbench.randomness import generator, seed_for
@@ -124,7 +125,7 @@ def overrides(strategy: type[Hooks], names: Sequence[str], parent: type[Hooks] =
 def train(
     detector: Detector,
     stage: int,
-    images: Tensor,
+    images: Tensor | Images,
     stored: Sequence[tuple[Tensor, Tensor]],
     seed: int,
     bookmark: Bookmark | None = None,
@@ -140,7 +141,8 @@ def train(
     Args:
         detector: on its device.
         stage: 0-based.
-        images: the stage's images, uint8 [N, 3, H, W], on that device.
+        images: the stage's images, uint8 [N, 3, H, W]. With an optimizer, all that is learned from is copied to the
+            device once, see `Images.copied`; else a batch at a time goes there.
         stored: for each earlier stage, two tensors uint8 [M, 3, H, W]: images that it was learned from, which are
             replayed, one with every new image; and images that were held out of it, and stay held out.
         seed: the run's.
@@ -157,35 +159,51 @@ def train(
             be written.
     """
     current, validation = split(images, detector.held_out, seed, stage)
-    learned = {stage: current, **{earlier: some for earlier, (some, _) in enumerate(stored) if len(some)}}
-    past = [some for owner, some in learned.items() if owner != stage]
-    unseen = torch.cat([validation, *(held for _, held in stored)])
+    owners = [
+        (stage, len(current)),
+        *((earlier, len(some)) for earlier, (some, _) in enumerate(stored) if len(some)),
+    ]
+    learned = Images.concatenate([current, *(some for some, _ in stored)]).on(detector.device)
+    unseen = Images.concatenate([validation, *(held for _, held in stored)]).on(detector.device)
+    if detector.has_gradients():  # every epoch sees all of them
+        learned = learned.copied(_image_memory(detector))
+        unseen = unseen.copied(_image_memory(detector))
+    current, past = learned.some(slice(len(current))), learned.some(slice(len(current), None))
     with detector.learning():
         detector.train()
         detector.prepare(current)
         saved = bookmark.find(stage) if bookmark else None
         if saved is None:
             with torch.no_grad():
-                detector.start_task(stage, current, torch.cat(past) if past else current[:0])
+                detector.start_task(stage, current, past)
         optimizer = detector.optimizer()
         if optimizer is None:
-            _collect(detector, torch.cat([current, *past]) if past else current)
+            _collect(detector, learned)
         else:
             descent = Descent(detector, optimizer, stage, seed, bookmark, on_epoch, hooks or Hooks())
             if saved is not None:
                 descent.restore(*saved)
-            descent.run(learned, unseen)
+            descent.run(learned, owners, unseen)
         detector.eval()
         with torch.no_grad():
             detector.finish_task(unseen if len(unseen) else current)
 
 
+def _image_memory(detector: Detector) -> float:
+    """How many more bytes of images its device has room for."""
+    if detector.image_memory is not None:
+        return detector.image_memory
+    return torch.cuda.mem_get_info(detector.device)[0] / 2 if detector.device.type == "cuda" else math.inf
+
+
 @torch.no_grad()
-def _collect(detector: Detector, images: Tensor) -> None:
+def _collect(detector: Detector, images: Images) -> None:
     """Show every image, uint8 [N, 3, H, W], to the detector once."""
-    for begin in range(0, len(images), detector.batch_size):
-        detector.training_step(images[begin : begin + detector.batch_size])
-        detector.progress("learning", min(begin + detector.batch_size, len(images)), len(images))
+    done = 0
+    for batch in images.split(detector.batch_size):
+        detector.training_step(batch)
+        done += len(batch)
+        detector.progress("learning", done, len(images))
 
 
 class Descent:
@@ -230,12 +248,13 @@ class Descent:
         self.best: Mapping[str, Tensor] | None = None
         self.best_loss, self.since = math.inf, 0
 
-    def run(self, learned: Mapping[int, Tensor], unseen: Tensor) -> None:
+    def run(self, learned: Images, owners: Sequence[tuple[int, int]], unseen: Images) -> None:
         """Train from the current epoch and step to the end, and leave the best weights in the detector.
 
         Args:
-            learned: images to learn from, stage -> uint8 [N, 3, H, W]: first those of the stage itself, then
-                the replayed ones of each earlier stage.
+            learned: images to learn from, uint8 [N, 3, H, W]: first those of the stage itself, then the replayed ones
+                of each earlier stage.
+            owners: which of them are whose, in their order: a stage, and how many are its own.
             unseen: held-out images for early stopping, uint8 [V, 3, H, W]; there may be none.
 
         Raises:
@@ -243,14 +262,13 @@ class Descent:
             Stopped, UserError: as `train`.
         """
         detector = self.detector
-        images = torch.cat(list(learned.values())) if len(learned) > 1 else learned[self.stage]
-        per_epoch = math.ceil(len(learned[self.stage]) / detector.batch_size)
+        per_epoch = math.ceil(owners[0][1] / detector.batch_size)
         budget = detector.step_budget or detector.epochs * per_epoch
         stops_early = detector.patience is not None and len(unseen) > 0
         while self.epoch * per_epoch < budget:
             if stops_early and self.since >= (detector.patience or 0):
                 break
-            self._epoch(images, [(owner, len(some)) for owner, some in learned.items()], per_epoch, budget)
+            self._epoch(learned, owners, per_epoch, budget)
             if stops_early:
                 self._validate(unseen)
             self.on_epoch(self.stage, self.epoch, float(self.losses.mean()))
@@ -262,12 +280,11 @@ class Descent:
             advice = advice_on_divergence(detector)
             raise Diverged(f"a weight is not finite after the last step of epoch {self.epoch}: {advice}")
 
-    def _epoch(self, images: Tensor, owners: Sequence[tuple[int, int]], per_epoch: int, budget: int) -> None:
+    def _epoch(self, images: Images, owners: Sequence[tuple[int, int]], per_epoch: int, budget: int) -> None:
         """Take the steps of the current epoch, from `self.step` on.
 
         Args:
-            images: all to learn from, uint8 [N, 3, H, W].
-            owners: which of them are whose, in their order: a stage, and how many are its own.
+            images, owners: as for `run`.
             per_epoch: steps of a whole epoch.
             budget: steps of the whole training.
         """
@@ -284,11 +301,10 @@ class Descent:
         starts = torch.tensor([0, *itertools.accumulate(counts)])
         owner = torch.bucketize(rows, starts, right=True) - 1
         stages, own_rows = torch.tensor([stage for stage, _ in owners])[owner], rows - starts[owner]
-        # All of an epoch's rows go to the device together: a copy in every step would wait for the device.
         sizes = [len(batch) for batch in batches]
-        columns = (values.split(sizes) for values in (rows.to(images.device), stages, own_rows))
-        for chosen, stages_of, rows_of in zip(*columns, strict=True):
-            self._step(Batch(images[chosen], stages_of, rows_of, self.stage), (before + self.step) / budget)
+        columns = images.batches(batches), stages.split(sizes), own_rows.split(sizes)
+        for shown, stages_of, rows_of in zip(*columns, strict=True):
+            self._step(Batch(shown, stages_of, rows_of, self.stage), (before + self.step) / budget)
             self._keep(epoch_ended=False)
             if self.step == steps or time.perf_counter() - looked > _LOOK_S:
                 self._check()
@@ -315,7 +331,9 @@ class Descent:
             self.scaler.unscale_(self.optimizer)
             gradients = {name: p.grad for name, p in self.trained.items() if p.grad is not None}
             if self.watched and self.scaler.is_enabled():
-                taken = all(bool(gradient.isfinite().all()) for gradient in gradients.values())
+                taken = bool(
+                    torch.stack([gradient.isfinite().all() for gradient in gradients.values()]).all()
+                )
             if taken:
                 self.hooks.after_backward(gradients)
             if self.detector.gradient_clip is not None:
@@ -364,7 +382,7 @@ class Descent:
             )
 
     @torch.no_grad()
-    def _validate(self, unseen: Tensor) -> None:
+    def _validate(self, unseen: Images) -> None:
         """Compute the mean loss of held-out images, uint8 [V, 3, H, W]; keep the weights if it is lowest.
 
         The same random numbers are drawn after every epoch.
@@ -478,15 +496,13 @@ def _batches(counts: Sequence[int], size: int, stage: int, epoch: int, seed: int
     return batches
 
 
-def split(images: Tensor, share: float, seed: int, stage: int) -> tuple[Tensor, Tensor]:
-    """A stage's images, uint8 [N, 3, H, W], to learn from, and those held out.
+def split(images: Tensor | Images, share: float, seed: int, stage: int) -> tuple[Images, Images]:
+    """A stage's images, uint8 [N, 3, H, W], to learn from, and those held out; none is copied.
 
     At least one is learned from; of two or more at least one is held out where the share is not 0.
     """
     learned, held = split_rows(len(images), share, seed, stage)
-    if not len(held):
-        return images, images[:0]
-    return images[learned.to(images.device)], images[held.to(images.device)]
+    return Images.of(images).some(learned), Images.of(images).some(held)
 
 
 def split_rows(count: int, share: float, seed: int, stage: int) -> tuple[Tensor, Tensor]:

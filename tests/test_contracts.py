@@ -487,7 +487,7 @@ class ErasesWhatItJudged(SmallDetector):
 @fails(IMAGES, "learning changed a task's images")
 class StrategyThatDarkens(Strategy):
     def begin_stage(self, stage: int, images: Tensor) -> None:
-        images //= 2
+        images[:].floor_divide_(2)
 
 
 FORGETTING = "test_its_own_update_keeps_what_forgetting_drops"

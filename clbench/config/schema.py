@@ -12,6 +12,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    NonNegativeInt,
     PositiveInt,
     PrivateAttr,
     ValidationError,
@@ -134,6 +135,8 @@ class Gpu(Closed):
         precision: `fp32`, or the type of mixed-precision training.
         deterministic: whether torch must use deterministic algorithms alone.
         compile: whether frozen networks are compiled.
+        image_memory_mb: images of a stage that may be on a GPU for its training, 10^6 bytes; more are sent there a batch at
+            a time. None for half of what is free.
         threads: number of threads of torch on the CPU; None for torch's own choice.
     """
 
@@ -141,6 +144,7 @@ class Gpu(Closed):
     precision: Literal["fp32", "bf16", "fp16"]
     deterministic: bool = False
     compile: bool = False
+    image_memory_mb: NonNegativeInt | None = None
     threads: PositiveInt | None = None
 
 

@@ -1,14 +1,231 @@
-"""Decoded images of a category or a task, as tensors."""
+"""Images as tensors: where they lie, what is known about them, and how they come to the device."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
+from typing import Any, Union
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from clbench.data.cache import Contents
 from clbench.data.samples import GOOD, different_sizes
+from clbench.randomness import generator
+
+Identity = tuple[int, int]  # of an image's pixels: two independent 64-bit sums over them
+
+_PIECE = 64  # images that are copied to a device at a time
+
+
+class Images:
+    """Images of one size in one or several tensors, which come to a device when they are asked for.
+
+    They are used as the one tensor that they would make, uint8 [N, 3, H, W]: `len`, `shape`, `device`, `split`, and rows,
+    `images[rows]`, which are a tensor on the device. Methods and functions of tensors work on all of them there,
+    `images[:]`.
+
+    Args:
+        parts: uint8 [M, 3, H, W] each, at least one: files that are mapped into memory, for example.
+        device: what rows are on; None for that of the first part.
+        places: which of all parts' images these are, int64 [N] on the CPU; None for all of them in their order.
+    """
+
+    def __init__(
+        self, parts: Sequence[Tensor], device: torch.device | None = None, places: Tensor | None = None
+    ):
+        self._parts = list(parts)
+        self._starts = torch.tensor([0, *accumulate(map(len, self._parts))])
+        self._places = torch.arange(int(self._starts[-1])) if places is None else places
+        self._origin = self  # the same images where they were before they were copied
+        self.device = self._parts[0].device if device is None else device
+        self.dtype = self._parts[0].dtype
+
+    @staticmethod
+    def of(images: Union[Tensor, "Images"]) -> "Images":
+        """The images that a tensor has, uint8 [N, 3, H, W]; what are some already stays as it is."""
+        return images if isinstance(images, Images) else Images([images])
+
+    @staticmethod
+    def concatenate(several: Sequence[Union[Tensor, "Images"]]) -> "Images":
+        """The images of several, at least one, in their order; nothing is copied. Their device is that of the first."""
+        each = [Images.of(images) for images in several]
+        if len(each) == 1:
+            return each[0]
+        begins = accumulate((int(images._starts[-1]) for images in each), initial=0)
+        places = [images._places + begin for images, begin in zip(each, begins, strict=False)]
+        return Images([part for images in each for part in images._parts], each[0].device, torch.cat(places))
+
+    def on(self, device: torch.device) -> "Images":
+        """The same images with rows on another device; they stay where they are until they are asked for."""
+        return self if device == self.device else Images(self._parts, device, self._places)
+
+    def copied(self, limit: float) -> "Images":
+        """The same images, copied to a GPU once where they take at most so many bytes; else as they are."""
+        there_already = len(self._parts) == 1 and self._parts[0].device == self.device
+        if self.device.type == "cpu" or there_already or self.shape.numel() > limit or not len(self):
+            return self
+        there = torch.empty(self.shape, dtype=self.dtype, device=self.device)
+        for begin in range(0, len(self), _PIECE):
+            there[begin : begin + _PIECE] = self[begin : begin + _PIECE]
+        found = Images([there])
+        found._origin = self
+        return found
+
+    def some(self, rows: Tensor | slice) -> "Images":
+        """Some of the images, by a slice or by rows, int64 [M] on the CPU; nothing is copied."""
+        found = Images(self._parts, self.device, self._places[rows])
+        if self._origin is not self:
+            found._origin = self._origin.some(rows)
+        return found
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    @property
+    def shape(self) -> torch.Size:
+        """[N, 3, H, W]."""
+        return torch.Size((len(self), *self._parts[0].shape[1:]))
+
+    def __getitem__(self, rows: Any) -> Tensor:
+        """A slice, or indices or a mask [N] on the CPU -> uint8 [M, 3, H, W] on the device; a number -> [3, H, W]."""
+        if isinstance(rows, int):
+            return self[[range(len(self))[rows]]][0]
+        if isinstance(rows, tuple):
+            return self[:][rows]
+        chosen = torch.arange(len(self))[rows]
+        return self._noted(self._gathered(self._places[chosen], view=isinstance(rows, slice)), chosen)
+
+    def batches(self, rows: Sequence[Tensor]) -> Iterator[Tensor]:
+        """The images of several lists of rows, int64 [B] on the CPU each: uint8 [B, 3, H, W], one after the other.
+
+        Of images that are all on the device, the rows are sent there together: no batch waits for it.
+        """
+        (first, *others), columns = self._parts, torch.cat([torch.empty(0, dtype=torch.int64), *rows])
+        if others or first.device != self.device:
+            yield from (self[each] for each in rows)
+            return
+        sent = self._places[columns].to(self.device).split([len(each) for each in rows])
+        for each, there in zip(rows, sent, strict=True):
+            yield self._noted(first[there], each)
+
+    def split(self, size: int) -> Iterator[Tensor]:
+        """All of them in their order, uint8 [at most `size`, 3, H, W] each."""
+        return (self[begin : begin + size] for begin in range(0, len(self), size))
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (images[0] for images in self.split(1))
+
+    def identities(self, rows: Tensor) -> list[Identity]:
+        """What the images of some rows, int64 [M] on the CPU, are known by.
+
+        That is computed once for each part, and kept for as long as there is the part.
+        """
+        if self._origin is not self:
+            return self._origin.identities(rows)
+        places = self._places[rows]
+        owners = self._owners(places)
+        found = {owner: _identities_of_part(self._parts[owner]) for owner in owners.unique().tolist()}
+        inside = (places - self._starts[owners]).tolist()
+        return [found[owner][place] for owner, place in zip(owners.tolist(), inside, strict=True)]
+
+    def _owners(self, places: Tensor) -> Tensor:
+        """Which part the images at some places are in, int64 [M]."""
+        return torch.bucketize(places, self._starts, right=True) - 1
+
+    def _gathered(self, places: Tensor, view: bool) -> Tensor:
+        """The images at some places, int64 [M], on the device; a view where that is wanted and they lie side by side."""
+        home = self._parts[0]
+        owners = self._owners(places)
+        alone = len(self._parts) == 1 or bool((owners == owners[:1]).all())
+        owner = int(owners[0]) if len(owners) else 0
+        inside = places - self._starts[owners]
+        if view and alone and bool((inside[1:] - inside[:-1] == 1).all()):
+            begin = int(inside[0]) if len(inside) else 0
+            found = self._parts[owner][begin : begin + len(inside)]
+            return _sent(found, self.device)
+        if alone:
+            found = self._parts[owner][inside.to(self._parts[owner].device)]
+        else:
+            found = torch.empty((len(places), *home.shape[1:]), dtype=self.dtype, device=home.device)
+            for owner in owners.unique().tolist():
+                mine = (owners == owner).nonzero().flatten()
+                part = self._parts[owner]
+                found[mine.to(home.device)] = part[inside[mine].to(part.device)].to(home.device)
+        return _sent(found, self.device)
+
+    def _noted(self, found: Tensor, rows: Tensor) -> Tensor:
+        """The tensor, of which `origin` then knows that it is these rows."""
+        _ORIGINS[found] = self, rows, found._version
+        return found
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):  # what Python asks for by itself
+            raise AttributeError(name)
+        return getattr(self[:], name)
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        function: Callable[..., Any],
+        types: Any,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        def whole(given: Any) -> Any:
+            return given[:] if isinstance(given, Images) else given
+
+        return function(*tree_map(whole, args), **tree_map(whole, dict(kwargs or {})))
+
+
+_ORIGINS: Any = (
+    WeakTensorKeyDictionary()
+)  # rows of images -> these images, the rows, and the tensor's version then
+_IDENTITIES: Any = WeakTensorKeyDictionary()  # parts -> their version then, and the identity of each image
+_WEIGHTS: dict[int, Tensor] = {}  # numbers of an image -> what its sums weigh them by, int64 [2, numbers]
+
+
+def origin(images: Tensor) -> tuple[Images, Tensor] | None:
+    """The images that a tensor [B, 3, H, W] was taken from, and which rows of them it is, int64 [B].
+
+    None where that is not known, or the tensor was changed since.
+    """
+    found = _ORIGINS.get(images)
+    return found[:2] if found is not None and found[2] == images._version else None
+
+
+def identities(images: Tensor) -> list[Identity]:
+    """What images [B, 3, H, W], uint8 or float32, are known by; computed anew unless `origin` knows them."""
+    if (known := origin(images)) is not None:
+        return known[0].identities(known[1])
+    flat = images.reshape(len(images), -1)
+    flat = flat.view(torch.int32) if flat.dtype == torch.float32 else flat
+    numbers = flat.shape[1]
+    if numbers not in _WEIGHTS:
+        random = generator(0, "feature store")
+        _WEIGHTS[numbers] = torch.randint(-(2**62), 2**62, (2, numbers), generator=random) | 1
+    weights = _WEIGHTS[numbers].to(images.device)
+    # One image and one sum at a time: products of a whole batch would take 16 times its bytes.
+    sums = [torch.stack([(row * weight).sum() for weight in weights]) for row in flat]
+    return [(first, second) for first, second in torch.stack(sums).tolist()] if sums else []
+
+
+def _identities_of_part(part: Tensor) -> list[Identity]:
+    known = _IDENTITIES.get(part)
+    if known is None or known[0] != part._version:
+        found = [each for some in part.split(_PIECE) for each in identities(some)]
+        _IDENTITIES[part] = known = part._version, found
+    return known[1]
+
+
+def _sent(images: Tensor, device: torch.device) -> Tensor:
+    """Images on a device; from the CPU to another, nothing waits until they are there."""
+    if images.device == device:
+        return images
+    if images.device.type == "cpu" and device.type == "cuda":
+        images = images.pin_memory()
+    return images.to(device, non_blocking=images.device.type == "cpu")
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,7 +241,7 @@ class ImageSet:
         contents: what was found when they were decoded; nothing where they come from elsewhere.
     """
 
-    images: Tensor
+    images: Tensor | Images
     masks: Tensor
     kinds: list[str]
     names: list[str]
@@ -50,7 +267,7 @@ class ImageSet:
 
     @staticmethod
     def concatenate(sets: Sequence["ImageSet"]) -> "ImageSet":
-        """The images of several sets in their order; copied, unless there is only one set.
+        """The images of several sets in their order; images are not copied, masks are.
 
         Raises:
             UserError: the sets differ in image size.
@@ -61,7 +278,7 @@ class ImageSet:
             sets[0].same_size(other)
         begins = accumulate((len(part) for part in sets), initial=0)
         return ImageSet(
-            images=torch.cat([part.images for part in sets]),
+            images=Images.concatenate([part.images for part in sets]),
             masks=torch.cat([part.masks for part in sets]),
             kinds=[kind for part in sets for kind in part.kinds],
             names=[name for part in sets for name in part.names],

@@ -12,6 +12,7 @@ from annotated_types import Ge, Lt
 from torch import Tensor, nn
 
 from clbench.backbones import FeaturePyramid
+from clbench.data.images import Images
 from clbench.errors import UserError
 from clbench.feature_store import FeatureStore
 
@@ -41,6 +42,8 @@ class Detector(nn.Module):
     It learns a task by `prepare`, `start_task`, one `training_step` for each batch, and `finish_task`. A
     process that continues within a task calls `prepare` again, but not `start_task`.
 
+    The images of a task are `Images`: they are used as a tensor, and only rows that are asked for are on the device.
+
     What it keeps between tasks (banks, statistics) is registered as buffers, and networks are submodules:
     `state_dict` is the whole detector, and the footprint counts what is there.
 
@@ -58,6 +61,8 @@ class Detector(nn.Module):
         gradient_clip: largest norm of all gradients together; larger ones are scaled down. None: they are
             left alone.
         precision: type of mixed-precision training; None for single precision.
+        image_memory: bytes of a stage's images that may be on the device for its training, which takes them a batch at
+            a time where they are more; None for half of what a GPU has free.
         done: share of the task's steps that are done, in [0, 1): set before each, for what follows a schedule.
         progress: called with (phase, done, total, note) during long phases.
     """
@@ -71,6 +76,7 @@ class Detector(nn.Module):
     held_out = 0.0
     patience: int | None = None
     precision: torch.dtype | None = None
+    image_memory: int | None = None
     done = 0.0
 
     def __init__(self) -> None:
@@ -86,7 +92,7 @@ class Detector(nn.Module):
     def forget(self) -> None:
         """Drop banks and statistics of earlier tasks, so that the next task replaces them."""
 
-    def prepare(self, images: Tensor) -> None:
+    def prepare(self, images: Images) -> None:
         """Load what steps need besides images, and size the weights that depend on the image size.
 
         Called before every training, new or continued. What it loads is not part of the state.
@@ -98,7 +104,7 @@ class Detector(nn.Module):
             UserError: a file that the method needs cannot be read.
         """
 
-    def start_task(self, task: int, images: Tensor, stored: Tensor) -> None:
+    def start_task(self, task: int, images: Images, stored: Images) -> None:
         """Begin a task.
 
         Args:
@@ -138,7 +144,7 @@ class Detector(nn.Module):
         """
         return []
 
-    def finish_task(self, images: Tensor) -> None:
+    def finish_task(self, images: Images) -> None:
         """Turn what a task's steps collected or learned into what is kept.
 
         Args:
@@ -199,7 +205,7 @@ class Detector(nn.Module):
             for store in self.stores():
                 store.learning = False
 
-    def release(self, keep: Tensor | None) -> None:
+    def release(self, keep: Images | None) -> None:
         """Drop the features of training images.
 
         Args:

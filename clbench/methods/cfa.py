@@ -5,6 +5,7 @@ from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from clbench.backbones import Backbone, Layers
+from clbench.data.images import Images
 from clbench.errors import UserError
 from clbench.methods.base import Detector, Prediction, Share
 from clbench.methods.maps import Sigma, to_image_size
@@ -85,7 +86,7 @@ class CFA(Detector):
     def forget(self) -> None:
         self.centroids, self.tasks = self.centroids[:0], torch.zeros_like(self.tasks)
 
-    def start_task(self, task: int, images: Tensor, stored: Tensor) -> None:
+    def start_task(self, task: int, images: Images, stored: Images) -> None:
         """Update the centroids from the task's images, uint8 [N, 3, H, W] (supplement, Algorithm 3).
 
         A task's centroids are the mean of the images' descriptions at each position; the bank is the running

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clbench.backbones import unit
+from clbench.data.images import Images
 from clbench.data.pictures import Folder, Pictures
 from clbench.errors import UserError
 from clbench.methods.base import Detector, Prediction, Share
@@ -74,7 +75,7 @@ class DRAEM(Detector):
             )
         self.pictures.look_up()
 
-    def prepare(self, images: Tensor) -> None:
+    def prepare(self, images: Images) -> None:
         self._textures = self.pictures.load(*images.shape[-2:]).to(images.device)
 
     def optimizer(self) -> torch.optim.Optimizer:

@@ -17,6 +17,7 @@ from clbench.backbones import (
     unit,
     weights_path,
 )
+from clbench.data.images import Images
 from clbench.data.pictures import Folder, Pictures
 from clbench.errors import UserError
 from clbench.feature_store import FeatureStore
@@ -119,21 +120,21 @@ class EfficientAD(Detector):
         super().check(images)
         self.pictures.look_up()
 
-    def prepare(self, images: Tensor) -> None:
+    def prepare(self, images: Images) -> None:
         height, width = images.shape[-2:]
         # Penalty images are the middle of pictures of twice the size (Batzner et al., 2024, appendix A).
         larger = self.pictures.load(2 * height, 2 * width)
         middle = larger[..., height // 2 : height // 2 + height, width // 2 : width // 2 + width]
         self._penalties = middle.to(images.device, copy=True)
 
-    def start_task(self, task: int, images: Tensor, stored: Tensor) -> None:
+    def start_task(self, task: int, images: Images, stored: Images) -> None:
         """Set `channel_mean` and `channel_deviation` (Batzner et al., 2024, appendix A).
 
         They are taken over all positions of all images, the new and the stored ones, uint8 [N, 3, H, W].
         """
         count, mean = 0, torch.zeros_like(self.channel_mean).double()
         scatter = torch.zeros_like(mean)
-        everything = torch.cat([images, stored])
+        everything = Images.concatenate([images, stored])
         for part in everything.split(self.batch_size):
             (features,) = self.teacher(part)
             positions = features.transpose(0, 1).flatten(1).double()
@@ -193,7 +194,7 @@ class EfficientAD(Detector):
         coded = self.autoencoder(self.normalisation(images), targets.shape[-2:]).float()
         return F.mse_loss(coded, targets) + F.mse_loss(as_autoencoder, coded)
 
-    def finish_task(self, images: Tensor) -> None:
+    def finish_task(self, images: Images) -> None:
         """Set `quantiles` from normal images [N, 3, H, W]: they bring both maps to one scale.
 
         Source: Batzner et al., 2024, section 3.4.

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clbench.backbones import Backbone, Layers
+from clbench.data.images import Images
 from clbench.errors import UserError
 from clbench.methods.base import Detector, Prediction, Share
 from clbench.randomness import generator, seed_for
@@ -75,7 +76,7 @@ class FastFlow(Detector):
         # Couplings split channels in halves, which are not contiguous in memory where channels come last.
         self.flows.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
 
-    def prepare(self, images: Tensor) -> None:
+    def prepare(self, images: Images) -> None:
         affines = [module for module in self.flows.modules() if isinstance(module, Affine)]
         if affines:
             for affine, level in zip(affines, self.pyramid(images[:1]), strict=True):

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from clbench.backbones import Backbone, Layers
+from clbench.data.images import Images
 from clbench.methods.base import Detector, Prediction, Share
 from clbench.methods.maps import Sigma, to_image_size
 from clbench.randomness import generator
@@ -81,7 +82,7 @@ class PaDiM(Detector):
     def forget(self) -> None:
         self.mean, self.factor, self.counts = self.mean[:0], self.factor[:0], self.counts[:0]
 
-    def start_task(self, task: int, images: Tensor, stored: Tensor) -> None:
+    def start_task(self, task: int, images: Images, stored: Images) -> None:
         self._count = 0
 
     def training_step(self, images: Tensor) -> None:
@@ -97,7 +98,7 @@ class PaDiM(Detector):
         self._squares.baddbmm_(difference, difference.transpose(1, 2))
         self._count += embedding.shape[2]
 
-    def finish_task(self, images: Tensor) -> None:
+    def finish_task(self, images: Images) -> None:
         """Compute the task's Gaussians, eq. (1), merge them with those kept, and factor the covariances.
 
         The images, [N, 3, H, W], are not looked at: steps have seen what is learned from.

@@ -9,6 +9,7 @@ from pydantic import PositiveInt
 from torch import Tensor
 
 from clbench.backbones import Backbone, Layers
+from clbench.data.images import Images
 from clbench.errors import UserError
 from clbench.feature_store import on_disk
 from clbench.methods.base import Detector, Prediction, Share
@@ -70,7 +71,7 @@ class PatchCore(Detector):
     def forget(self) -> None:
         self.bank, self.bank_sizes = self.bank[:0], self.bank_sizes[:0]
 
-    def start_task(self, task: int, images: Tensor, stored: Tensor) -> None:
+    def start_task(self, task: int, images: Images, stored: Images) -> None:
         self._task = task
         self._expected = len(images) + len(stored)
         self._patches = torch.empty(0)
@@ -105,7 +106,7 @@ class PatchCore(Detector):
                 "raise the one, or set TMPDIR to a folder with more room"
             ) from error
 
-    def finish_task(self, images: Tensor) -> None:
+    def finish_task(self, images: Images) -> None:
         """Select the task's coreset, and cut those of earlier tasks (supplement, Algorithm 2).
 
         Every task, old or new, then has memory_size / tasks patches. The images, [N, 3, H, W], are not looked

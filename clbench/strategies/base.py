@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from clbench.backbones import FeaturePyramid
+from clbench.data.images import Images
 from clbench.data.stream import Task
 from clbench.errors import UserError
 from clbench.methods.base import Detector, Prediction, kept_state
@@ -102,8 +103,8 @@ class Strategy(Hooks):
                     f"that are learned from ({count - learned} are held out): give at most {learned}"
                 )
 
-    def learn(self, stage: int, images: Tensor) -> None:
-        """Learn a stage, 0-based, from its images, uint8 [N, 3, H, W], on the detector's device.
+    def learn(self, stage: int, images: Tensor | Images) -> None:
+        """Learn a stage, 0-based, from its images, uint8 [N, 3, H, W].
 
         A process that continues within a stage calls `begin_stage` again, with what was kept after the stage
         before; training then continues from the stage's own checkpoint.
@@ -111,6 +112,7 @@ class Strategy(Hooks):
         Raises:
             Diverged, Stopped, UserError: as `clbench.training.train`.
         """
+        images = Images.of(images).on(self.detector.device)
         torch.manual_seed(seed_for(self.seed, "begin of stage", stage))
         self.begin_stage(stage, images)
         stored = self.replayed()
@@ -118,14 +120,15 @@ class Strategy(Hooks):
         torch.manual_seed(seed_for(self.seed, "end of stage", stage))
         self.end_stage(stage, images)
 
-    def begin_stage(self, stage: int, images: Tensor) -> None:
-        """Called before a stage is learned from its images, uint8 [N, 3, H, W].
+    def begin_stage(self, stage: int, images: Images) -> None:
+        """Called before a stage is learned from its images, uint8 [N, 3, H, W], of which the rows that are asked for are on
+        the device.
 
         torch's own generators are seeded for it. In the first stage, weights that depend on the size of images
         may not have theirs yet: `Detector.prepare` comes later.
         """
 
-    def end_stage(self, stage: int, images: Tensor) -> None:
+    def end_stage(self, stage: int, images: Images) -> None:
         """Called after a stage was learned from its images, uint8 [N, 3, H, W]; torch's own generators are
         seeded for it.
         """
@@ -165,10 +168,10 @@ class Strategy(Hooks):
         """
         return False
 
-    def stored_images(self) -> Tensor | None:
+    def stored_images(self) -> Images | None:
         """All images kept for replay, uint8 [M, 3, H, W]; None where there are none."""
         stored = [images for pair in self.replayed() for images in pair]
-        return torch.cat(stored) if stored else None
+        return Images.concatenate(stored) if stored else None
 
     def detectors(self) -> Sequence[Mapping[str, Tensor]]:
         """The state of each detector that is kept, name -> tensor, without frozen networks.

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from clbench.data.images import Images
 from clbench.randomness import generator
 
 
@@ -20,7 +21,7 @@ class Buffer:
 
     Attributes:
         shares: for each stage, the stored images that it was learned from and those held out of it, both
-            uint8 [M, 3, H, W].
+            uint8 [M, 3, H, W], on the CPU.
     """
 
     def __init__(self, size: int, seed: int):
@@ -28,7 +29,9 @@ class Buffer:
         self.seed = seed
         self.shares: list[tuple[Tensor, Tensor]] = []
 
-    def add(self, stage: int, learned: Tensor, held_out: Tensor) -> list[tuple[Tensor, Tensor]]:
+    def add(
+        self, stage: int, learned: Tensor | Images, held_out: Tensor | Images
+    ) -> list[tuple[Tensor, Tensor]]:
         """Store images of a new stage, and cut the shares of the earlier ones to the same size.
 
         Args:
@@ -39,7 +42,10 @@ class Buffer:
             For each stage, which of its images stay, int64 and ascending: of those that were stored so far, or for
             the new stage were given. What else is kept of an image stays with it by that.
         """
-        shares = [*self.shares, (learned, held_out)]
+        shares = [
+            (Images.of(learned).on(_CPU), Images.of(held_out).on(_CPU))
+            for learned, held_out in (*self.shares, (learned, held_out))
+        ]
         whole, extra = divmod(self.size, len(shares))
         self.shares = []
         rows: list[tuple[Tensor, Tensor]] = []
@@ -55,7 +61,7 @@ class Buffer:
                 for images, size in zip(share, sizes, strict=True)
             )
             rows.append((first, second))
-            self.shares.append((share[0][first.to(share[0].device)], share[1][second.to(share[1].device)]))
+            self.shares.append((share[0][first], share[1][second]))
         return rows
 
     def tensors(self) -> dict[str, Tensor]:
@@ -70,9 +76,10 @@ class Buffer:
         """Take what `tensors` gave, which may be among others."""
         stages = sum(name.startswith("buffer.") for name in tensors) // len(_KINDS)
         learned, held_out = (
-            [tensors[f"buffer.{stage}.{kind}"] for stage in range(stages)] for kind in _KINDS
+            [tensors[f"buffer.{stage}.{kind}"].cpu() for stage in range(stages)] for kind in _KINDS
         )
         self.shares = list(zip(learned, held_out, strict=True))
 
 
 _KINDS = ("learned", "held_out")
+_CPU = torch.device("cpu")

@@ -1,7 +1,6 @@
 """Fine-tuning: learn each task as if there had been no other; the lower bound."""
 
-from torch import Tensor
-
+from clbench.data.images import Images
 from clbench.strategies.base import Strategy
 
 
@@ -10,5 +9,5 @@ class Finetune(Strategy):
 
     why_no_buffer = "fine-tuning keeps nothing of earlier tasks"
 
-    def begin_stage(self, stage: int, images: Tensor) -> None:
+    def begin_stage(self, stage: int, images: Images) -> None:
         self.detector.forget()

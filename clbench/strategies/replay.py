@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pydantic import PositiveInt
 from torch import Tensor
 
+from clbench.data.images import Images
 from clbench.methods.base import Detector
 from clbench.strategies.base import Strategy
 from clbench.strategies.buffer import Buffer
@@ -28,14 +29,14 @@ class Replay(Strategy):
         super().__init__(detector, seed=seed)
         self.buffer = Buffer(replay_size, seed)
 
-    def begin_stage(self, stage: int, images: Tensor) -> None:
+    def begin_stage(self, stage: int, images: Images) -> None:
         if self.detector.rebuilt_by_replay:
             self.detector.forget()
 
     def replayed(self) -> Sequence[tuple[Tensor, Tensor]]:
         return self.buffer.shares
 
-    def end_stage(self, stage: int, images: Tensor) -> None:
+    def end_stage(self, stage: int, images: Images) -> None:
         self.buffer.add(stage, *split(images, self.detector.held_out, self.seed, stage))
 
     def kept(self) -> dict[str, Tensor]:

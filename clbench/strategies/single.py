@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
+from clbench.data.images import Images
 from clbench.methods.base import Detector, kept_state
 from clbench.strategies.base import Strategy, copy_of
 from clbench.training import with_prefix
@@ -22,12 +23,12 @@ class Single(Strategy):
         self._learned: list[Mapping[str, Tensor]] = []  # the state of each stage's detector
         self._loaded: int | None = None  # the stage whose state `self.detector` has now
 
-    def begin_stage(self, stage: int, images: Tensor) -> None:
+    def begin_stage(self, stage: int, images: Images) -> None:
         progress = self.detector.progress
         self.detector = copy_of(self._untrained)
         self.detector.progress = progress
 
-    def end_stage(self, stage: int, images: Tensor) -> None:
+    def end_stage(self, stage: int, images: Images) -> None:
         self._learned.append({name: tensor.clone() for name, tensor in kept_state(self.detector).items()})
         self._loaded = stage
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from clbench import footprint
+from clbench.data.images import Images
 from clbench.evaluation import BATCH_SIZE
 from clbench.methods.base import Detector, Prediction, kept_state
 from clbench.strategies.base import copy_of
@@ -116,7 +117,7 @@ class DetectorContract:
         state, expected = copied(kept_state(detector)), self.judged(detector, given)
         self.learn_alone(build(), 0, product=9)  # a new process has not what a class or a file kept
         again = build()
-        again.prepare(images(6, 0, self.sizes[0]))
+        again.prepare(Images.of(images(6, 0, self.sizes[0])))
         again.restore(copied(state))
         assert_equal(kept_state(again), state, "restored")
         assert_same(self.judged(again, given), expected, "restored, after another detector has learned")
@@ -143,7 +144,7 @@ class DetectorContract:
 
         def process(leaving: Leaving) -> dict[str, Tensor]:
             detector = build()
-            detector.prepare(images(6, 0, self.sizes[0]))
+            detector.prepare(Images.of(images(6, 0, self.sizes[0])))
             detector.restore(copied(before))
             self.learn(detector, 1, leaving)
             return kept_state(detector)
@@ -228,7 +229,7 @@ class DetectorContract:
         state, weights = kept_state(detector), bytes_of(self.weights(detector).values())
         assert counted["additional_mb"] == pytest.approx((bytes_of(state.values()) - weights) / footprint.MB)
         assert counted["executed_mb"] >= weights / footprint.MB - 1e-9
-        new.prepare(images(6, 0, self.sizes[0]))
+        new.prepare(Images.of(images(6, 0, self.sizes[0])))
         assert_all_counted(detector, state, new)
 
     def test_mixed_precision_gives_finite_maps_and_keeps_weights_in_single_precision(

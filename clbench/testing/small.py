@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clbench.backbones import FeaturePyramid, unit
+from clbench.data.images import Images
 from clbench.methods.base import Detector, Prediction
 from clbench.recording.checkpoint import Checkpoints
 
@@ -78,8 +79,8 @@ class SmallDetector(Detector):
     def outputs(self, images: Tensor) -> list[Tensor]:
         return [self._reconstructed(unit(images))]
 
-    def finish_task(self, images: Tensor) -> None:
-        error = F.mse_loss(self._reconstructed(unit(images)).float(), unit(images))
+    def finish_task(self, images: Images) -> None:
+        error = F.mse_loss(self._reconstructed(unit(images[:])).float(), unit(images[:]))
         self.error = error.clone()  # torch's own result keeps the memory of all squared differences
 
     def forward(self, images: Tensor) -> Prediction:

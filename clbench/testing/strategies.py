@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from clbench import footprint
+from clbench.data.images import Images
 from clbench.methods.base import Detector, Prediction, kept_state
 from clbench.strategies.base import Strategy
 from clbench.testing.small import (
@@ -67,7 +68,7 @@ class StrategyContract:
     def continued(self, build: BuildStrategy, state: dict[str, Tensor]) -> Strategy:
         """A new strategy, as of another process, that has restored what `Strategy.state` gave."""
         strategy = build(self.detector())
-        strategy.detector.prepare(self.given(0))
+        strategy.detector.prepare(Images.of(self.given(0)))
         strategy.restore(copied(state))
         return strategy
 
@@ -178,7 +179,7 @@ class StrategyContract:
             for number, state in enumerate(states)
             for name, tensor in state.items()
         }
-        new.detector.prepare(self.given(0))
+        new.detector.prepare(Images.of(self.given(0)))
         assert_all_counted(strategy, known, new)
 
     def test_images_that_were_held_out_stay_so_when_others_are_learned_again(
@@ -187,13 +188,15 @@ class StrategyContract:
         strategy = self.learned(build)
         shown = torch.cat([self.given(stage) for stage in range(STAGES)])
         stored = strategy.stored_images()
-        assert stored is None or among(stored, shown).all(), "images are stored that no stage was given"
+        assert stored is None or among(stored[:], shown).all(), "images are stored that no stage was given"
         for stage, (again, unseen) in enumerate(strategy.replayed()):
             learned, held_out = split(self.given(stage), strategy.detector.held_out, strategy.seed, stage)
-            assert among(again, learned).all(), (
+            assert among(again, learned[:]).all(), (
                 f"images are learned again that stage {stage} did not learn from"
             )
-            assert among(unseen, held_out).all(), f"images are held out that stage {stage} did not hold out"
+            assert among(unseen, held_out[:]).all(), (
+                f"images are held out that stage {stage} did not hold out"
+            )
 
     def test_what_it_calls_unchanged_is_unchanged(self, build: BuildStrategy) -> None:
         strategy = build(self.detector())

@@ -1,0 +1,127 @@
+"""Images that are used as a tensor, and come to a device when they are asked for."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+from torch import Tensor
+
+from clbench.backbones import Backbone
+from clbench.data.images import Images, identities, origin
+from clbench.feature_store import FeatureStore
+
+RANDOM = torch.Generator().manual_seed(0)
+PARTS = [
+    torch.randint(0, 256, (count, 3, 4, 5), dtype=torch.uint8, generator=RANDOM) for count in (5, 1, 0, 7)
+]
+WHOLE = torch.cat(PARTS)
+ROWS = torch.tensor([12, 0, 5, 5, 4, 7])
+
+
+@pytest.fixture(params=["one part", "parts", "some of parts", "parts together"])
+def pair(request: pytest.FixtureRequest) -> tuple[Images, Tensor]:
+    """Images, and the tensor that they stand for."""
+    if request.param == "one part":
+        return Images.of(WHOLE), WHOLE
+    if request.param == "parts":
+        return Images(PARTS), WHOLE
+    rows = torch.tensor([3, 2, 1, 12, 5, 6, 7, 8, 3, 4, 0, 9, 10])
+    if request.param == "some of parts":
+        return Images(PARTS).some(rows), WHOLE[rows]
+    several = [Images(PARTS).some(rows[:6]), PARTS[0], Images(PARTS).some(rows[6:8])]
+    return Images.concatenate(several), torch.cat([WHOLE[rows[:6]], PARTS[0], WHOLE[rows[6:8]]])
+
+
+def test_they_are_the_tensor_that_they_stand_for(pair: tuple[Images, Tensor]) -> None:
+    images, whole = pair
+    assert (len(images), images.shape, images.dtype, images.device) == (
+        13,
+        whole.shape,
+        whole.dtype,
+        whole.device,
+    )
+    for rows in (
+        slice(None),
+        slice(2, 9, 3),
+        slice(0),
+        ROWS,
+        torch.arange(13) > 6,
+        torch.empty(0, dtype=torch.int64),
+    ):
+        assert torch.equal(images[rows], whole[rows])
+        assert torch.equal(images.some(rows)[:], whole[rows])
+    assert torch.equal(images[-1], whole[-1]) and torch.equal(images[..., 1], whole[..., 1])
+    assert all(map(torch.equal, images.split(4), whole.split(4))) and len(list(images.split(4))) == 4
+    assert all(map(torch.equal, images, whole)) and len(list(images)) == 13
+    assert all(map(torch.equal, images.batches([ROWS, ROWS[:0]]), [whole[ROWS], whole[:0]]))
+    assert torch.equal(images.float(), whole.float()) and torch.equal(
+        torch.cat([images, whole]), torch.cat([whole] * 2)
+    )
+    with pytest.raises(IndexError):
+        images[13]
+
+
+def test_only_slices_are_views() -> None:
+    given = WHOLE.clone()
+    images = Images.of(given)
+    images[torch.arange(3)].zero_()
+    assert torch.equal(given, WHOLE)
+    images[1:3].zero_()
+    assert not given[1:3].any()
+
+
+def test_images_are_known_by_their_content_wherever_they_lie(pair: tuple[Images, Tensor]) -> None:
+    images, whole = pair
+    expected = identities(whole.clone())
+    assert len(set(expected)) == len({each.numpy().tobytes() for each in whole})
+    assert images.identities(torch.arange(13)) == expected == identities(images[:])
+    assert [identities(batch) for batch in images.batches([ROWS])] == [
+        [expected[row] for row in ROWS.tolist()]
+    ]
+    assert images.some(ROWS).identities(torch.tensor([1])) == [expected[0]]
+
+
+def test_images_that_were_changed_are_known_by_what_they_are_now() -> None:
+    given = WHOLE.clone()
+    images = Images.of(given)
+    batch = images[ROWS]
+    before = identities(batch)
+    assert origin(batch) is not None
+    batch[0] = 0
+    assert origin(batch) is None and identities(batch)[0] != before[0] and identities(batch)[1:] == before[1:]
+    images.identities(torch.tensor([0]))
+    given[0] = 7
+    assert images.identities(torch.tensor([0])) == identities(torch.full((1, 3, 4, 5), 7, dtype=torch.uint8))
+
+
+def test_what_is_known_of_images_keeps_none_alive() -> None:
+    given = WHOLE.clone()
+    images = Images.of(given)
+    kept = weakref.ref(given)
+    identities(images[2:5]), identities(images[ROWS])
+    del images, given
+    gc.collect()
+    assert kept() is None
+
+
+def test_a_batch_that_is_not_full_is_filled_up_with_images_to_come() -> None:
+    """One pass through the network for all, however few are asked for at a time; the features are the same."""
+    pyramid = Backbone("resnet18", pretrained=False, arguments={"channels": [8, 16, 32, 64]}).pyramid([2])
+    computed: list[int] = []
+    pyramid.network.register_forward_hook(lambda module, given, result: computed.append(len(given[0])))
+    pixels = torch.randint(0, 256, (40, 3, 32, 32), dtype=torch.uint8, generator=RANDOM)
+    order = torch.randperm(40, generator=RANDOM)
+    (expected,) = pyramid.compute(pixels)
+    computed.clear()
+    batches = Images.of(pixels).batches(order.split(3))
+    found = torch.cat([pyramid(batch)[0] for batch in batches])
+    assert torch.equal(found, expected[order])
+    assert len(computed) == 3  # of 16 each
+    size = expected[0].numel() * 4
+    pyramid.store = FeatureStore(
+        5 * size, 0
+    )  # no room: nothing is computed in advance, but what was asked for
+    computed.clear()
+    found = torch.cat([pyramid(batch)[0] for batch in Images.of(pixels).batches(order.split(3))])
+    assert torch.equal(found, expected[order]) and len(computed) == 14
