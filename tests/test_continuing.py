@@ -119,3 +119,75 @@ def test_tensors_of_one_storage_are_kept_each(tmp_path: Path) -> None:
     Checkpoints(tmp_path).save_stage(0, tensors, {})
     _, found, _ = Checkpoints(tmp_path).load_stage() or (None, {}, {})
     assert found.keys() == tensors.keys() and all(torch.equal(found[name], tensors[name]) for name in tensors)
+
+
+def sizes(folder: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_size for path in folder.rglob("*.safetensors")}
+
+
+def test_what_did_not_change_is_written_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models that stay, a tensor that grows by rows, one that is cut; small tensors go together."""
+    monkeypatch.setattr("clbench.recording.checkpoint._LARGE", 4000)
+    checkpoints = Checkpoints(tmp_path)
+    expected: dict[str, torch.Tensor] = {}
+    written: list[int] = []
+    random = torch.Generator().manual_seed(0)
+    before: dict[str, int] = {}
+    for stage in range(5):
+        new = {f"detectors.{stage}.{name}": torch.randn(700, generator=random) for name in "abc"}
+        rows = torch.randn(1, 2000, generator=random)
+        grown = torch.cat([expected["grown"], rows]) if stage else rows
+        bank = torch.randn(3000 - 100 * stage, generator=random)
+        expected = {**expected, **new, "grown": grown, "bank": bank, "flag": torch.tensor(stage > 2)}
+        checkpoints.save_stage(stage, expected, {})
+        now = sizes(tmp_path)
+        written.append(sum(size for name, size in now.items() if before.get(name) != size))
+        before = now
+        if stage % 2:
+            checkpoints = Checkpoints(tmp_path)  # another process
+        found_stage, found, _ = Checkpoints(tmp_path).load_stage() or (None, {}, {})
+        assert found_stage == stage and list(found) == list(expected)
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert max(written[1:]) < 1.5 * written[0] < 0.5 * sum(4 * each.numel() for each in expected.values())
+    checkpoints.save_stage(5, {"bank": expected["bank"]}, {})
+    checkpoints.save_stage(6, {"bank": expected["bank"]}, {})
+    assert len(list((tmp_path / "parts").iterdir())) == 1  # what no checkpoint has any more goes
+
+
+@pytest.mark.parametrize("damage", ["a bit", "gone"])
+def test_a_checkpoint_with_a_damaged_part_is_passed_over(
+    damage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("clbench.recording.checkpoint._LARGE", 400)
+    checkpoints = Checkpoints(tmp_path)
+    same = torch.ones(200)
+    parts: list[set[Path]] = []
+    for stage in range(2):
+        checkpoints.save_stage(stage, {"same": same, "new": torch.full((200,), float(stage))}, {})
+        parts.append(set((tmp_path / "parts").iterdir()))
+    (path,) = parts[1] - parts[0]
+    content = bytearray(path.read_bytes())
+    content[-10] ^= 1
+    path.unlink()
+    if damage != "gone":
+        path.write_bytes(content)
+    stage, tensors, _ = Checkpoints(tmp_path).load_stage() or (None, {}, {})
+    assert stage == 0 and torch.equal(tensors["new"], torch.zeros(200)) and torch.equal(tensors["same"], same)
+    # A part that is written again mends it.
+    Checkpoints(tmp_path).save_stage(1, {"same": same, "new": torch.ones(200).float()}, {})
+    stage, tensors, _ = Checkpoints(tmp_path).load_stage() or (None, {}, {})
+    assert stage == 1 and torch.equal(tensors["new"], torch.ones(200))
+
+
+def test_checkpoints_of_earlier_versions_are_read(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    from clbench import digests
+
+    save_file({"x": torch.arange(3.0)}, tmp_path / "stage-0002.safetensors")
+    digest = digests.of_file(tmp_path / "stage-0002.safetensors")
+    for about in ({"tensors": digest}, {"tensors": digest, "devices": {"x": "cpu"}}):
+        text = json.dumps({**about, "frozen": "f"})
+        (tmp_path / "stage-0002.json").write_text(f"{digests.of_text(text)}\n{text}\n")
+        stage, tensors, data = Checkpoints(tmp_path).load_stage() or (None, {}, {})
+        assert (stage, tensors["x"].tolist(), data) == (2, [0, 1, 2], {"frozen": "f"})

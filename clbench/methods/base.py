@@ -224,8 +224,7 @@ class Detector(nn.Module):
             owner_name, _, leaf = name.rpartition(".")
             owner = self.get_submodule(owner_name)
             if leaf in owner._buffers or not hasattr(owner, leaf):
-                device = next((b.device for b in self.buffers() if b is not None), tensor.device)
-                owner._buffers[leaf] = tensor.to(device)
+                owner._buffers[leaf] = tensor.to(self.device)
                 continue
             parameter = owner.get_parameter(leaf)
             if parameter.shape == tensor.shape:

@@ -2,18 +2,24 @@
 
 There are two kinds in a run's `checkpoint/`: `stage-<stage>`, the state after a stage was learned, and
 `learning-<stage>-<number>`, the state of a stage that is being learned. The newest two of each kind stay.
+
+What did not change is not written again. Tensors are written in parts of 16 MB or more: several small ones, a large one, or
+a row of one whose rows are as large. Each is a file in `checkpoint/parts/`, named by its content, that goes when no
+checkpoint has it any more.
 """
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from clbench import digests
 from clbench.recording.files import write_whole
@@ -21,13 +27,15 @@ from clbench.recording.files import write_whole
 _KEPT = 2  # checkpoints of a kind: if the newest is damaged, the one before is used
 _SHARE = 0.05  # share of a run's time, at most, that checkpoints at the ends of epochs take
 
+_LARGE = 16 * 10**6  # bytes of a part, at least
+
 Saved = tuple[dict[str, Tensor], dict[str, Any]]  # name -> tensor, and plain data
 
 
 class Checkpoints:
     """The checkpoints of a run.
 
-    One counts only if its JSON, which is written last, is whole and agrees with its tensors.
+    One counts only if its JSON, which is written last, is whole and agrees with its tensors in all their files.
 
     Args:
         directory: the folder `checkpoint/`.
@@ -53,6 +61,8 @@ class Checkpoints:
         self.every_s = every_s
         self.urgent, self.saved = urgent, saved
         self.beside = beside
+        self._whole: set[str] = set()  # files of parts that this process has written or read
+        self._digests: Any = WeakTensorKeyDictionary()  # tensor -> its version then, and its digest
         self._saved_at = time.perf_counter()
         self._saving_took = 0.0
 
@@ -70,6 +80,7 @@ class Checkpoints:
         self._save(f"stage-{stage:04d}", tensors, data)
         for path in self._newest_first("stage")[_KEPT:] + self._newest_first("learning"):
             self._remove(path.stem)
+        self._remove_parts()
         self._saved_at = time.perf_counter()
 
     def load_stage(self) -> tuple[int, dict[str, Tensor], dict[str, Any]] | None:
@@ -103,6 +114,7 @@ class Checkpoints:
         for path in self._newest_first("learning"):
             if path.stem not in kept:
                 self._remove(path.stem)
+        self._remove_parts()
         self._saved_at = time.perf_counter()
         self._saving_took = self._saved_at - begin
         self.saved()
@@ -127,56 +139,81 @@ class Checkpoints:
         Raises:
             UserError: the disk is full or may not be written.
         """
-        written: dict[str, Tensor] = {}
-        storages: set[int] = set()
-        for key, tensor in tensors.items():
-            contiguous = tensor.detach().contiguous()
-            shared = contiguous.untyped_storage().data_ptr() in storages  # which safetensors refuses
-            written[key] = contiguous.clone() if shared else contiguous
-            storages.add(written[key].untyped_storage().data_ptr())
-        digest = ""
-
-        def write(path: Path) -> None:
-            nonlocal digest
-            try:
-                save_file(written, path)
-            except SafetensorError as error:
-                raise OSError(str(error)) from error
-            digest = digests.of_file(path)
-
-        write_whole(self._path(name, "safetensors"), write)
-        # safetensors keeps neither order nor devices.
-        devices = {key: tensor.device.type for key, tensor in written.items()}
-        text = json.dumps({"tensors": digest, "devices": devices, **self.beside(), **data})
+        parts, rest = _in_parts(tensors)
+        named = [self._write_part(part) for part in parts]
+        _write_tensors(self._path(name, "safetensors"), rest)
+        about = {
+            "tensors": digests.of_file(self._path(name, "safetensors")),
+            "parts": named,
+            # safetensors keeps neither order nor devices.
+            "devices": {key: tensor.device.type for key, tensor in tensors.items()},
+        }
+        text = json.dumps({**about, **self.beside(), **data})
         content = f"{digests.of_text(text)}\n{text}\n"
         write_whole(self._path(name, "json"), lambda path: path.write_text(content, encoding="utf-8"))
+
+    def _write_part(self, part: dict[str, Tensor]) -> str:
+        """Write a part unless there is its file; gives the digest that this is named by.
+
+        Raises:
+            UserError: the disk is full or may not be written.
+        """
+        digest = _digest_of_all({name: self._digest(tensor) for name, tensor in part.items()})
+        if not self._is_whole(digest):
+            _write_tensors(self._part(digest), part)
+            self._whole.add(digest)
+        return digest
+
+    def _digest(self, tensor: Tensor) -> str:
+        """A tensor's digest, which is computed once for as long as it stays the same."""
+        known = self._digests.get(tensor)
+        if known is None or known[0] != tensor._version:
+            self._digests[tensor] = known = tensor._version, _digest_of(tensor)
+        return known[1]
+
+    def _is_whole(self, digest: str) -> bool:
+        """Whether the file of a part is there with that part in it; each process reads it once."""
+        if digest not in self._whole:
+            with suppress(OSError, SafetensorError), safe_open(self._part(digest), framework="pt") as file:
+                found = {name: _digest_of(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
+                if _digest_of_all(found) == digest:
+                    self._whole.add(digest)
+        return digest in self._whole
 
     def _load(self, name: str) -> Saved | None:
         """The tensors and data of a checkpoint; None where it is damaged."""
         if (data := self._checked_data(name)) is None:
             return None
-        devices = data.pop("devices", None)
-        with safe_open(self._path(name, "safetensors"), framework="pt", device=self.device) as file:
-            if devices is None:  # in earlier versions
-                return {key: file.get_tensor(key) for key in file.keys()}, data  # noqa: SIM118
-            # What was kept on the CPU beside a GPU comes back there.
-            tensors = {key: file.get_tensor(key) for key in devices}
-        return {key: found.cpu() if devices[key] == "cpu" else found for key, found in tensors.items()}, data
+        found: dict[str, Tensor] = {}
+        for path in [self._path(name, "safetensors"), *map(self._part, data.pop("parts", []))]:
+            with safe_open(path, framework="pt", device=self.device) as file:
+                found |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        if (devices := data.pop("devices", None)) is None:  # in earlier versions
+            return found, data
+        # What was kept on the CPU beside a GPU comes back there.
+        whole = {key: _put_together(key, found) for key in devices}
+        return {key: whole[key].cpu() if devices[key] == "cpu" else whole[key] for key in devices}, data
 
     def _checked_data(self, name: str) -> dict[str, Any] | None:
-        """The data of a checkpoint; None where one of its two files is damaged."""
+        """The data of a checkpoint; None where one of its files is damaged."""
         try:
             digest, text, _ = self._path(name, "json").read_text(encoding="utf-8").split("\n")
             if digests.of_text(text) != digest:
                 return None
             data = json.loads(text)
-            return data if digests.of_file(self._path(name, "safetensors")) == data.pop("tensors") else None
+            if digests.of_file(self._path(name, "safetensors")) != data.pop("tensors"):
+                return None
+            return data if all(map(self._is_whole, data.get("parts", []))) else None
         except (OSError, ValueError):
             return None
 
     def _path(self, name: str, kind: str) -> Path:
         """One of the two files of a checkpoint: `json` or `safetensors`."""
         return self.directory / f"{name}.{kind}"
+
+    def _part(self, digest: str) -> Path:
+        """The file of a part."""
+        return self.directory / "parts" / f"{digest[:32]}.safetensors"
 
     def _newest_first(self, prefix: str) -> list[Path]:
         """The JSON files of the checkpoints whose names begin with `prefix`."""
@@ -187,3 +224,81 @@ class Checkpoints:
         for kind in ("json", "safetensors"):
             with suppress(OSError):
                 self._path(name, kind).unlink(missing_ok=True)
+
+    def _remove_parts(self) -> None:
+        """Remove the parts that no checkpoint has."""
+        named: set[str] = set()
+        for path in self.directory.glob("*.json"):
+            with suppress(OSError, ValueError):
+                named.update(json.loads(path.read_text(encoding="utf-8").split("\n")[1]).get("parts", []))
+        for path in set((self.directory / "parts").glob("*")) - set(map(self._part, named)):
+            with suppress(OSError):
+                path.unlink()
+
+
+def _in_parts(tensors: Mapping[str, Tensor]) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
+    """Tensors in their order, in parts of `_LARGE` bytes or more, and the rest of them.
+
+    Of a tensor with rows that large, each row is a part, called as the tensor with its number behind.
+    """
+    parts: list[dict[str, Tensor]] = []
+    rest: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if tensor.dim() > 1 and _size(tensor) >= _LARGE * len(tensor) > 0:
+            rows = tensor.split(1) if len(tensor) > 1 else (tensor,)
+            parts += [{f"{name}[{row}]": each} for row, each in enumerate(rows)]
+            continue
+        rest[name] = tensor
+        if sum(map(_size, rest.values())) >= _LARGE:
+            parts.append(rest)
+            rest = {}
+    return parts, rest
+
+
+def _put_together(name: str, found: Mapping[str, Tensor]) -> Tensor:
+    """The tensor of a name, from what files have of it: itself, or its rows."""
+    if name in found:
+        return found[name]
+    rows = [found[f"{name}[0]"]]
+    while (row := found.get(f"{name}[{len(rows)}]")) is not None:
+        rows.append(row)
+    return torch.cat(rows) if len(rows) > 1 else rows[0]
+
+
+def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a file of tensors.
+
+    Raises:
+        UserError: the disk is full or may not be written.
+    """
+    written: dict[str, Tensor] = {}
+    storages: set[int] = set()
+    for name, tensor in tensors.items():
+        contiguous = tensor.detach().contiguous()
+        shared = contiguous.untyped_storage().data_ptr() in storages  # which safetensors refuses
+        written[name] = contiguous.clone() if shared else contiguous
+        storages.add(written[name].untyped_storage().data_ptr())
+
+    def write(beside: Path) -> None:
+        try:
+            save_file(written, beside)
+        except SafetensorError as error:
+            raise OSError(str(error)) from error
+
+    write_whole(path, write)
+
+
+def _size(tensor: Tensor) -> int:
+    """The bytes of a tensor."""
+    return tensor.numel() * tensor.element_size()
+
+
+def _digest_of(tensor: Tensor) -> str:
+    """The digest of a tensor's type, shape and numbers."""
+    numbers = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return digests.of_bytes(f"{tensor.dtype} {list(tensor.shape)}\n".encode(), numbers.data)
+
+
+def _digest_of_all(tensors: Mapping[str, str]) -> str:
+    """The digest of tensors: name -> the digest of each."""
+    return digests.of_text(json.dumps(dict(sorted(tensors.items()))))

@@ -11,7 +11,7 @@ from clbench.training import with_prefix
 
 
 class Single(Strategy):
-    """Each stage learns a new detector; only frozen networks are shared."""
+    """Each stage learns a new detector; only frozen networks are shared. On a GPU there is one detector at a time."""
 
     task_known = True
     continual = False
@@ -20,7 +20,7 @@ class Single(Strategy):
     def __init__(self, detector: Detector, *, seed: int = 0):
         super().__init__(detector, seed=seed)
         self._untrained = copy_of(detector)
-        self._learned: list[Mapping[str, Tensor]] = []  # the state of each stage's detector
+        self._learned: list[Mapping[str, Tensor]] = []  # the state of each stage's detector, on the CPU
         self._loaded: int | None = None  # the stage whose state `self.detector` has now
 
     def begin_stage(self, stage: int, images: Images) -> None:
@@ -29,7 +29,8 @@ class Single(Strategy):
         self.detector.progress = progress
 
     def end_stage(self, stage: int, images: Images) -> None:
-        self._learned.append({name: tensor.clone() for name, tensor in kept_state(self.detector).items()})
+        state = kept_state(self.detector)
+        self._learned.append({name: tensor.to("cpu", copy=True) for name, tensor in state.items()})
         self._loaded = stage
 
     def detector_for(self, task: int) -> Detector:
