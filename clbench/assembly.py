@@ -138,6 +138,26 @@ def reader(config: Config, dataset: Dataset) -> Callable[[Progress], list[Task]]
     return lambda progress: stream.load_tasks(dataset, categories, geometry, cache, progress)
 
 
+def stage_bytes(config: Config) -> int:
+    """Bytes of the images that the largest stage of a run learns from, with its buffer, at the run's size.
+
+    They are on a GPU for its training, up to `gpu.image_memory_mb`.
+
+    Raises:
+        UserError: a folder or category is not there, or an image cannot be read.
+    """
+    dataset = build_dataset(config)
+    order = config.task_order
+    groups = stream.order(dataset, order.kind, order.tasks, config.seed)
+    kind: Any = class_of_kind("strategy", config.strategy.target, Strategy)
+    if kind.joint:
+        groups = [[name for group in groups for name in group]]
+    samples = [[sample for name in group for sample in dataset.samples(name, "train")] for group in groups]
+    geometry = config.dataset.geometry()
+    image, _ = samples[0][0].at(geometry).read()
+    return (max(map(len, samples)) + (config.replay.size or 0)) * geometry.image(image).size
+
+
 def build_detector(config: Config) -> Detector:
     """The method's detector on its backbone, on the CPU; it has learned nothing.
 

@@ -25,6 +25,7 @@ class SweepRun:
         directory: where it is kept.
         state: how far it is.
         reason: why it failed; None where it did not.
+        stage_mb: images of its largest stage, 10^6 bytes; None where nobody asked, or they are not there.
         config: what the overrides compose to, 0.2 MB, until it is started; None where another process composes it, or
             where the run is known to be finished.
     """
@@ -33,6 +34,7 @@ class SweepRun:
     directory: RunDirectory
     state: State
     reason: str | None = None
+    stage_mb: float | None = None
     config: DictConfig | None = None
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import functools
 import itertools
+import json
 import math
 import sys
 import traceback
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
-from clbench.config import check, check_sweep
+from clbench.config import Config, check, check_sweep
 from clbench.config.classes import buffer_arguments, class_of, own_arguments
 from clbench.config.explanations import setting_of_other_choices
 from clbench.config.messages import UnknownSetting
@@ -70,6 +72,7 @@ class RunSweeper(Sweeper):
         self.max_batch_size = max_batch_size
         self.params = dict(params or {})
         self.grids = [dict(grid) for grid in grids] or [{}]
+        self._stages_mb: dict[str, float | None] = {}
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Take what Hydra gives before `sweep`."""
@@ -174,7 +177,20 @@ class RunSweeper(Sweeper):
         directory = RunDirectory(Path(composed.hydra.sweep.dir) / composed.hydra.sweep.subdir)
         state, reason = directory.state(config.plain())
         in_this_process = isinstance(self._launcher, SequentialLauncher) and state != "finished"
-        return SweepRun(overrides, directory, state, reason, composed if in_this_process else None)
+        stage_mb = self._stage_mb(config) if config.dry_run else None
+        return SweepRun(overrides, directory, state, reason, stage_mb, composed if in_this_process else None)
+
+    def _stage_mb(self, config: Config) -> float | None:
+        """Images of a run's largest stage, 10^6 bytes; None where they are not there. Runs of one stream are asked once."""
+        from clbench.assembly import stage_bytes
+
+        plain = config.plain()
+        stream = json.dumps([plain[name] for name in ("dataset", "task_order", "strategy", "replay", "seed")])
+        if stream not in self._stages_mb:
+            self._stages_mb[stream] = None
+            with suppress(UserError):
+                self._stages_mb[stream] = stage_bytes(config) / 1e6
+        return self._stages_mb[stream]
 
     def _settings_of(self, group: str, choice: str) -> set[str]:
         """The settings of a group's choice: those in its file, and its class's constructor arguments.
