@@ -2,14 +2,19 @@
 
 import gc
 import weakref
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from clbench import footprint
 from clbench.backbones import Backbone
 from clbench.data.images import Images, identities, origin
 from clbench.feature_store import FeatureStore
+from clbench.strategies.replay import Replay
+from clbench.testing.small import SmallDetector
 
 RANDOM = torch.Generator().manual_seed(0)
 PARTS = [
@@ -125,3 +130,22 @@ def test_a_batch_that_is_not_full_is_filled_up_with_images_to_come() -> None:
     computed.clear()
     found = torch.cat([pyramid(batch)[0] for batch in Images.of(pixels).batches(order.split(3))])
     assert torch.equal(found, expected[order]) and len(computed) == 14
+
+
+def test_a_joint_stage_of_36_000_images_of_1_024_pixels_is_never_in_memory(tmp_path: Path) -> None:
+    """113 GB of images, in files with holes, of which only the batches that steps take are read."""
+    sets = []
+    for number in range(12):
+        with open(tmp_path / f"{number}.npy", "wb") as file:
+            file.truncate(3000 * 3 * 1024 * 1024)
+        pixels = np.memmap(tmp_path / f"{number}.npy", np.uint8, "c", shape=(3000, 3, 1024, 1024))
+        sets.append(torch.from_numpy(pixels))
+    detector = SmallDetector(batch_size=4, held_out=0.1)
+    detector.step_budget = 3
+    strategy = Replay(detector, replay_size=10)
+    footprint.reset_peak(torch.device("cpu"))
+    before = footprint.peak(torch.device("cpu"))
+    detector.finish_task = lambda images: None  # type: ignore[method-assign]  # this one looks at all of them
+    strategy.learn(0, Images.concatenate(sets))
+    assert len(strategy.buffer.shares[0][0]) == 9
+    assert footprint.peak(torch.device("cpu")) - before < 10**9

@@ -79,7 +79,11 @@ def test_a_dry_run_starts_nothing_and_knows_what_finished_runs_took(train: Train
     # What a GPU must hold of images of 48 x 48 pixels: those of a task of 4, or of all 12, with a buffer of 5 or none.
     settings = ("method=stfpm", "strategy=finetune,joint", "dry_run=true")
     rows = [line for line in train("-m", *settings).stdout.splitlines() if "strategy=" in line]
-    rows += [line for line in train("method=stfpm", "replay.size=5", "dry_run=true").stdout.splitlines() if "missing" in line]
+    rows += [
+        line
+        for line in train("method=stfpm", "replay.size=5", "dry_run=true").stdout.splitlines()
+        if "missing" in line
+    ]
     megabytes = [3 * 48 * 48 * count / 1e6 for count in (4, 12, 4 + 5)]
     assert [f" {images:.1f} " in row for images, row in zip(megabytes, rows, strict=True)] == [True] * 3
     assert train("-m", "method=padim", "seed=0").returncode == 0
