@@ -146,7 +146,7 @@ COMMAND_LINE = [
     (["benchmark=demo/cfa"], "benchmark=demo/cfa: what its file says would be in the node benchmark"),
     (
         ["hydra.launcher.n_jobs=two", "hydra/launcher=local"],
-        "Value 'two' of type 'str' could not be converted",
+        "hydra.launcher.n_jobs=two: give a number of runs at a time",
     ),
     (
         ["hydra.launcher.n_jobs=2"],

@@ -7,6 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 
 _GROUPS = Path("/sys/fs/cgroup")
+_OWN_GROUPS = Path("/proc/self/cgroup")
 # Of versions 2 and 1 of control groups: the limit, what is used, and what of that are files that can be dropped.
 _FILES = (
     ("memory.max", "memory.current", "inactive_file"),
@@ -24,14 +25,8 @@ def _limits() -> Iterator[int]:
     with suppress(OSError, StopIteration, ValueError):
         lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
         yield next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
-    with suppress(OSError, ValueError):
-        for line in Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines():
-            _, controllers, name = line.split(":", 2)
-            if controllers in ("", "memory"):
-                group = _GROUPS / controllers / name.strip("/")
-                for level in (group, *group.parents):  # a container may show its own group as the uppermost
-                    if level.is_relative_to(_GROUPS):
-                        yield from _free_in(level)
+    for group in control_groups("memory"):
+        yield from _free_in(group)
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)  # `ulimit -v`
     if limit != resource.RLIM_INFINITY:
         with suppress(OSError, ValueError):
@@ -39,6 +34,22 @@ def _limits() -> Iterator[int]:
                 "SC_PAGE_SIZE"
             )
             yield max(0, limit - used)
+
+
+def control_groups(controller: str) -> Iterator[Path]:
+    """The folders of the control groups, of version 1 or 2, that limit this process: its own and those that hold it.
+
+    A container may show its own group as the uppermost. There are none where the system has no such groups.
+
+    Args:
+        controller: what they limit, `memory` or `cpu`.
+    """
+    with suppress(OSError, ValueError):
+        for line in _OWN_GROUPS.read_text(encoding="utf-8").splitlines():
+            _, controllers, name = line.split(":", 2)
+            if controllers == "" or controller in controllers.split(","):
+                group = _GROUPS / controllers / name.strip("/")
+                yield from (level for level in (group, *group.parents) if level.is_relative_to(_GROUPS))
 
 
 def _free_in(group: Path) -> Iterator[int]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol, runtime_checkable
 
 from hydra.core.singleton import Singleton
@@ -17,14 +18,17 @@ from hydra_plugins.hydra_submitit_launcher.submitit_launcher import SlurmLaunche
 from omegaconf import DictConfig, open_dict
 
 from clbench.config import register, run_name
+from clbench.cores import usable_cores
 from clbench.errors import UserError
 from clbench.paths import expanded
 from clbench.recording.run_directory import RunDirectory
-from clbench.sweeps import cluster
+from clbench.sweeps import cluster, gpus
 from clbench.sweeps.runs import SweepRun
 
 _POLL_S = 2.0  # seconds between the first two looks at the queue
 _SLOWEST_S = 30.0  # seconds between two looks, at most
+_USUAL = 2  # runs at a time on a machine without GPUs
+_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 _KILLED = "its process was killed, for its memory perhaps; the same command continues it"
 
 
@@ -104,29 +108,58 @@ def _forget_frames(error: BaseException) -> None:
 
 
 class LocalLauncher(JoblibLauncher):
-    """Several runs at a time on this machine, each in a process of its own with its share of the cores.
+    """Several runs at a time on this machine, each in a process of its own with a GPU of its own and its share of the cores.
 
     Where one of the processes is killed, for its memory perhaps, joblib ends all of them. Runs that were
     begun and not finished are then continued one at a time: one that is killed again has failed.
+
+    Args:
+        n_jobs: number of runs at a time, or, less than 0, joblib's: -1 for as many as there are cores. None: one on each GPU
+            where a run may use GPUs and there are some; else as many as have `gpu.threads` cores each, or two.
+        settings: further ones of joblib's `Parallel`.
+
+    Raises:
+        UserError: `n_jobs` is no such number.
     """
 
+    def __init__(self, n_jobs: int | None = None, **settings: Any) -> None:
+        if n_jobs == 0 or isinstance(n_jobs, bool) or not isinstance(n_jobs, int | None):
+            raise UserError(
+                f"hydra.launcher.n_jobs={n_jobs}: give a number of runs at a time, -1 for as many as there are cores, or null"
+            )
+        super().__init__(n_jobs=n_jobs, **settings)
+        self.given = n_jobs
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        """Take what Hydra gives before any run."""
+        super().setup(hydra_context=hydra_context, task_function=task_function, config=config)
+        self.task = task_function
+
     def start(self, runs: Sequence[SweepRun], first: int) -> Sequence[JobReturn]:
-        """Run all of these runs, see `Starts`."""
+        """Run all of these runs, see `Starts`.
+
+        Raises:
+            UserError: a run names a GPU by its number.
+        """
+        from joblib.externals.loky import get_reusable_executor
         from joblib.externals.loky.process_executor import TerminatedWorkerError
 
         directories = [run.directory for run in runs]
         results: dict[int, JobReturn] = {}
         suspects: set[int] = set()
-        several = self.joblib["n_jobs"]
+        found = _gpus(runs)
+        self.task_function = gpus.OnOneGpu(self.task, found) if found else self.task
+        several = self._at_a_time(runs, found)
         # joblib runs a single job at a time in this very process, which would then be the one that is killed.
-        self.joblib["n_jobs"] = several if several < 0 else max(2, several)
+        self.joblib["n_jobs"] = max(2, several)
         begun = time.time()
         while len(results) < len(runs):
             rest = [index for index in range(len(runs)) if index not in results]
             alone = [index for index in rest if index in suspects][:1] or (rest[:1] if several == 1 else [])
             batch = alone or rest
             try:
-                returned = self.launch([runs[index].overrides for index in batch], first)
+                with _threads(max(1, usable_cores() // several)):
+                    returned = self.launch([runs[index].overrides for index in batch], first)
             except TerminatedWorkerError:
                 for index in batch:
                     if (result := _written_since(begun, directories[index])) is not None:
@@ -139,7 +172,52 @@ class LocalLauncher(JoblibLauncher):
                     suspects |= begun_ones or unfinished
             else:
                 results |= dict(zip(batch, returned, strict=True))
+            finally:
+                if found:  # idle processes would hold their GPU, and some of its memory
+                    get_reusable_executor().shutdown(wait=True)
         return [results[index] for index in range(len(runs))]
+
+    def _at_a_time(self, runs: Sequence[SweepRun], found: Sequence[str]) -> int:
+        """Number of runs at a time.
+
+        Args:
+            found: the GPUs that they are to use.
+        """
+        if self.given is not None:
+            return self.given if self.given > 0 else max(1, usable_cores() + 1 + self.given)
+        if found:
+            return len(found)
+        threads = max((run.gpu and run.gpu.threads) or 0 for run in runs)
+        return max(1, usable_cores() // threads) if threads else _USUAL
+
+
+def _gpus(runs: Sequence[SweepRun]) -> list[str]:
+    """The GPUs that these runs are to use, as `gpus.visible` names them; none where no run may use one.
+
+    Raises:
+        UserError: a run names its GPU.
+    """
+    devices = {run.gpu.device for run in runs if run.gpu}
+    for device in sorted(devices):
+        if device.startswith("cuda:"):
+            raise UserError(
+                f"gpu.device={device} names one GPU, and hydra/launcher=local gives each process one, in turn: leave it out; "
+                f"{gpus.VISIBLE}={device[5:]} before the command says which GPUs there are to give"
+            )
+    return gpus.visible() if devices - {"cpu"} else []
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """Inside, processes that are started take so many threads, unless OMP_NUM_THREADS says otherwise."""
+    added = [name for name in _THREADS if name not in os.environ]
+    number = os.environ.get(_THREADS[0], str(count))
+    os.environ.update(dict.fromkeys(added, number))
+    try:
+        yield
+    finally:
+        for name in added:
+            del os.environ[name]
 
 
 def _written_since(begun: float, directory: RunDirectory) -> JobReturn | None:

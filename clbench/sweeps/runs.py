@@ -10,6 +10,7 @@ from typing import Literal
 from omegaconf import DictConfig
 
 from clbench.config.run_names import run_name
+from clbench.config.schema import Gpu
 from clbench.config.sources import composed_from
 from clbench.recording.run_directory import RunDirectory, State
 
@@ -28,6 +29,7 @@ class SweepRun:
         stage_mb: images of its largest stage, 10^6 bytes; None where nobody asked, or they are not there.
         config: what the overrides compose to, 0.2 MB, until it is started; None where another process composes it, or
             where the run is known to be finished.
+        gpu: on which device it is to run; None where the run is known to be finished.
     """
 
     overrides: list[str]
@@ -36,6 +38,7 @@ class SweepRun:
     reason: str | None = None
     stage_mb: float | None = None
     config: DictConfig | None = None
+    gpu: Gpu | None = None
 
 
 def to_launch(runs: Sequence[SweepRun], only: Only | None) -> list[SweepRun]:

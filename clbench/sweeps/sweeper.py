@@ -177,8 +177,15 @@ class RunSweeper(Sweeper):
         directory = RunDirectory(Path(composed.hydra.sweep.dir) / composed.hydra.sweep.subdir)
         state, reason = directory.state(config.plain())
         in_this_process = isinstance(self._launcher, SequentialLauncher) and state != "finished"
-        stage_mb = self._stage_mb(config) if config.dry_run else None
-        return SweepRun(overrides, directory, state, reason, stage_mb, composed if in_this_process else None)
+        return SweepRun(
+            overrides,
+            directory,
+            state,
+            reason,
+            gpu=config.gpu,
+            stage_mb=self._stage_mb(config) if config.dry_run else None,
+            config=composed if in_this_process else None,
+        )
 
     def _stage_mb(self, config: Config) -> float | None:
         """Images of a run's largest stage, 10^6 bytes; None where they are not there. Runs of one stream are asked once."""
