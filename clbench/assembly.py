@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,19 @@ from clbench.data.samples import Dataset
 from clbench.data.stream import Task
 from clbench.errors import UserError
 from clbench.methods.base import Detector, Progress
+from clbench.out_of_memory import memory_named
 from clbench.recording.recorder import Recorder, Surviving
 from clbench.strategies.base import Strategy
+
+# Settings that need less memory where they are lower, the most effective first: of networks, and of features kept.
+_OF_NETWORKS = (
+    "method.width",
+    "method.reconstructive_width",
+    "method.discriminative_width",
+    "method.hidden_ratio",
+    "dataset.resize",
+)
+OF_FEATURES = ("method.feature_memory_mb", "backbone.feature_memory_mb")
 
 
 @dataclass(frozen=True)
@@ -53,17 +65,20 @@ def assemble(config: Config, progress: Progress) -> Assembly:
         progress: told while images are read.
 
     Raises:
-        UserError: a device, folder, category, image or network that the config names is not there, or they do
-            not fit together.
+        UserError: a device, folder, category, image or network that the config names is not there, they do
+            not fit together, or memory is not enough.
     """
     device = select_device(config.gpu)
     footprint.reset_peak(device)
     dataset = build_dataset(config)
     read = reader(config, dataset)
-    detector = build_detector(config).to(device)
-    tasks = read(progress)
+    with memory_for("building the detector", config, device, *_OF_NETWORKS):
+        detector = build_detector(config).to(device)
+    with memory_for("reading the images", config, torch.device("cpu"), "dataset.resize"):
+        tasks = read(progress)
     strategy = build_strategy(config, detector)
-    strategy.check(tasks)
+    with memory_for("trying an image", config, device, "backbone.batch_size", *_OF_NETWORKS):
+        strategy.check(tasks)
     notes = [*dataset.notes, *stream.doubts(tasks, config.dataset.bit_depth)]
     return Assembly(config, device, strategy, tasks, identity(config, tasks), notes)
 
@@ -100,6 +115,31 @@ def select_device(gpu: Gpu) -> torch.device:
             chosen
         )  # this initialises CUDA, and what asks for memory asks this one from now on
     return chosen
+
+
+def memory_for(
+    phase: str, config: Config, device: torch.device, *settings: str
+) -> AbstractContextManager[None]:
+    """Inside, memory that is not enough raises a UserError that names the phase and what to lower.
+
+    Args:
+        phase: what is being done, for the error.
+        device: what is computed on.
+        settings: flat keys of what to lower, the most effective first; those that the method has are named.
+    """
+
+    def known(key: str) -> bool:
+        node, _, name = key.partition(".")
+        if node == "gpu":
+            return device.type == "cuda"
+        return node == "dataset" or takes(config, "method", name if node == "method" else node)
+
+    ways = [f"lower {', then '.join(filter(known, settings))}"]
+    if takes(config, "method", "backbone"):
+        ways.append("take a smaller backbone.name")
+    if device.type == "cuda" and config.gpu.precision not in ("bf16", "fp16"):
+        ways.append("take gpu.precision=bf16")
+    return memory_named(phase, f"{', or '.join(ways)}; what was finished is kept", device)
 
 
 def build_dataset(config: Config) -> Dataset:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from clbench.data.images import Identity, Images, identities, origin
 from clbench.errors import UserError, first_line
 from clbench.feature_store import FeatureStore
+from clbench.out_of_memory import is_out_of_memory
 from clbench.paths import PATH_FOR_USE, absolute_path, expanded
 from clbench.randomness import seed_for
 
@@ -201,6 +202,8 @@ class Backbone:
                 f"backbone=timm backbone.name={self.name}, which has none"
             ) from error
         except Exception as error:
+            if is_out_of_memory(error):
+                raise
             if not pretrained:
                 raise UserError(
                     f"backbone.name={self.name} cannot give a feature pyramid: {error}"
@@ -276,8 +279,12 @@ def read_weights(path: Path, setting: str) -> dict[str, Tensor]:
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, OSError, RuntimeError, ValueError, EOFError) as error:
+        if is_out_of_memory(error):
+            raise
         raise UserError(f"{setting}={path} cannot be read: {first_line(error)}") from error
     except Exception as error:  # pickle.UnpicklingError and what it wraps
+        if is_out_of_memory(error):
+            raise
         if "global" not in str(error).lower():
             raise UserError(f"{setting}={path} cannot be read: it is no file of tensors") from error
         raise UserError(
@@ -465,6 +472,8 @@ class FeaturePyramid(nn.Module):
         try:
             return self.network(self.normalisation(images[:1]))
         except (RuntimeError, AssertionError, ValueError) as error:
+            if is_out_of_memory(error, images.device):
+                raise
             height, width = images.shape[-2:]
             own = (
                 f"{own_size}{height}" if height == width else f"'{own_size}[{height},{width}]'"

@@ -2,14 +2,13 @@
 
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from clbench import evaluation, footprint, thresholds
-from clbench.assembly import Assembly
+from clbench.assembly import OF_FEATURES, Assembly, memory_for
 from clbench.data.images import Images
 from clbench.errors import UserError
-from clbench.footprint import memory_named
 from clbench.history import History
 from clbench.interruption import Interruption
 from clbench.methods.base import silent
@@ -84,7 +83,8 @@ class Course:
         self.strategy, self.tasks = assembly.strategy, assembly.tasks
         self.categories = [category for task in self.tasks for category in task.categories]
         self.progress = interruption.watching(display.progress)
-        self.history = History(assembly, directory, recorder, interruption)
+        with self._memory("what an earlier process learned", *OF_FEATURES, "dataset.resize"):
+            self.history = History(assembly, directory, recorder, interruption)
         self.stages, self.results = self.history.stages, self.history.results
         self.spent = self.history.spent
         self.strategy.bookmark, self.strategy.on_epoch = self.history.checkpoints, self.history.add_epoch
@@ -120,11 +120,19 @@ class Course:
             return
         train = [self.tasks[task].train.images for task in self.stages[stage]]
         names = "+".join(self.tasks[task].name for task in self.stages[stage])
-        with self.spent.on("train_s"), memory_named(f"learning {names}", "method.batch_size"):
+        settings = (
+            "method.batch_size",
+            "backbone.batch_size",
+            "gpu.image_memory_mb",
+            *OF_FEATURES,
+            "dataset.resize",
+        )
+        with self.spent.on("train_s"), self._memory(f"learning {names}", *settings):
             with _titled(self._title(stage)):
                 self.strategy.learn(stage, Images.concatenate(train))
             self.strategy.detector.release(self.strategy.stored_images())
-        self.history.add_learned(stage)
+        with self._memory(f"saving what was learned of {names}", *OF_FEATURES, "dataset.resize"):
+            self.history.add_learned(stage)
 
     def evaluate(self, stage: int, category: int) -> None:
         """Evaluate a category after a stage, and keep the metrics, or leave that to `settle`.
@@ -136,7 +144,7 @@ class Course:
             UserError: a map is not finite, the GPU's memory is not enough, or a file cannot be written.
         """
         name, learned = self.categories[category].name, self.results.learned[category]
-        with self.spent.on("eval_s"), memory_named(f"evaluating {name}", "backbone.batch_size"):
+        with self.spent.on("eval_s"), self._predicting(f"evaluating {name}"):
             unchanged = stage > 0 and self.strategy.unchanged(stage, learned)
             known = self.results.get(stage - 1, category) if unchanged else None
             if known is None or self.assembly.config.maps is True:
@@ -158,7 +166,7 @@ class Course:
         if self._measuring is not None:
             stage, category, values = self._measuring
             self._measuring = None
-            with self.spent.on("eval_s"):
+            with self.spent.on("eval_s"), self._predicting(f"metrics of {self.categories[category].name}"):
                 found = values.result()
             self.history.add_evaluation(stage, category, found)
 
@@ -207,10 +215,11 @@ class Course:
         self.display.heading("the trained detector")
         device, last = self.assembly.device, len(self.tasks) - 1
         images = self.tasks[-1].categories[0].test.images
-        inference = evaluation.inference_time(self.strategy, images, last, device, self.progress)
+        with self._predicting("timing"):
+            inference = evaluation.inference_time(self.strategy, images, last, device, self.progress)
         spent = self.spent.so_far()
         peak_mb = spent.pop("peak_mb")
-        with memory_named("setting thresholds", "backbone.batch_size"):
+        with self._predicting("setting thresholds"):
             found = thresholds.calibrate(self.strategy, self.tasks, device, self.progress)
         self.directory.write_thresholds(found)
         self.history.close()  # so that all of it is on the disk before the run is complete
@@ -242,6 +251,14 @@ class Course:
         written = summary if missing is None else {**summary, "not_recorded": missing}
         self.directory.write_summary(written)
         return written
+
+    def _memory(self, phase: str, *settings: str) -> AbstractContextManager[None]:
+        """As `clbench.assembly.memory_for`, for this run."""
+        return memory_for(phase, self.assembly.config, self.assembly.device, *settings)
+
+    def _predicting(self, phase: str) -> AbstractContextManager[None]:
+        """Inside, memory that is not enough for predictions raises a UserError that names the phase and the way out."""
+        return self._memory(phase, "backbone.batch_size", *OF_FEATURES, "dataset.resize")
 
     def _title(self, stage: int) -> str:
         """What a stage is called on the terminal and in errors."""

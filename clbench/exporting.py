@@ -22,6 +22,7 @@ from clbench.backbones import FeaturePyramid
 from clbench.data.textures import texture
 from clbench.errors import UserError
 from clbench.methods.base import Detector, Prediction
+from clbench.out_of_memory import is_out_of_memory
 from clbench.recording.files import cannot_write, write_whole
 
 TOLERANCE = 1e-4  # largest difference of an export, relative to the range of the maps
@@ -71,11 +72,15 @@ def trace(detector: Detector, images: Tensor) -> tuple[ExportedProgram, bool]:
     with _quiet():
         try:
             return torch.export.export(graph, (images[:2],), dynamic_shapes=({0: Dim("batch")},)), True
-        except (RuntimeError, ValueError, TypeError, AssertionError):
-            pass  # the code of some networks fixes the number of images
+        except (RuntimeError, ValueError, TypeError, AssertionError) as error:
+            if is_out_of_memory(error):
+                raise
+            # The code of some networks fixes the number of images.
         try:
             return torch.export.export(graph, (images[:1],)), False
         except Exception as error:  # torch.export's own errors, and any that a traced network's code raises
+            if is_out_of_memory(error):
+                raise
             raise _impossible("torch.export", error) from error
 
 
@@ -133,6 +138,8 @@ def write_onnx(program: ExportedProgram, path: Path, threads: int | None = None)
     except OSError as error:
         raise cannot_write(path, error) from error
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         raise _impossible("ONNX", error) from error
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or torch.get_num_threads()

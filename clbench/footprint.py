@@ -5,15 +5,14 @@ MB are 10^6 bytes, as in the paper.
 
 import ctypes
 import resource
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from clbench.backbones import FeaturePyramid, Student
-from clbench.errors import UserError
 from clbench.methods.base import kept_state
 from clbench.strategies.base import Strategy
 
@@ -92,24 +91,3 @@ def peak(device: torch.device) -> int:
         return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
     except (OSError, StopIteration):
         return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
-@contextmanager
-def memory_named(phase: str, setting: str) -> Iterator[None]:
-    """Inside, a GPU that runs out of memory raises a UserError that names what to lower.
-
-    Args:
-        phase: what is being done, for the error.
-        setting: the config key to lower first.
-
-    Raises:
-        UserError: the GPU's memory was not enough.
-    """
-    try:
-        yield
-    except torch.cuda.OutOfMemoryError as error:
-        free, total = torch.cuda.mem_get_info() if torch.cuda.is_available() else (0, 0)
-        raise UserError(
-            f"the GPU's memory was not enough for {phase} ({free / 1e6:,.0f} of {total / 1e6:,.0f} MB free): lower "
-            f"{setting}, then backbone.feature_memory_mb, or take gpu.precision=bf16; what was finished is kept"
-        ) from error

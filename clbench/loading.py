@@ -19,6 +19,7 @@ from clbench.data.samples import Geometry
 from clbench.errors import UserError, first_line
 from clbench.evaluation import BATCH_SIZE
 from clbench.methods.base import Detector, Prediction, check_frozen, frozen_digest
+from clbench.out_of_memory import is_out_of_memory, memory_named
 from clbench.paths import expanded
 from clbench.recording.checkpoint import Checkpoints
 from clbench.recording.run_directory import RunDirectory
@@ -99,8 +100,15 @@ class TrainedDetector:
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Prediction:
-        """Images of the run's size [B, 3, H, W], uint8 or in [0, 1] -> maps [B, H, W] and scores [B]."""
-        with self.detector.uncached():
+        """Images of the run's size [B, 3, H, W], uint8 or in [0, 1] -> maps [B, H, W] and scores [B].
+
+        Raises:
+            UserError: memory is not enough.
+        """
+        fewer = (
+            "predict fewer at a time (--batch-size, or batch_size in Python), or on the CPU (--device cpu)"
+        )
+        with memory_named(f"predicting {len(images)} images", fewer, self.device), self.detector.uncached():
             return self.detector(images.to(self.device))
 
     def predict(
@@ -221,20 +229,24 @@ def load(
     # The device is chosen as if for fp32: one trained in fp16 also runs on a CPU, slowly.
     settings = config.gpu.model_copy(update={"device": device, "precision": "fp32"})
     chosen = assembly.select_device(settings)
-    saved = Checkpoints(directory.path / "checkpoint", str(chosen)).load_stage()
-    if saved is None:
-        raise _nothing_trained(directory)
-    detector = assembly.build_detector(config).to(chosen)
-    strategy = assembly.build_strategy(config, detector)
-    stage, tensors, data = saved
-    check_frozen(data.get("frozen"), frozen_digest(detector), directory.path)
-    try:
-        strategy.restore_detector(tensors)
-    except (AttributeError, LookupError, RuntimeError) as error:
-        raise UserError(
-            f"what {directory.path} has learned does not fit {config.method.target} as it is now ({first_line(error)}): "
-            "use the version of it that the run was made with"
-        ) from error
+    elsewhere = "use it where more memory is free, or on the CPU (--device cpu, or device='cpu' in Python)"
+    with memory_named(f"loading {directory.path}", elsewhere, chosen):
+        saved = Checkpoints(directory.path / "checkpoint", str(chosen)).load_stage()
+        if saved is None:
+            raise _nothing_trained(directory)
+        detector = assembly.build_detector(config).to(chosen)
+        strategy = assembly.build_strategy(config, detector)
+        stage, tensors, data = saved
+        check_frozen(data.get("frozen"), frozen_digest(detector), directory.path)
+        try:
+            strategy.restore_detector(tensors)
+        except (AttributeError, LookupError, RuntimeError) as error:
+            if is_out_of_memory(error, chosen):
+                raise
+            raise UserError(
+                f"what {directory.path} has learned does not fit {config.method.target} as it is now "
+                f"({first_line(error)}): use the version of it that the run was made with"
+            ) from error
     stages = strategy.stages(len(stream.tasks))
     if summary["status"] == "complete" and stage < len(stages) - 1:
         raise UserError(

@@ -25,8 +25,6 @@ from rich.console import Console
 from clbench import assembly, cli
 from clbench.commands.run import main
 from clbench.config import sources
-from clbench.errors import UserError
-from clbench.footprint import memory_named
 from clbench.methods import maps
 from clbench.recording.run_directory import RunDirectory
 from clbench.sweeps.launchers import LocalLauncher
@@ -181,12 +179,6 @@ def test_an_unfinished_run_of_another_version_is_refused_and_a_finished_one_is_n
     refused = train()
     assert refused.returncode == 2
     assert "an unfinished run of clbench 0.0.1" in refused.stderr and "overwrite=true" in refused.stderr
-
-
-def test_a_gpu_out_of_memory_names_phase_and_setting() -> None:
-    named = r"not enough for learning bottle .*lower method\.batch_size"
-    with pytest.raises(UserError, match=named), memory_named("learning bottle", "method.batch_size"):
-        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
 
 
 def test_a_sweep_s_own_settings_are_checked_though_its_runs_are_finished(train: Train) -> None:

@@ -54,7 +54,7 @@ def main(options: argparse.Namespace) -> int:
     """Distil, write the weights and say how much of the features' variance they explain.
 
     Raises:
-        UserError: the backbone, images, device or output cannot be had.
+        UserError: the backbone, images, device or output cannot be had, or memory is not enough.
     """
     output: Path = options.output
     if output.suffix != ".safetensors":
@@ -70,10 +70,15 @@ def main(options: argparse.Namespace) -> int:
     from clbench.backbones import Backbone
     from clbench.data.pictures import Pictures
     from clbench.methods.distillation import distil
+    from clbench.out_of_memory import memory_named
     from clbench.terminal import Display
 
     device = _device(options.device)
-    with tempfile.TemporaryDirectory(prefix="clbench-") as cache:
+    less = "lower --batch-size, then --size, --width and --count, or take a smaller --backbone"
+    with (
+        memory_named("distilling", less, torch.device(device)),
+        tempfile.TemporaryDirectory(prefix="clbench-") as cache,
+    ):
         pictures = Pictures(options.images, options.count, "--images", options.seed, cache)
         found = pictures.look_up()  # before weights, which may take minutes to download
         arguments = {"channels": options.channels, "img_size": options.img_size}

@@ -39,12 +39,15 @@ def main(options: argparse.Namespace) -> int:
     """Write a run's detector as a graph in each format asked for. Returns 0.
 
     Raises:
-        UserError: the run has no detector or no known image size, ONNX's packages are missing, or a file
-            cannot be written or differs from the detector; then nothing is kept.
+        UserError: the run has no detector or no known image size, ONNX's packages are missing, memory is not enough, or
+            a file cannot be written or differs from the detector; then nothing is kept.
     """
+    import torch
+
     from clbench import exporting
     from clbench.backbones import unit
     from clbench.loading import load
+    from clbench.out_of_memory import memory_named
     from clbench.recording.files import cannot_write, write_whole
     from clbench.terminal import Display
 
@@ -64,11 +67,13 @@ def main(options: argparse.Namespace) -> int:
         raise cannot_write(output, error) from error
     images = exporting.pictures(height, width)
     images = images if options.input == "uint8" else unit(images)
-    with Display("export") as display:
+    less = "give one of the --formats at a time, or export where more memory is free"
+    with memory_named(f"exporting {options.run}", less, detector.device), Display("export") as display:
         display.heading(options.run.name)
         steps = 1 + len(options.formats)
         display.progress("tracing", 0, steps)
-        ours = detector(images)
+        with torch.no_grad(), detector.detector.uncached():
+            ours = detector.detector(images)
         program, any_number = exporting.trace(detector.detector, images)
         found = {}
         with tempfile.TemporaryDirectory(prefix=".clbench-", dir=output) as folder:

@@ -62,7 +62,7 @@ def main(options: argparse.Namespace) -> int:
 
     Raises:
         UserError: an option is out of range, the output folder holds predictions, there is no image, the run
-            has no detector or no thresholds of use, or a file cannot be written.
+            has no detector or no thresholds of use, a file cannot be written, or memory is not enough.
     """
     if options.image_false_positive_rate is None:
         options.image_false_positive_rate = options.false_positive_rate
@@ -91,7 +91,10 @@ def main(options: argparse.Namespace) -> int:
     detector = _load(options)
     if scores.exists():
         _remove_pictures(options.output)
-    return _predict(options, detector, files, folder, pictures)
+    from clbench.out_of_memory import memory_named
+
+    with memory_named(f"predicting {len(files)} images", "lower --batch-size", detector.device):
+        return _predict(options, detector, files, folder, pictures)
 
 
 def _load(options: argparse.Namespace) -> TrainedDetector:
