@@ -15,6 +15,7 @@ from clbench.config import Config, takes, wandb_mode
 from clbench.config.classes import BUFFER, arguments, class_of_kind
 from clbench.config.files import file_digests
 from clbench.config.schema import Gpu
+from clbench.cores import usable_cores
 from clbench.data import stream
 from clbench.data.samples import Dataset
 from clbench.data.stream import Task
@@ -103,8 +104,7 @@ def select_device(gpu: Gpu) -> torch.device:
         )
     if chosen.type == "cpu" and gpu.precision == "fp16":
         raise UserError("gpu.precision=fp16 is for GPUs, and there is none: take gpu.precision=bf16 or fp32")
-    if gpu.threads:
-        torch.set_num_threads(gpu.threads)
+    torch.set_num_threads(gpu.threads or min(torch.get_num_threads(), usable_cores()))
     if gpu.deterministic:  # older releases of torch refuse without it
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(gpu.deterministic, warn_only=False)

@@ -1,10 +1,23 @@
-"""How many CPU cores this process may use. Imports no torch."""
+"""How many CPU cores this process may use, and how its threads wait for one another. Imports no torch."""
 
 import os
 from collections.abc import Iterator
 from contextlib import suppress
 
 from clbench.data.memory import control_groups
+
+# How often a thread of libgomp, which torch computes with, looks whether the others are ready before it sleeps. Its own
+# 300,000 times are a millisecond, in which a thread that waits takes the core that the others need where processes share it.
+SPINS = 10_000
+
+
+def wait_briefly() -> None:
+    """Have threads that wait leave their core to other processes soon, unless the environment says how they wait.
+
+    To be called before torch is imported, here or in the processes that this one starts.
+    """
+    if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
+        os.environ["GOMP_SPINCOUNT"] = str(SPINS)
 
 
 def usable_cores() -> int:

@@ -20,6 +20,7 @@ from clbench.config import Config, check, departures, register, sources
 from clbench.config.departures import read_again
 from clbench.config.explanations import explain
 from clbench.config.words import readable
+from clbench.cores import wait_briefly
 from clbench.errors import UserError
 from clbench.paths import expanded
 from clbench.streams import secure
@@ -47,6 +48,7 @@ def main(words: Sequence[str]) -> int:
         Exception: what is no fault of the command line.
     """
     secure()
+    wait_briefly()
     parser = get_args_parser()
     try:
         given = parser.parse_intermixed_args(list(words))
@@ -155,6 +157,7 @@ def task(composed: DictConfig) -> None:
         UserError: as `check` and `run_one`.
     """
     secure()  # where a launcher gave the run a process of its own
+    wait_briefly()
     run_one(check(composed), HydraConfig.get())
 
 
