@@ -11,6 +11,7 @@ from rich.table import Table
 
 from clbench.cores import SPINS
 
+TRAIN = Path(__file__).parents[1] / "train.py"
 COMPANY = (0, 1, 2, 4)  # busy processes
 _REPEATS = {0: 5}  # of each way where it is alone, the fastest of which counts; one where it is not
 _RUN = (
@@ -65,15 +66,7 @@ def table(checkpoint: str | None = None, root: str | None = None) -> Table:
 
 def _run(folder: Path, environment: dict[str, str]) -> float:
     """Seconds of training and evaluation of a run in a process of its own."""
-    command = [
-        sys.executable,
-        "-m",
-        "clbench",
-        "run",
-        *_RUN,
-        f"outputs={folder}/outputs",
-        f"cache={folder}/cache",
-    ]
+    command = [sys.executable, str(TRAIN), *_RUN, f"outputs={folder}/outputs", f"cache={folder}/cache"]
     begin = time.perf_counter()
     subprocess.run(command, env={**os.environ, **environment}, check=True, stdout=subprocess.DEVNULL)
     return time.perf_counter() - begin
