@@ -11,6 +11,7 @@ from clbench.methods.base import Detector, Prediction, Share
 from clbench.methods.maps import Sigma, to_image_size
 from clbench.methods.nearest import k_nearest
 from clbench.methods.patches import neighbourhood_patches
+from clbench.methods.tables import table
 from clbench.randomness import seed_for
 
 
@@ -138,8 +139,12 @@ class CFA(Detector):
         patches = neighbourhood_patches(self.pyramid(images))
         batch, height, width, _ = patches.shape
         self._grid = height, width
-        rows = torch.linspace(-1, 1, height, device=patches.device)
-        columns = torch.linspace(-1, 1, width, device=patches.device)
-        coordinates = torch.stack(torch.meshgrid(columns, rows, indexing="xy"), -1)
+        coordinates = table(_coordinates, height, width, device=patches.device)
         placed = torch.cat([patches, coordinates.expand(batch, -1, -1, -1)], 3)
         return self.descriptor(placed.flatten(1, 2))
+
+
+def _coordinates(height: int, width: int) -> Tensor:
+    """x and y of each position of a grid, from -1 to 1: [height, width, 2]."""
+    columns, rows = torch.linspace(-1, 1, width), torch.linspace(-1, 1, height)
+    return torch.stack(torch.meshgrid(columns, rows, indexing="xy"), -1)

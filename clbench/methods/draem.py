@@ -15,6 +15,7 @@ from clbench.data.pictures import Folder, Pictures
 from clbench.errors import UserError
 from clbench.methods.base import Detector, Prediction, Share
 from clbench.methods.simulated import change_some, rotated, simulate, uniform
+from clbench.methods.tables import table
 from clbench.randomness import seed_for
 
 _MEAN_FILTER = 21  # s_f: side in pixels of the mean filter for image scores
@@ -151,9 +152,7 @@ def dissimilarity(one: Tensor, other: Tensor) -> Tensor:
 
 
 def _dissimilarity(one: Tensor, other: Tensor) -> Tensor:
-    offsets = torch.arange(_SSIM_WINDOW, device=one.device) - _SSIM_WINDOW // 2
-    weights = torch.exp(-(offsets**2) / (2 * _SSIM_SIGMA**2))
-    weights = (weights / weights.sum()).to(one)
+    weights = table(_window, device=one.device)
     channels = 5 * one.shape[1]
     # One depthwise convolution along each side gives all five moments.
     moments = torch.cat([one, other, one * one, other * other, one * other], 1)
@@ -165,6 +164,13 @@ def _dissimilarity(one: Tensor, other: Tensor) -> Tensor:
     variances = square - mean**2 + square_other - mean_other**2
     likeness = (2 * mean * mean_other + low) * (2 * covariance + high)
     return 1 - (likeness / ((mean**2 + mean_other**2 + low) * (variances + high))).mean()
+
+
+def _window() -> Tensor:
+    """The weights of a Gaussian window along one of its sides: [11], of sum 1."""
+    offsets = torch.arange(_SSIM_WINDOW) - _SSIM_WINDOW // 2
+    weights = torch.exp(-(offsets**2) / (2 * _SSIM_SIGMA**2))
+    return weights / weights.sum()
 
 
 def block(*channels: int) -> nn.Sequential:

@@ -22,6 +22,7 @@ from clbench.data.pictures import Folder, Pictures
 from clbench.errors import UserError
 from clbench.feature_store import FeatureStore
 from clbench.methods.base import Detector, Prediction, Share
+from clbench.methods.tables import table
 from clbench.paths import PATH_FOR_USE
 from clbench.randomness import seed_for
 
@@ -163,12 +164,13 @@ class EfficientAD(Detector):
         et al., 2024, sections 3.2 and 3.3).
         """
         batch = len(images)
-        jittered = jitter(unit(images))
+        plain = unit(images)
+        jittered = jitter(plain)
         foreign = unit(self._penalties[torch.randint(len(self._penalties), (1,), device=images.device)])
         if float(torch.rand(())) < _GREY_PENALTY:
             foreign = foreign.mean(1, keepdim=True).expand_as(foreign)
         # The student sees everything in one pass.
-        seen = self.student(self.normalisation(torch.cat([unit(images), jittered, foreign]))).float()
+        seen = self.student(self.normalisation(torch.cat([plain, jittered, foreign]))).float()
         on_images, on_jittered, on_foreign = seen.split([batch, batch, 1])
         as_teacher, as_autoencoder = on_images[:, : self.channels], on_jittered[:, self.channels :]
         hard = hard_features((self._teacher_features(images) - as_teacher).square())
@@ -262,9 +264,14 @@ def jitter(images: Tensor) -> Tensor:
     batch, device = len(images), images.device
     factor = 1 + _JITTER * (2 * torch.rand(batch, 1, 1, 1, device=device) - 1)
     kind = torch.randint(3, (batch, 1, 1, 1), device=device)
-    grey = (images * images.new_tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(1, keepdim=True)
-    towards = torch.where(kind == 0, torch.zeros_like(grey), torch.where(kind == 1, _mean(grey), grey))
+    grey = (images * table(_luma, device=device)).sum(1, keepdim=True)
+    towards = torch.where(kind == 0, 0.0, torch.where(kind == 1, _mean(grey), grey))
     return torch.lerp(towards.expand_as(images), images, factor.expand_as(images)).clamp(0, 1)
+
+
+def _luma() -> Tensor:
+    """What red, green and blue weigh in grey: [3, 1, 1]."""
+    return torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)
 
 
 def _mean(grey: Tensor) -> Tensor:

@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Annotated
 
 import torch
 from annotated_types import Ge, Le
 from torch import Tensor
 from torch.nn import functional as F
+
+from clbench.methods.tables import table
 
 Sigma = Annotated[float, Ge(0), Le(100)]  # standard deviation of a map's Gaussian smoothing, in pixels
 
@@ -19,12 +20,11 @@ def to_image_size(grid: Tensor, size: Sequence[int], sigma: float) -> Tensor:
     The Gaussian's standard deviation is `sigma` pixels. Both operations are linear and separable, so together
     they are one matrix for each side.
     """
-    rows = _resampling(grid.shape[1], size[0], sigma).to(grid)
-    columns = _resampling(grid.shape[2], size[1], sigma).to(grid)
+    rows = table(_resampling, grid.shape[1], size[0], sigma, device=grid.device).to(grid.dtype)
+    columns = table(_resampling, grid.shape[2], size[1], sigma, device=grid.device).to(grid.dtype)
     return rows @ grid @ columns.T
 
 
-@lru_cache(maxsize=32)
 def _resampling(source: int, target: int, sigma: float) -> Tensor:
     """The matrix [target, source] that resamples a side bilinearly, then blurs it with mirrored borders."""
     upsampled = F.interpolate(torch.eye(source)[None], size=target, mode="linear", align_corners=False)[0].T

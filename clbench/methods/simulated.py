@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from clbench.backbones import unit
+from clbench.methods.tables import table
 
 _FINEST = 6  # so many numbers of Perlin cells along a side: 2^0 to 2^5
 _LATTICE = math.ceil(1.5 * 2 ** (_FINEST - 1)) + 2  # corners along a side that turned coordinates reach
@@ -70,13 +71,10 @@ def perlin(batch: int, height: int, width: int, device: torch.device) -> Tensor:
     cells = 2.0 ** torch.randint(_FINEST, (batch, 1, 2), device=device)
     angle = math.pi * (torch.rand(batch, device=device) - 0.5)
     turn = 2 * math.pi * torch.rand(batch, _LATTICE, _LATTICE, device=device)
-    x = (torch.arange(width, device=device) / width - 0.5).expand(height, width)
-    y = (torch.arange(height, device=device) / height - 0.5)[:, None].expand(height, width)
-    straight = torch.stack([x, y, torch.ones_like(x)], 2).flatten(0, 1)
     # The unit square, however it is turned, lies within 0.75 of its middle along x and y.
     cos, sin, middle = angle.cos(), angle.sin(), torch.full_like(angle, 0.75)
     turned = torch.stack([cos, -sin, sin, cos, middle, middle], 1).view(batch, 3, 2) * cells
-    where = (straight @ turned).view(batch, height, width, 2)
+    where = (table(_straight, height, width, device=device) @ turned).view(batch, height, width, 2)
 
     slope_x, slope_y, corner = turn.cos(), turn.sin(), torch.arange(_LATTICE, device=device)
     corners = torch.stack([slope_x, slope_y, slope_x * corner + slope_y * corner[:, None]], 1)
@@ -84,6 +82,13 @@ def perlin(batch: int, height: int, width: int, device: torch.device) -> Tensor:
     along_x, along_y, rest = F.grid_sample(corners, faded, align_corners=True).unbind(1)
     noise = torch.addcmul(-rest, along_x, where[..., 0]).addcmul_(along_y, where[..., 1])
     return noise.mul_(math.sqrt(2))
+
+
+def _straight(height: int, width: int) -> Tensor:
+    """x, y and 1 of every pixel, x and y from -0.5 up to 0.5: [height * width, 3]."""
+    x = (torch.arange(width) / width - 0.5).expand(height, width)
+    y = (torch.arange(height) / height - 0.5)[:, None].expand(height, width)
+    return torch.stack([x, y, torch.ones_like(x)], 2).flatten(0, 1)
 
 
 def _faded(t: Tensor) -> Tensor:
@@ -182,7 +187,7 @@ def recoloured(images: Tensor, turn: Tensor, more: Tensor) -> Tensor:
     drawn = torch.where(is_red, green - blue, torch.where(is_green, blue - red, red - green))
     hue = drawn.div_(chroma.clamp_min(1e-6)).add_(start).add_(6 * turn)
     strength = chroma.div_(value.clamp_min(1e-6)).add_(more).clamp_(0, 1).mul_(value)
-    away = hue[:, None] + hue.new_tensor([5.0, 3.0, 1.0]).view(3, 1, 1)
+    away = hue[:, None] + torch.arange(5.0, 0.0, -2.0, device=hue.device).view(3, 1, 1)  # 5, 3 and 1
     away = away.sub_((away / 6).floor_().mul_(6)).sub_(2).abs_().neg_().add_(2).clamp_(0, 1)
     return torch.addcmul(value[:, None], away, strength[:, None], value=-1)
 
