@@ -71,9 +71,9 @@ class PaDiM(Detector):
         for channels in self.pyramid.channels:
             bounds.append(bounds[-1] + channels)
         kept = order[:features].sort().values
-        self.channels = [
-            kept[(kept >= low) & (kept < high)] - low for low, high in itertools.pairwise(bounds)
-        ]
+        for level, (low, high) in enumerate(itertools.pairwise(bounds)):
+            chosen = kept[(kept >= low) & (kept < high)] - low
+            self.register_buffer(f"channels_{level}", chosen, persistent=False)
         size = len(kept)
         self.register_buffer("mean", torch.empty(0, 0, size))
         self.register_buffer("factor", torch.empty(0, 0, size, size))
@@ -177,14 +177,18 @@ class PaDiM(Detector):
     def embedding(self, images: Tensor) -> Tensor:
         """Images [B, 3, H, W] -> chosen channels at each position of the first level's grid, [P, D, B]."""
         levels = [
-            level[:, channels.to(level.device)]
-            for level, channels in zip(self.pyramid(images), self.channels, strict=True)
+            level[:, self.get_buffer(f"channels_{number}")]
+            for number, level in enumerate(self.pyramid(images))
         ]
         self._grid = levels[0].shape[-2:]
         # By nearest neighbours: the method copies a deep feature to all positions that it covers.
         chosen = [level for level in levels if level.shape[1]]  # none of a level's channels may be chosen
-        aligned = torch.cat([F.interpolate(level, self._grid, mode="nearest") for level in chosen], 1)
+        aligned = torch.cat([self._aligned(level) for level in chosen], 1)
         return aligned.flatten(2).permute(2, 1, 0).contiguous()
+
+    def _aligned(self, level: Tensor) -> Tensor:
+        """A level [B, C, h_l, w_l] on the grid of the first, [B, C, h, w]."""
+        return level if level.shape[-2:] == self._grid else F.interpolate(level, self._grid, mode="nearest")
 
 
 def mahalanobis(embedding: Tensor, mean: Tensor, factor: Tensor) -> Tensor:
