@@ -1,7 +1,7 @@
 """FastFlow: two-dimensional normalising flows over a pyramid's levels (Yu et al., 2021)."""
 
 import math
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from annotated_types import Gt
@@ -140,14 +140,18 @@ class Flow(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [B, C, h, w] -> z [B, C, h, w], and the log-determinants of the Jacobian [B]."""
-        total = x.new_zeros(x.shape[0])
+        total: Tensor | float = 0.0
         if self.affine is not None:
-            x, log_determinant = self.affine(x)
-            total = total + log_determinant
-        for coupling in self.couplings:
-            x, log_determinant = coupling(x)
-            total = total + log_determinant
-        return x, total
+            x, total = self.affine(x)
+        # Scales do not depend on x: those of all couplings are computed together.
+        scales = positive(torch.stack([coupling.raw_scale for coupling in self.couplings]))  # type: ignore[misc]
+        constants = x.shape[2] * x.shape[3] * scales.log().sum((1, 2, 3, 4))
+        for coupling, scale, constant in zip(
+            self.couplings, scales.unbind(), constants.unbind(), strict=True
+        ):
+            x, log_scale = coupling(x, scale)
+            total = total + (log_scale.sum((1, 2, 3)) + constant)
+        return x, total  # type: ignore[return-value]
 
     def inverse(self, z: Tensor) -> Tensor:
         """z [B, C, h, w] -> the x that it came from."""
@@ -193,6 +197,7 @@ class Coupling(nn.Module):
     """
 
     order: Tensor
+    inverse_order: Tensor
 
     def __init__(self, channels: int, kernel: int, hidden_ratio: float, seed: int):
         super().__init__()
@@ -207,28 +212,59 @@ class Coupling(nn.Module):
         self.shift = nn.Parameter(torch.zeros(1, channels, 1, 1))
         order = torch.randperm(channels, generator=generator(seed, "permutation"))
         self.register_buffer("order", order, persistent=False)
+        self.register_buffer("inverse_order", order.argsort(), persistent=False)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x [B, C, h, w] -> y [B, C, h, w], and the log-determinants of the Jacobian [B]."""
+    def forward(self, x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        """x [B, C, h, w] -> y [B, C, h, w], and log-scales of half of the channels [B, C/2, h, w].
+
+        Args:
+            scale: the factor of each channel, `positive(raw_scale)`; with it, the log-determinant of the Jacobian
+                is the sum of the log-scales, and of the factors' logarithms at each position.
+        """
         seen, other = x.chunk(2, 1)
         log_scale, shift = self._coefficients(seen)
-        scale = self.scale
         y = torch.cat([seen, other * log_scale.exp() + shift], 1) * scale + self.shift
-        positions = x.shape[2] * x.shape[3]
-        return y[:, self.order], log_scale.sum((1, 2, 3)) + positions * scale.log().sum()
+        return permuted(y, self.order, self.inverse_order), log_scale
 
     def inverse(self, y: Tensor) -> Tensor:
         """y [B, C, h, w] -> the x that it came from."""
-        seen, other = ((y[:, self.order.argsort()] - self.shift) / self.scale).chunk(2, 1)
+        seen, other = ((y[:, self.inverse_order] - self.shift) / positive(self.raw_scale)).chunk(2, 1)
         log_scale, shift = self._coefficients(seen)
         return torch.cat([seen, (other - shift) * (-log_scale).exp()], 1)
-
-    @property
-    def scale(self) -> Tensor:
-        """The factor of each channel, float32 [1, C, 1, 1]: positive, and at first 1."""
-        return _SCALE * F.softplus(self.raw_scale, beta=0.5)
 
     def _coefficients(self, seen: Tensor) -> tuple[Tensor, Tensor]:
         """Half of the channels -> bounded log-scales and shifts of the other half; all are [B, C/2, h, w]."""
         raw, shift = (_SCALE * self.subnetwork(seen).to(seen.dtype)).chunk(2, 1)
         return _CLAMP * raw.tanh(), shift
+
+
+def positive(raw: Tensor) -> Tensor:
+    """The couplings' factors of channels from their raw values, of any shape: positive, and at first 1."""
+    return _SCALE * F.softplus(raw, beta=0.5)
+
+
+def permuted(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+    """x [B, C, h, w] with its channels in another order.
+
+    Args:
+        order: int64 [C], which channel comes where.
+        inverse: int64 [C], the order that undoes it.
+    """
+    if torch.compiler.is_compiling():
+        return x[:, order]
+    found: Tensor = _Permuted.apply(x, order, inverse)
+    return found
+
+
+class _Permuted(torch.autograd.Function):
+    """`permuted`, whose gradient is looked up too; that of an index is added up, which takes longer."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse)
+        return x.index_select(1, order)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (inverse,) = ctx.saved_tensors
+        return gradient.index_select(1, inverse), None, None
