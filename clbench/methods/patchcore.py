@@ -68,6 +68,8 @@ class PatchCore(Detector):
         self.register_buffer("bank", torch.empty(0, sum(self.pyramid.channels)))
         self.register_buffer("bank_sizes", torch.empty(0, dtype=torch.int64))
 
+        self._read: tuple[Tensor, int, list[int]] | None = None  # bank_sizes, its version, and what it holds
+
     def forget(self) -> None:
         self.bank, self.bank_sizes = self.bank[:0], self.bank_sizes[:0]
 
@@ -123,14 +125,14 @@ class PatchCore(Detector):
             projected, count, start, progress=lambda done: self.progress("coreset", done, count)
         )
         # Farthest-first order is nested: the coreset of an old coreset is its beginning.
-        kept = [old[:share] for old in self.bank.split(self.bank_sizes.tolist())]
+        kept = [old[:share] for old in self.bank.split(self._sizes())]
         self.bank = torch.cat([*kept, patches[chosen.to(patches.device)].to(self.bank)])
         self.bank_sizes = torch.tensor([len(part) for part in (*kept, chosen)], device=self.bank.device)
         del self._patches
 
     def for_export(self) -> None:
-        """Take `bank_sizes` as plain numbers: tracing sees the shape of a buffer, and not its values."""
-        self._sizes = self.bank_sizes.tolist()
+        """Read `bank_sizes` now: tracing sees the shape of a buffer, and not its values."""
+        self._sizes()
 
     def forward(self, images: Tensor) -> Prediction:
         """Images [B, 3, H, W] -> maps [B, H, W] and scores [B] (supplement, section 1.2.4).
@@ -138,7 +140,7 @@ class PatchCore(Detector):
         A map is the distance of every patch to the nearest in the selected coreset, smoothed at image size; a
         score is the largest such distance, weighted by Roth et al., 2022, eq. 7.
         """
-        sizes = self._sizes if torch.compiler.is_compiling() else self.bank_sizes.tolist()
+        sizes = self._sizes()
         patches = self.patches(images)
         batch, height, width, size = patches.shape
         distances, rows = nearest(patches.flatten(0, 2), self.bank, sizes)
@@ -154,6 +156,15 @@ class PatchCore(Detector):
             [self._weight(bank, farthest, matched, highest) for bank in self.bank.split(sizes)]
         )
         return Prediction(maps, highest * weights[selected, each])
+
+    def _sizes(self) -> list[int]:
+        """What `bank_sizes` holds. The device is asked, and waited for, only where it has changed."""
+        sizes = self.bank_sizes
+        if torch.compiler.is_compiling():
+            assert self._read is not None
+        elif self._read is None or self._read[0] is not sizes or self._read[1] != sizes._version:
+            self._read = sizes, sizes._version, sizes.tolist()
+        return self._read[2]
 
     def _weight(self, bank: Tensor, farthest: Tensor, matched: Tensor, highest: Tensor) -> Tensor:
         """Weights [B] of image scores (Roth et al., 2022, eq. 7).
