@@ -21,7 +21,7 @@ from timm.layers import Format
 from timm.models._features import FeatureGetterNet  # private, so that pyproject.toml bounds timm above
 from torch import Tensor, nn
 
-from clbench.data.images import Identity, Images, identities, origin
+from clbench.data.images import Identity, Images, identities, origin, sent
 from clbench.errors import UserError, first_line
 from clbench.feature_store import FeatureStore
 from clbench.out_of_memory import is_out_of_memory
@@ -410,7 +410,9 @@ class FeaturePyramid(nn.Module):
         missing = [row for row, name in enumerate(names) if found[name] is None]
         for begin in range(0, len(missing), self.batch_size):
             rows = missing[begin : begin + self.batch_size]
-            known, part = [names[row] for row in rows], images[rows] if len(rows) < len(names) else images
+            known, part = [names[row] for row in rows], images
+            if len(rows) < len(names):
+                part = images[sent(torch.tensor(rows), images.device)]
             if (ahead := self._ahead(images, known)) is not None:
                 known, part = known + identities(ahead), torch.cat([part, ahead])
             levels = self.compute(part)

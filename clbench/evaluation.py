@@ -129,9 +129,8 @@ def inference_time(
         device: where the detector is.
         progress: told before every pass; it may raise, to stop the run.
     """
-    images = images[:_TIMED_IMAGES].to(device)
     # Whole batches only: frozen networks fill up a batch that is not, which would count as time.
-    images = images[torch.arange(_TIMED_IMAGES, device=device) % len(images)]
+    images = Images.of(images).on(device)[torch.arange(_TIMED_IMAGES) % min(len(images), _TIMED_IMAGES)]
     passes = []
     strategy.detector.eval()
     with strategy.detector.uncached():

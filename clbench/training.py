@@ -276,7 +276,8 @@ class Descent:
             self._keep(epoch_ended=True)
         if self.best is not None:
             detector.restore(self.best)
-        if not all(bool(parameter.isfinite().all()) for parameter in self.trained.values()):
+        finite = [parameter.isfinite().all() for parameter in self.trained.values()]
+        if not bool(torch.stack(finite).all()):
             advice = advice_on_divergence(detector)
             raise Diverged(f"a weight is not finite after the last step of epoch {self.epoch}: {advice}")
 

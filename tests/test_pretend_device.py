@@ -116,7 +116,6 @@ def test_no_run_breaks_a_rule_of_cuda_and_a_killed_one_ends_in_the_same_results(
 
 STEPS = ("early step", "step")
 BATCHES = ("batch", "timed batch")
-STORE = ("feature_store.py", "backbones.py")  # waits of its own, where it looks for features and keeps them
 TABLES = "methods/tables.py"  # a copy for each table, once in a process
 COPIED = {
     "patchcore": 1,
@@ -133,7 +132,7 @@ def test_no_step_waits_for_the_device(method: str, folder: Path, tmp_path: Path)
     buffer = ["replay.size=4"] if USUAL[method] == "replay" else []
     (asked,) = run_on_device([words(method, tmp_path, folder, *buffer)], tmp_path)
 
-    def waits(*phases: str, within: str = "", besides: tuple[str, ...] = (*STORE, TABLES)) -> float:
+    def waits(*phases: str, within: str = "", besides: tuple[str, ...] = (TABLES,)) -> float:
         """Waits for the device in all calls of these phases, copies to it that wait among them."""
         return sum(
             asked[name]["calls"] * count(asked, name, kind, within, besides)
@@ -145,11 +144,25 @@ def test_no_step_waits_for_the_device(method: str, folder: Path, tmp_path: Path)
     assert waits(*STEPS) == 0
     assert waits(*BATCHES) == READ.get(method, 0) and waits("timed batch") == 0
     assert waits(*STEPS, *BATCHES, within=TABLES, besides=()) == COPIED.get(method, 0)
-    # What is no method's, at most: the store, once a batch; the loop, once an epoch for the loss that is shown and once
-    # for which images its steps see; and an evaluated batch, for images, maps and scores.
-    assert count(asked, "step", "wait", within=STORE[0]) <= 1
-    for name, most in (("epoch", 2), ("evaluation", 3)):
+    # At most: once an epoch for the loss that is shown, and once an evaluated batch for its maps and once for its scores.
+    for name, most in (("epoch", 1), ("validation", 1), ("evaluation", 2)):
         assert waits(name) <= most * asked.get(name, {"calls": 0})["calls"]
+
+
+def test_images_beyond_their_budget_are_sent_a_batch_at_a_time(folder: Path, tmp_path: Path) -> None:
+    """With the same results, and without a wait."""
+    own = ("stfpm", folder, "replay.size=4", "method.epochs=2")
+    there = words(own[0], tmp_path / "there", *own[1:])
+    streamed = words(own[0], tmp_path / "streamed", *own[1:], "gpu.image_memory_mb=0")
+    asked = run_on_device([there, streamed], tmp_path)
+    copies = [
+        sum(count(one, name, "launch", "data/images.py") for name in ("stage", "epoch")) for one in asked
+    ]
+    assert copies[0] < copies[1]
+    for one in asked:
+        assert sum(count(one, name, kind) for name in STEPS for kind in ("wait", "blocking copy")) == 0
+    (run,), (other,) = run_directories(tmp_path / "there"), run_directories(tmp_path / "streamed")
+    assert (run / "metrics.csv").read_bytes() == (other / "metrics.csv").read_bytes()
 
 
 # The device itself

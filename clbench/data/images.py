@@ -106,9 +106,9 @@ class Images:
         if others or first.device != self.device:
             yield from (self[each] for each in rows)
             return
-        sent = self._places[columns].to(self.device).split([len(each) for each in rows])
-        for each, there in zip(rows, sent, strict=True):
-            yield self._noted(first[there], each)
+        there = sent(self._places[columns], self.device).split([len(each) for each in rows])
+        for each, places in zip(rows, there, strict=True):
+            yield self._noted(first[places], each)
 
     def split(self, size: int) -> Iterator[Tensor]:
         """All of them in their order, uint8 [at most `size`, 3, H, W] each."""
@@ -144,16 +144,16 @@ class Images:
         if view and alone and bool((inside[1:] - inside[:-1] == 1).all()):
             begin = int(inside[0]) if len(inside) else 0
             found = self._parts[owner][begin : begin + len(inside)]
-            return _sent(found, self.device)
+            return sent(found, self.device)
         if alone:
-            found = self._parts[owner][inside.to(self._parts[owner].device)]
+            found = self._parts[owner][sent(inside, self._parts[owner].device)]
         else:
             found = torch.empty((len(places), *home.shape[1:]), dtype=self.dtype, device=home.device)
             for owner in owners.unique().tolist():
                 mine = (owners == owner).nonzero().flatten()
                 part = self._parts[owner]
-                found[mine.to(home.device)] = part[inside[mine].to(part.device)].to(home.device)
-        return _sent(found, self.device)
+                found[sent(mine, home.device)] = part[sent(inside[mine], part.device)].to(home.device)
+        return sent(found, self.device)
 
     def _noted(self, found: Tensor, rows: Tensor) -> Tensor:
         """The tensor, of which `origin` then knows that it is these rows."""
@@ -209,13 +209,13 @@ def _identities_of_part(part: Tensor) -> list[Identity]:
     return known[1]
 
 
-def _sent(images: Tensor, device: torch.device) -> Tensor:
-    """Images on a device; from the CPU to another, nothing waits until they are there."""
-    if images.device == device:
-        return images
-    if images.device.type == "cpu" and device.type == "cuda":
-        images = images.pin_memory()
-    return images.to(device, non_blocking=images.device.type == "cpu")
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor on a device; nothing waits until one of the CPU is on another."""
+    if tensor.device == device:
+        return tensor
+    if tensor.device.type == "cpu" and device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=tensor.device.type == "cpu")
 
 
 @dataclass(frozen=True, eq=False)
