@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from clbench import footprint
 from clbench.backbones import Backbone
 from clbench.errors import UserError
-from clbench.methods import draem, efficientad, fastflow, simulated
+from clbench.methods import draem, efficientad, simulated
 from clbench.methods.base import Detector, kept_state
 from clbench.methods.cfa import CFA
 from clbench.methods.draem import DRAEM, Discriminative, Reconstructive
@@ -212,7 +212,7 @@ def test_trained_normalisation_is_layer_normalisation_with_its_factors_in_the_li
             assert factor.shape == level.shape[1:]
             expected, couplings = F.layer_norm(level, level.shape[1:], factor, offset), torch.zeros(4)
             for coupling in flow.couplings:
-                scale = fastflow.positive(coupling.raw_scale)
+                scale = coupling.scale
                 positions = expected.shape[2] * expected.shape[3]
                 expected, log_scale = coupling(expected, scale)
                 couplings = couplings + log_scale.sum((1, 2, 3)) + positions * scale.log().sum()

@@ -143,12 +143,10 @@ class Flow(nn.Module):
         total: Tensor | float = 0.0
         if self.affine is not None:
             x, total = self.affine(x)
-        # Scales do not depend on x: those of all couplings are computed together.
-        scales = positive(torch.stack([coupling.raw_scale for coupling in self.couplings]))  # type: ignore[misc]
-        constants = x.shape[2] * x.shape[3] * scales.log().sum((1, 2, 3, 4))
-        for coupling, scale, constant in zip(
-            self.couplings, scales.unbind(), constants.unbind(), strict=True
-        ):
+        scales = [coupling.scale for coupling in self.couplings]
+        # The part of the log-determinants that does not depend on x is computed for all couplings together.
+        constants = x.shape[2] * x.shape[3] * torch.stack(scales).log().sum((1, 2, 3, 4))  # type: ignore[arg-type]
+        for coupling, scale, constant in zip(self.couplings, scales, constants.unbind(), strict=True):
             x, log_scale = coupling(x, scale)
             total = total + (log_scale.sum((1, 2, 3)) + constant)
         return x, total  # type: ignore[return-value]
@@ -218,8 +216,8 @@ class Coupling(nn.Module):
         """x [B, C, h, w] -> y [B, C, h, w], and log-scales of half of the channels [B, C/2, h, w].
 
         Args:
-            scale: the factor of each channel, `positive(raw_scale)`; with it, the log-determinant of the Jacobian
-                is the sum of the log-scales, and of the factors' logarithms at each position.
+            scale: its own `scale`. The log-determinant of the Jacobian is the sum of the log-scales, and of the
+                logarithms of this at each position.
         """
         seen, other = x.chunk(2, 1)
         log_scale, shift = self._coefficients(seen)
@@ -228,19 +226,19 @@ class Coupling(nn.Module):
 
     def inverse(self, y: Tensor) -> Tensor:
         """y [B, C, h, w] -> the x that it came from."""
-        seen, other = ((y[:, self.inverse_order] - self.shift) / positive(self.raw_scale)).chunk(2, 1)
+        seen, other = ((y[:, self.inverse_order] - self.shift) / self.scale).chunk(2, 1)
         log_scale, shift = self._coefficients(seen)
         return torch.cat([seen, (other - shift) * (-log_scale).exp()], 1)
+
+    @property
+    def scale(self) -> Tensor:
+        """The factor of each channel, float32 [1, C, 1, 1]: positive, and at first 1."""
+        return _SCALE * F.softplus(self.raw_scale, beta=0.5)
 
     def _coefficients(self, seen: Tensor) -> tuple[Tensor, Tensor]:
         """Half of the channels -> bounded log-scales and shifts of the other half; all are [B, C/2, h, w]."""
         raw, shift = (_SCALE * self.subnetwork(seen).to(seen.dtype)).chunk(2, 1)
         return _CLAMP * raw.tanh(), shift
-
-
-def positive(raw: Tensor) -> Tensor:
-    """The couplings' factors of channels from their raw values, of any shape: positive, and at first 1."""
-    return _SCALE * F.softplus(raw, beta=0.5)
 
 
 def permuted(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
