@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from clbench import footprint
-from clbench.backbones import Backbone
+from clbench import footprint, precision
+from clbench.backbones import Backbone, FeaturePyramid
 from clbench.config import Config, takes, wandb_mode
 from clbench.config.classes import BUFFER, arguments, class_of_kind
 from clbench.config.files import file_digests
@@ -85,7 +85,7 @@ def assemble(config: Config, progress: Progress) -> Assembly:
 
 
 def select_device(gpu: Gpu) -> torch.device:
-    """The device to run on, with determinism and threads set as asked.
+    """The device to run on, with determinism, threads and TF32 set as asked.
 
     Raises:
         UserError: there is no such device here, or it cannot compute in the precision asked for.
@@ -109,6 +109,7 @@ def select_device(gpu: Gpu) -> torch.device:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(gpu.deterministic, warn_only=False)
     torch.backends.cudnn.deterministic = gpu.deterministic
+    precision.use_tf32(gpu.precision == "tf32")
     if chosen.type == "cuda":
         chosen = torch.device("cuda", chosen.index or 0)
         torch.cuda.set_device(
@@ -137,7 +138,7 @@ def memory_for(
     ways = [f"lower {', then '.join(filter(known, settings))}"]
     if takes(config, "method", "backbone"):
         ways.append("take a smaller backbone.name")
-    if device.type == "cuda" and config.gpu.precision not in ("bf16", "fp16"):
+    if device.type == "cuda" and precision.mixed(config.gpu.precision) is None:
         ways.append("take gpu.precision=bf16")
     return memory_named(phase, f"{', or '.join(ways)}; what was finished is kept", device)
 
@@ -212,11 +213,14 @@ def build_detector(config: Config) -> Detector:
     }
     if takes(config, "method", "backbone"):
         settings = arguments(Backbone, config.backbone.settings)
-        given["backbone"] = Backbone(**settings, precision=gpu.precision, compile=gpu.compile)
+        given["backbone"] = Backbone(**settings, compile=gpu.compile)
     detector: Detector = kind(**arguments(kind, config.method.settings), **given)
     detector.lay_out()
     detector.image_memory = None if gpu.image_memory_mb is None else gpu.image_memory_mb * 10**6
-    detector.precision = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[gpu.precision]
+    detector.precision = precision.mixed(gpu.precision)
+    for module in detector.modules():
+        if isinstance(module, FeaturePyramid):
+            module.dtype = detector.precision
     return detector
 
 

@@ -93,7 +93,6 @@ class Backbone:
         batch_size: images the network sees at a time.
         feature_memory_mb: features that are kept in memory so that an image is seen once per run, 10^6 bytes.
         feature_disk_mb: features that are kept in a temporary file after that; what does not fit is computed again.
-        precision: `fp32`, or `bf16` or `fp16` for mixed precision inside the network.
         compile: whether `torch.compile` compiles the network.
 
     Raises:
@@ -111,7 +110,6 @@ class Backbone:
         batch_size: PositiveInt = 16,
         feature_memory_mb: NonNegativeInt = 2000,
         feature_disk_mb: NonNegativeInt = 4000,
-        precision: str = "fp32",
         compile: bool = False,
     ):
         if not timm.is_model(name):
@@ -125,7 +123,6 @@ class Backbone:
         self.seed = seed
         self.batch_size = batch_size
         self.store_limits = feature_memory_mb * 10**6, feature_disk_mb * 10**6
-        self.precision = precision
         self.compile = compile
 
     def pyramid(self, layers: list[int]) -> "FeaturePyramid":
@@ -142,7 +139,6 @@ class Backbone:
         if self.checkpoint is not None:
             self._load(network, self.checkpoint)
         store = FeatureStore(*self.store_limits)
-        dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[self.precision]
         pyramid = FeaturePyramid(
             network,
             name=f"backbone.name={self.name}",
@@ -150,7 +146,6 @@ class Backbone:
             whole_parameters=self._whole_parameters(),
             store=store,
             batch_size=self.batch_size,
-            dtype=dtype,
             normalisation=self._normalisation(network),
             normalised=isinstance(network, FeatureGetterNet),
         )
@@ -363,9 +358,11 @@ class FeaturePyramid(nn.Module):
         whole_parameters: number of parameters of the whole network, of which only the first levels are run.
         store: keeps the levels of images that were seen.
         batch_size: images the network sees at a time.
-        dtype: of mixed precision inside the network; None for single precision.
         normalisation: of the images it takes; ImageNet's where none is given.
         normalised: whether the levels come from a transformer's normalisation of its tokens.
+
+    Attributes:
+        dtype: of mixed precision inside the network; None for single precision.
     """
 
     def __init__(
@@ -377,7 +374,6 @@ class FeaturePyramid(nn.Module):
         whole_parameters: int,
         store: FeatureStore,
         batch_size: int,
-        dtype: torch.dtype | None = None,
         normalisation: Normalisation | None = None,
         normalised: bool = False,
     ):
@@ -389,7 +385,7 @@ class FeaturePyramid(nn.Module):
         self.whole_parameters = whole_parameters
         self.store = store
         self.batch_size = batch_size
-        self.dtype = dtype
+        self.dtype: torch.dtype | None = None
         self.normalisation = normalisation or Normalisation()
         self._looked: WeakKeyDictionary[Images, int] = (
             WeakKeyDictionary()

@@ -93,7 +93,8 @@ class History:
             UserError: the disk is full or may not be written.
         """
         self._journal.flush()  # before the checkpoints go from which its lines could be made again
-        self.checkpoints.save_stage(stage, self.strategy.state(), {})
+        scale = dict(self.strategy.detector.gradient_scale)
+        self.checkpoints.save_stage(stage, self.strategy.state(), {"gradient_scale": scale} if scale else {})
 
     def add_evaluation(self, stage: int, category: int, values: Values) -> None:
         """Keep the metrics of a category after a stage.
@@ -129,6 +130,7 @@ class History:
         if saved := self.checkpoints.load_stage():
             last, tensors, data = saved
             self.strategy.restore(tensors)
+            self.strategy.detector.gradient_scale = data.get("gradient_scale", {})
         begun = self.checkpoints.peek(last + 1)
         if newest := begun or data:
             if changed := changes(newest["stream"], self._stream):

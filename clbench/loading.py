@@ -109,7 +109,7 @@ class TrainedDetector:
             "predict fewer at a time (--batch-size, or batch_size in Python), or on the CPU (--device cpu)"
         )
         with memory_named(f"predicting {len(images)} images", fewer, self.device), self.detector.uncached():
-            return self.detector(images.to(self.device))
+            return self.detector.predict(images.to(self.device))
 
     def predict(
         self,
@@ -226,8 +226,9 @@ def load(
     stream = _read_as(_Stream, summary, directory.path / "summary.json")
     found = directory.thresholds()
     limits = None if found is None else _read_as(thresholds.Stored, found, directory.path / "thresholds.json")
-    # The device is chosen as if for fp32: one trained in fp16 also runs on a CPU, slowly.
-    settings = config.gpu.model_copy(update={"device": device, "precision": "fp32"})
+    # The device is chosen as if for fp32 in place of fp16: one trained in fp16 also runs on a CPU, slowly.
+    chosen_for = "fp32" if config.gpu.precision == "fp16" else config.gpu.precision
+    settings = config.gpu.model_copy(update={"device": device, "precision": chosen_for})
     chosen = assembly.select_device(settings)
     elsewhere = "use it where more memory is free, or on the CPU (--device cpu, or device='cpu' in Python)"
     with memory_named(f"loading {directory.path}", elsewhere, chosen):

@@ -236,8 +236,9 @@ class Descent:
         self.detector, self.optimizer, self.hooks = detector, optimizer, hooks
         self.stage, self.seed, self.bookmark, self.on_epoch = stage, seed, bookmark, on_epoch
         device = detector.device.type
-        self.autocast = torch.autocast(device, detector.precision, enabled=detector.precision is not None)
         self.scaler = torch.amp.GradScaler(device, enabled=detector.precision == torch.float16)
+        if self.scaler.is_enabled() and detector.gradient_scale:
+            self.scaler.load_state_dict(dict(detector.gradient_scale))
         self.rates = [group["lr"] for group in optimizer.param_groups]
         names = {id(parameter): name for name, parameter in detector.named_parameters()}
         self.trained = {names[id(parameter)]: parameter for parameter in self._parameters()}
@@ -274,6 +275,7 @@ class Descent:
             self.on_epoch(self.stage, self.epoch, float(self.losses.mean()))
             self.epoch, self.step = self.epoch + 1, 0
             self._keep(epoch_ended=True)
+        detector.gradient_scale = self.scaler.state_dict()
         if self.best is not None:
             detector.restore(self.best)
         finite = [parameter.isfinite().all() for parameter in self.trained.values()]
@@ -353,7 +355,7 @@ class Descent:
             UserError: batch normalisation cannot learn from a batch of one image.
         """
         try:
-            with self.autocast:
+            with self.detector.mixed():
                 loss = self.detector.training_step(batch.images)
                 assert loss is not None
                 penalty = self.hooks.penalty(self.detector, batch)
@@ -392,7 +394,8 @@ class Descent:
         detector.eval()
         torch.manual_seed(seed_for(self.seed, "validation", self.stage))
         batches = unseen.split(detector.batch_size)
-        total = sum(len(batch) * detector.validation_loss(batch).double() for batch in batches)
+        with detector.mixed():
+            total = sum(len(batch) * detector.validation_loss(batch).double() for batch in batches)
         loss = float(total) / len(unseen)
         if loss < self.best_loss:
             self.best = {name: tensor.clone() for name, tensor in kept_state(detector).items()}

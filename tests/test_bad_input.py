@@ -28,7 +28,7 @@ MISTAKES = [
     (["strategy=native", "replay.size=10"], "strategy=native with replay.size=10", "strategy=replay"),
     (["strategy=joint", "replay.size=10"], "strategy=joint with replay.size=10", "strategy=replay"),
     (["strategy=replay"], "strategy=replay", "give replay.size"),
-    (["gpu.precision=fp64"], "gpu.precision=fp64", "'fp32', 'bf16' or 'fp16'"),
+    (["gpu.precision=fp64"], "gpu.precision=fp64", "'fp32', 'tf32', 'bf16' or 'fp16'"),
     (["gpu=cpu", "gpu.precision=fp16"], "gpu.precision=fp16", "bf16"),
     (["gpu=auto", "gpu.precision=fp16"], "gpu.precision=fp16", "bf16"),
     (["gpu.device=tpu"], "gpu.device=tpu", "cpu|cuda"),

@@ -42,7 +42,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=whole(1), default=60_000, help="(60000)")
     parser.add_argument("--batch-size", type=whole(1), default=16, help="images a step (16)")
     parser.add_argument("--learning-rate", type=float, default=1e-4, help="of Adam (0.0001)")
-    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="of networks (fp32)")
+    parser.add_argument(
+        "--precision", choices=["fp32", "tf32", "bf16"], default="fp32", help="of networks (fp32)"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:1 (auto)")
     parser.add_argument("--seed", type=int, default=0, help="of first weights and the order of images (0)")
     parser.add_argument(
@@ -71,6 +73,7 @@ def main(options: argparse.Namespace) -> int:
     from clbench.data.pictures import Pictures
     from clbench.methods.distillation import distil
     from clbench.out_of_memory import memory_named
+    from clbench.precision import mixed, use_tf32
     from clbench.terminal import Display
 
     device = _device(options.device)
@@ -87,9 +90,10 @@ def main(options: argparse.Namespace) -> int:
             checkpoint=options.checkpoint,
             arguments={name: value for name, value in arguments.items() if value},
             batch_size=options.batch_size,
-            precision=options.precision,
         )
+        use_tf32(options.precision == "tf32")
         pyramid = backbone.pyramid(options.layers).to(device)
+        pyramid.dtype = mixed(options.precision)
         seen = torch.zeros(1, 3, 2 * options.size, 2 * options.size, dtype=torch.uint8, device=device)
         pyramid.check(seen, "give another --size", "--img-size ")
         left_out = f"; left out of {options.images}: {pictures.left_out}" if str(pictures.left_out) else ""
@@ -103,7 +107,7 @@ def main(options: argparse.Namespace) -> int:
                 steps=options.steps,
                 batch_size=options.batch_size,
                 learning_rate=options.learning_rate,
-                precision=torch.bfloat16 if options.precision == "bf16" else None,
+                precision=mixed(options.precision),
                 seed=options.seed,
                 progress=display.progress if sys.stdout.isatty() else _lines(),
             )

@@ -132,7 +132,7 @@ class Gpu(Closed):
 
     Attributes:
         device: `auto`, `cpu`, `cuda` or `cuda:1`.
-        precision: `fp32`, or the type of mixed-precision training.
+        precision: what networks compute in, see `clbench.precision`.
         deterministic: whether torch must use deterministic algorithms alone.
         compile: whether frozen networks are compiled.
         image_memory_mb: images of a stage that may be on a GPU for its training, 10^6 bytes; more are sent there a batch at
@@ -141,7 +141,7 @@ class Gpu(Closed):
     """
 
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
-    precision: Literal["fp32", "bf16", "fp16"]
+    precision: Literal["fp32", "tf32", "bf16", "fp16"]
     deterministic: bool = False
     compile: bool = False
     image_memory_mb: NonNegativeInt | None = None

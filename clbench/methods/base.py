@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
-from typing import Annotated, NamedTuple, Protocol
+from typing import Annotated, Any, NamedTuple, Protocol
 
 import torch
 from annotated_types import Ge, Lt
@@ -60,7 +60,9 @@ class Detector(nn.Module):
             early.
         gradient_clip: largest norm of all gradients together; larger ones are scaled down. None: they are
             left alone.
-        precision: type of mixed-precision training; None for single precision.
+        precision: type of the networks' mixed precision; None for single precision. What small differences decide is
+            computed inside `clbench.precision.single_precision`.
+        gradient_scale: state of the scaler that float16 trains with, which goes on from task to task; empty at first.
         image_memory: bytes of a stage's images that may be on the device for its training, which takes them a batch at
             a time where they are more; None for half of what a GPU has free.
         done: share of the task's steps that are done, in [0, 1): set before each, for what follows a schedule.
@@ -77,6 +79,7 @@ class Detector(nn.Module):
     patience: int | None = None
     precision: torch.dtype | None = None
     image_memory: int | None = None
+    gradient_scale: Mapping[str, Any] = {}
     done = 0.0
 
     def __init__(self) -> None:
@@ -157,6 +160,16 @@ class Detector(nn.Module):
         No task is given.
         """
         raise NotImplementedError
+
+    def mixed(self) -> torch.autocast:
+        """Inside, networks compute in `precision`."""
+        return torch.autocast(self.device.type, self.precision, enabled=self.precision is not None)
+
+    def predict(self, images: Tensor) -> Prediction:
+        """Images [B, 3, H, W], uint8 or float in [0, 1] -> maps [B, H, W] and scores [B], computed in `precision`."""
+        with self.mixed():
+            maps, scores = self(images)
+        return Prediction(maps.float(), scores.float())
 
     def lay_out(self) -> None:
         """Bring weights into the fastest memory layout: channels last, where convolutions are trained."""

@@ -18,6 +18,8 @@ from clbench.randomness import seed_for
 class CFA(Detector):
     """A descriptor that learns to place normal patches close to the centroids (supplement, section 1.3).
 
+    The descriptor may be in half precision; centroids and distances are in single precision.
+
     Args:
         backbone: where patch features come from.
         layers: levels of its pyramid; all are brought to the grid of the first.
@@ -141,7 +143,7 @@ class CFA(Detector):
         self._grid = height, width
         coordinates = table(_coordinates, height, width, device=patches.device)
         placed = torch.cat([patches, coordinates.expand(batch, -1, -1, -1)], 3)
-        return self.descriptor(placed.flatten(1, 2))
+        return self.descriptor(placed.flatten(1, 2)).float()
 
 
 def _coordinates(height: int, width: int) -> Tensor:

@@ -16,6 +16,7 @@ from clbench.errors import UserError
 from clbench.methods.base import Detector, Prediction, Share
 from clbench.methods.simulated import change_some, rotated, simulate, uniform
 from clbench.methods.tables import table
+from clbench.precision import single_precision
 from clbench.randomness import seed_for
 
 _MEAN_FILTER = 21  # s_f: side in pixels of the mean filter for image scores
@@ -101,7 +102,7 @@ class DRAEM(Detector):
             The normal images, some of them turned; the same with simulated anomalies; both float32
             [B, 3, H, W] in [0, 1]; and the anomalies' masks, float32 [B, 1, H, W] of 0 and 1.
         """
-        with torch.autocast(images.device.type, enabled=False):
+        with single_precision(images.device):
             normal = unit(images)
             turned = torch.rand(len(images)) < self.rotated_share
             change_some(normal, turned, lambda t: rotated(t, uniform(t, -90, 90)))
@@ -147,7 +148,7 @@ def dissimilarity(one: Tensor, other: Tensor) -> Tensor:
     The windows are Gaussian.
     Always in single precision: variances are small differences of squares, which half precision loses.
     """
-    with torch.autocast(one.device.type, enabled=False):
+    with single_precision(one.device):
         return _dissimilarity(one.float(), other.float())
 
 

@@ -180,7 +180,7 @@ class EfficientAD(Detector):
 
     def validation_loss(self, images: Tensor) -> Tensor:
         """Images [B, 3, H, W] -> the training loss without jitter and penalty, which would only add noise."""
-        as_teacher, as_autoencoder = self.student(self.normalisation(images)).chunk(2, 1)
+        as_teacher, as_autoencoder = self.student(self.normalisation(images)).float().chunk(2, 1)
         targets = self._teacher_features(images)
         hard = hard_features((targets - as_teacher).square())
         return hard + self._autoencoder_loss(images, targets, as_autoencoder)
@@ -201,7 +201,8 @@ class EfficientAD(Detector):
 
         Source: Batzner et al., 2024, section 3.4.
         """
-        maps = [torch.stack(self.differences(part)) for part in images.split(self.batch_size)]
+        with self.mixed():  # as the maps that they are for
+            maps = [torch.stack(self.differences(part)) for part in images.split(self.batch_size)]
         both = torch.cat([part.flatten(1) for part in maps], 1)
         self.quantiles = torch.stack([quantile(both, _LOW), quantile(both, _HIGH)], 1)
 
@@ -223,11 +224,12 @@ class EfficientAD(Detector):
     def differences(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Images [B, 3, H, W] -> the local and the global map, each [B, h, w] (supplement, section 1.5.3).
 
-        Squared differences, averaged over channels: of teacher and student, and of autoencoder and student.
+        Squared differences, averaged over channels: of teacher and student, and of autoencoder and student. In single
+        precision, as are the statistics and quantiles that scale them.
         """
-        as_teacher, as_autoencoder = self.student(self.normalisation(images)).chunk(2, 1)
+        as_teacher, as_autoencoder = self.student(self.normalisation(images)).float().chunk(2, 1)
         targets = self._teacher_features(images)
-        coded = self.autoencoder(self.normalisation(images), targets.shape[-2:])
+        coded = self.autoencoder(self.normalisation(images), targets.shape[-2:]).float()
         return (targets - as_teacher).square().mean(1), (coded - as_autoencoder).square().mean(1)
 
     def _teacher_features(self, images: Tensor) -> Tensor:

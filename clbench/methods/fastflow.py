@@ -236,7 +236,10 @@ class Coupling(nn.Module):
         return _SCALE * F.softplus(self.raw_scale, beta=0.5)
 
     def _coefficients(self, seen: Tensor) -> tuple[Tensor, Tensor]:
-        """Half of the channels -> bounded log-scales and shifts of the other half; all are [B, C/2, h, w]."""
+        """Half of the channels -> bounded log-scales and shifts of the other half; all are [B, C/2, h, w].
+
+        The subnetwork alone may be in half precision: determinants are sums over all positions.
+        """
         raw, shift = (_SCALE * self.subnetwork(seen).to(seen.dtype)).chunk(2, 1)
         return _CLAMP * raw.tanh(), shift
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from clbench.methods.tables import table
+from clbench.precision import single_precision
 
 Sigma = Annotated[float, Ge(0), Le(100)]  # standard deviation of a map's Gaussian smoothing, in pixels
 
@@ -18,11 +19,12 @@ def to_image_size(grid: Tensor, size: Sequence[int], sigma: float) -> Tensor:
     """Grid [B, h, w] -> maps [B, H, W] of `size` (H, W): upsampled bilinearly, then smoothed by a Gaussian.
 
     The Gaussian's standard deviation is `sigma` pixels. Both operations are linear and separable, so together
-    they are one matrix for each side.
+    they are one matrix for each side. They are geometry, and so in single precision.
     """
-    rows = table(_resampling, grid.shape[1], size[0], sigma, device=grid.device).to(grid.dtype)
-    columns = table(_resampling, grid.shape[2], size[1], sigma, device=grid.device).to(grid.dtype)
-    return rows @ grid @ columns.T
+    with single_precision(grid.device):
+        rows = table(_resampling, grid.shape[1], size[0], sigma, device=grid.device).to(grid.dtype)
+        columns = table(_resampling, grid.shape[2], size[1], sigma, device=grid.device).to(grid.dtype)
+        return rows @ grid @ columns.T
 
 
 def _resampling(source: int, target: int, sigma: float) -> Tensor:

@@ -12,6 +12,7 @@ from clbench.backbones import Backbone, Layers
 from clbench.data.images import Images
 from clbench.methods.base import Detector, Prediction, Share
 from clbench.methods.maps import Sigma, to_image_size
+from clbench.precision import single_precision
 from clbench.randomness import generator
 
 _CPU_BYTES = 8 * 2**20  # worked on at a time on a CPU: they stay near the cache
@@ -20,6 +21,8 @@ _GPU_BYTES = 512 * 2**20
 
 class PaDiM(Detector):
     """A Gaussian at each position, averaged over tasks (supplement, section 1.1 and Algorithm 1).
+
+    Sums, covariances and distances are in single or double precision whatever the backbone's is.
 
     Args:
         backbone: where patch features come from.
@@ -95,7 +98,8 @@ class PaDiM(Detector):
             self._squares = self._sum.new_zeros(*self._origin.shape, self._origin.shape[1])
         difference = embedding - self._origin[:, :, None]
         self._sum += difference.sum(2)
-        self._squares.baddbmm_(difference, difference.transpose(1, 2))
+        with single_precision(images.device):
+            self._squares.baddbmm_(difference, difference.transpose(1, 2))
         self._count += embedding.shape[2]
 
     def finish_task(self, images: Images) -> None:
@@ -167,7 +171,8 @@ class PaDiM(Detector):
         embedding = self.embedding(images)
         distance = _by_inverse if torch.compiler.is_compiling() else mahalanobis
         kept = zip(self.mean, self.factor, strict=True)
-        distances = torch.stack([distance(embedding, mean, factor) for mean, factor in kept])  # [K, P, B]
+        with single_precision(images.device):
+            distances = torch.stack([distance(embedding, mean, factor) for mean, factor in kept])  # [K, P, B]
         nearest = distances.mean(1).argmin(0)
         batch = images.shape[0]  # not len(), which would fix it where it is traced
         selected = distances.permute(0, 2, 1)[nearest, torch.arange(batch, device=images.device)]

@@ -17,6 +17,7 @@ from clbench.methods.coreset import farthest_first, projection
 from clbench.methods.maps import Sigma, to_image_size
 from clbench.methods.nearest import nearest
 from clbench.methods.patches import neighbourhood_patches
+from clbench.precision import single_precision
 from clbench.randomness import generator
 
 _PROJECTED = 65_536  # patches at a time
@@ -24,6 +25,8 @@ _PROJECTED = 65_536  # patches at a time
 
 class PatchCore(Detector):
     """One coreset of patches per task, in a memory of fixed size (supplement, section 1.2 and Algorithm 2).
+
+    Projections and distances are in single precision whatever the backbone's is.
 
     Args:
         backbone: where patch features come from.
@@ -120,7 +123,8 @@ class PatchCore(Detector):
         random = generator(self.seed, "coreset", self._task)
         start = int(torch.randint(len(patches), (1,), generator=random))
         plane = projection(patches.shape[1], len(patches), self.epsilon, random).to(self.bank)
-        projected = torch.cat([part.to(plane.device) @ plane for part in patches.split(_PROJECTED)])
+        with single_precision(plane.device):
+            projected = torch.cat([part.to(plane.device) @ plane for part in patches.split(_PROJECTED)])
         chosen = farthest_first(
             projected, count, start, progress=lambda done: self.progress("coreset", done, count)
         )
@@ -178,7 +182,8 @@ class PatchCore(Detector):
         count = min(self.neighbours, len(bank))
         if count < 2:
             return torch.ones_like(farthest[:, 0])
-        around = torch.addmm(bank.square().sum(1), matched, bank.T, alpha=-2).topk(count, largest=False)
+        with single_precision(bank.device):
+            around = torch.addmm(bank.square().sum(1), matched, bank.T, alpha=-2).topk(count, largest=False)
         to_test = (bank[around.indices] - farthest[:, None]).square().sum(2).sqrt()
         # 1 - exp(highest) / sum(exp(to_test)), in a form that cannot overflow.
         return 1 - (highest - to_test.logsumexp(1)).exp()

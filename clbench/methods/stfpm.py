@@ -70,7 +70,7 @@ class STFPM(Detector):
         """Images [B, 3, H, W] -> a map [B, h_l, w_l] for each level (supplement, section 1.4.1).
 
         At each position: half the squared distance between the features of teacher and student, each of unit
-        length (Wang et al., 2021).
+        length (Wang et al., 2021), in single precision.
         """
         return [
             0.5 * (F.normalize(taught, dim=1) - F.normalize(learned.float(), dim=1)).square().sum(1)

@@ -157,7 +157,7 @@ class Strategy(Hooks):
 
         A strategy that predicts otherwise overrides `detector_for`, by which a loaded run predicts too.
         """
-        return self.detector_for(task)(images)
+        return self.detector_for(task).predict(images)
 
     def unchanged(self, stage: int, learned: int) -> bool:
         """Whether predictions for a task are the same after a stage as after the one before.
