@@ -74,7 +74,11 @@ def assemble(config: Config, progress: Progress) -> Assembly:
     dataset = build_dataset(config)
     read = reader(config, dataset)
     with memory_for("building the detector", config, device, *_OF_NETWORKS):
-        detector = build_detector(config).to(device)
+        detector = place(build_detector(config), config.gpu, device)
+    # Trained networks see batches of the same few shapes again and again; what only collects sees each image once.
+    torch.backends.cudnn.benchmark = (
+        device.type == "cuda" and not config.gpu.deterministic and detector.has_gradients()
+    )
     with memory_for("reading the images", config, torch.device("cpu"), "dataset.resize"):
         tasks = read(progress)
     strategy = build_strategy(config, detector)
@@ -108,7 +112,7 @@ def select_device(gpu: Gpu) -> torch.device:
     if gpu.deterministic:  # older releases of torch refuse without it
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(gpu.deterministic, warn_only=False)
-    torch.backends.cudnn.deterministic = gpu.deterministic
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = gpu.deterministic, False
     precision.use_tf32(gpu.precision == "tf32")
     if chosen.type == "cuda":
         chosen = torch.device("cuda", chosen.index or 0)
@@ -213,7 +217,7 @@ def build_detector(config: Config) -> Detector:
     }
     if takes(config, "method", "backbone"):
         settings = arguments(Backbone, config.backbone.settings)
-        given["backbone"] = Backbone(**settings, compile=gpu.compile)
+        given["backbone"] = Backbone(**settings)
     detector: Detector = kind(**arguments(kind, config.method.settings), **given)
     detector.lay_out()
     detector.image_memory = None if gpu.image_memory_mb is None else gpu.image_memory_mb * 10**6
@@ -221,6 +225,19 @@ def build_detector(config: Config) -> Detector:
     for module in detector.modules():
         if isinstance(module, FeaturePyramid):
             module.dtype = detector.precision
+    return detector
+
+
+def place(detector: Detector, gpu: Gpu, device: torch.device) -> Detector:
+    """A detector on its device, with frozen networks laid out for it.
+
+    Channels come last on a GPU whose tensor cores are used, which work on them so. On a CPU digits would change.
+    """
+    detector.to(device)
+    if device.type == "cuda" and gpu.precision != "fp32":
+        for module in detector.modules():
+            if isinstance(module, FeaturePyramid):
+                module.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return detector
 
 

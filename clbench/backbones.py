@@ -93,7 +93,6 @@ class Backbone:
         batch_size: images the network sees at a time.
         feature_memory_mb: features that are kept in memory so that an image is seen once per run, 10^6 bytes.
         feature_disk_mb: features that are kept in a temporary file after that; what does not fit is computed again.
-        compile: whether `torch.compile` compiles the network.
 
     Raises:
         UserError: timm has no such model.
@@ -110,7 +109,6 @@ class Backbone:
         batch_size: PositiveInt = 16,
         feature_memory_mb: NonNegativeInt = 2000,
         feature_disk_mb: NonNegativeInt = 4000,
-        compile: bool = False,
     ):
         if not timm.is_model(name):
             close = difflib.get_close_matches(name, timm.list_models(), n=3)
@@ -123,7 +121,6 @@ class Backbone:
         self.seed = seed
         self.batch_size = batch_size
         self.store_limits = feature_memory_mb * 10**6, feature_disk_mb * 10**6
-        self.compile = compile
 
     def pyramid(self, layers: list[int]) -> "FeaturePyramid":
         """The frozen network up to the last of `layers`, giving those levels.
@@ -149,8 +146,6 @@ class Backbone:
             normalisation=self._normalisation(network),
             normalised=isinstance(network, FeatureGetterNet),
         )
-        if self.compile:
-            pyramid.network.compile()
         return pyramid
 
     def student(self, layers: list[int]) -> "Student":

@@ -235,7 +235,7 @@ def load(
         saved = Checkpoints(directory.path / "checkpoint", str(chosen)).load_stage()
         if saved is None:
             raise _nothing_trained(directory)
-        detector = assembly.build_detector(config).to(chosen)
+        detector = assembly.place(assembly.build_detector(config), config.gpu, chosen)
         strategy = assembly.build_strategy(config, detector)
         stage, tensors, data = saved
         check_frozen(data.get("frozen"), frozen_digest(detector), directory.path)

@@ -11,7 +11,7 @@ import torch
 from conftest import Train, clbench, run_directories
 from torch import nn
 
-from clbench import assembly, backbones, evaluation, exporting, loading, thresholds
+from clbench import assembly, backbones, evaluation, exporting, footprint, loading, thresholds
 from clbench.config import check
 from clbench.config.sources import composed
 from clbench.data import stream
@@ -95,6 +95,28 @@ def test_other_errors_pass(error: Exception, gpus: dict[int, int]) -> None:
     with pytest.raises(type(error)) as raised, memory_named("timing", "lower it", CUDA):
         raise error
     assert raised.value is error
+
+
+def test_the_device_in_use_is_asked_where_none_is_named(
+    gpus: dict[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    error = WHERE_LITTLE_IS_FREE[0]
+    gpus[1] = 0
+    assert not is_out_of_memory(error)  # CUDA is not initialised: it is the CPU's
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    for index in (0, 1):
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: index)  # noqa: B023
+        assert is_out_of_memory(error) == (index == 1)
+
+
+def test_the_most_that_a_gpu_held_is_that_of_the_device_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for torch.cuda, with two GPUs."""
+    held = {0: 5_000_000, 1: 7_000_000}
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: held[device.index])
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: held.update({device.index: 0}))
+    assert footprint.peak(CUDA) == 7_000_000
+    footprint.reset_peak(CUDA)
+    assert held == {0: 5_000_000, 1: 0} and footprint.peak(CUDA) == 0
 
 
 def test_a_gpu_that_answers_no_more_is_still_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from conftest import Train, run_directories
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -15,7 +16,8 @@ from clbench import assembly, precision
 from clbench.backbones import Backbone, FeaturePyramid
 from clbench.config import check
 from clbench.config.sources import composed
-from clbench.methods.base import Detector
+from clbench.loading import load
+from clbench.methods.base import Detector, silent
 from clbench.methods.cfa import CFA
 from clbench.methods.draem import DRAEM
 from clbench.methods.efficientad import EfficientAD
@@ -270,3 +272,70 @@ def test_a_run_of_an_earlier_version_without_a_gradient_scale_is_continued(
     seen = scales(monkeypatch)
     assert train(*SMALL, "gpu.precision=fp16").returncode == 0
     assert seen == [8]
+
+
+# What only GPUs do
+
+
+@pytest.mark.parametrize("name", ["fp32", "tf32", "bf16"])
+def test_frozen_networks_are_laid_out_for_tensor_cores(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for a GPU: nothing is moved there."""
+    config = check(composed("method=patchcore", "gpu=cuda", f"gpu.precision={name}"))
+    for device in (torch.device("cpu"), torch.device("cuda", 0)):
+        detector = assembly.build_detector(config)
+        monkeypatch.setattr(detector, "to", lambda device: detector)  # noqa: B023
+        assembly.place(detector, config.gpu, device)
+        weights = [each for each in detector.parameters() if each.dim() == 4 and min(each.shape[1:3]) > 1]
+        last = all(each.is_contiguous(memory_format=torch.channels_last) for each in weights)
+        assert last == (device.type == "cuda" and name != "fp32")
+
+
+@pytest.mark.parametrize(
+    ("words", "tried"),
+    [
+        (["method=stfpm"], True),
+        (["method=stfpm", "gpu.deterministic=true"], False),
+        (["method=padim"], False),
+    ],
+)
+def test_algorithms_are_tried_where_networks_are_trained(
+    words: list[str], tried: bool, gpu: None, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = (
+        f"dataset.root={folder}",
+        "dataset=mvtec",
+        "dataset.resize=48",
+        "dataset.crop=null",
+        "strategy=finetune",
+        "method.batch_size=2",
+        f"cache={tmp_path}",
+    )
+    words = [*words, *(text for text in small if words[0] == "method=stfpm" or "batch" not in text)]
+    monkeypatch.setattr(assembly, "place", lambda detector, gpu, device: detector)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", not tried)
+    try:
+        assembly.assemble(check(composed(*words, "gpu=cuda")), silent)
+        assert torch.backends.cudnn.benchmark == tried
+        assert torch.backends.cudnn.deterministic == ("gpu.deterministic=true" in words)
+        assembly.select_device(check(composed("gpu=cpu")).gpu)
+        assert not torch.backends.cudnn.benchmark  # of a detector that is used afterwards
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_a_run_that_was_made_with_gpu_compile_is_read_and_known(train: Train, tmp_path: Path) -> None:
+    assert train("method=padim").returncode == 0
+    (run,) = run_directories(tmp_path)
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert "compile" not in config["gpu"]
+    config["gpu"]["compile"] = True
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    summary = json.loads((run / "summary.json").read_text())
+    (run / "summary.json").write_text(json.dumps({**summary, "composed_from": None}))
+    again = train("method=padim")
+    assert again.returncode == 0 and "finished already" in again.stdout, again.stderr
+    assert load(run, device="cpu").detector.precision is None
+    refused = train("gpu.compile=true")
+    assert refused.returncode == 2
+    assert "there is no setting gpu.compile any more: a frozen network sees an image once" in refused.stderr

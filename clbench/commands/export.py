@@ -54,7 +54,7 @@ def main(options: argparse.Namespace) -> int:
     if "onnx" in options.formats:
         exporting.require_onnx()
     output = options.output or options.run / "export"
-    detector = load(**trained.given(options), device="cpu", gpu={"precision": "fp32", "compile": False})
+    detector = load(**trained.given(options), device="cpu", gpu={"precision": "fp32"})
     if detector.image_size is None:
         raise UserError(
             f"{options.run} kept its files' size and has no thresholds.json that says which: a graph is of one "

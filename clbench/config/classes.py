@@ -34,7 +34,7 @@ FROM_THE_RUN: dict[str, tuple[str, ...]] = {
     "method": ("backbone", "seed", "cache"),
     "strategy": ("detector", "seed"),
     "dataset": (),
-    "backbone": ("compile",),
+    "backbone": (),
 }
 BUFFER = "replay_"  # what names of constructor arguments begin with that are settings of the `replay` group
 

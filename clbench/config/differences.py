@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
-from clbench.config.schema import BESIDE_SETTINGS
+from clbench.config.schema import BESIDE_SETTINGS, GONE
 from clbench.errors import UserError
 from clbench.paths import absolute
 
@@ -31,13 +31,14 @@ NOT_IN_RESULTS = (
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """The settings that change results and differ between two plain configs, as `key: old -> new`.
 
-    A setting that is null and one that is not there are the same: runs of a version that did not have it yet.
+    A setting that is null and one that is not there are the same: runs of a version that did not have it yet. What is
+    no setting any more changes nothing but rounding.
     """
     before, after = (
         {
             key: value
             for key, value in flat(config)
-            if key.split(".")[0] not in NOT_IN_RESULTS and value is not None
+            if key.split(".")[0] not in NOT_IN_RESULTS and key not in GONE and value is not None
         }
         for config in (old, new)
     )

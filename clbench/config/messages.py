@@ -11,6 +11,7 @@ from typing import Any
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
+from clbench.config.schema import GONE
 from clbench.errors import UserError, described
 
 
@@ -23,7 +24,12 @@ class UnknownSetting(UserError):
     """
 
     def __init__(self, key: str, known: Iterable[str]):
-        super().__init__(f"there is no setting {key}; {_hint(key, list(known))}")
+        gone = GONE.get(key)
+        super().__init__(
+            f"there is no setting {key} any more: {gone}"
+            if gone
+            else f"there is no setting {key}; {_hint(key, list(known))}"
+        )
         self.key = key
 
 

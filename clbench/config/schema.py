@@ -23,6 +23,10 @@ from clbench.errors import UserError
 from clbench.paths import PATH
 
 BESIDE_SETTINGS = ("departures", "made_by")  # keys of config.yaml that are no settings
+# Settings of earlier versions, which config.yaml of their runs may hold: flat key -> why there are none any more.
+GONE = {
+    "gpu.compile": "a frozen network sees an image once, and compiling it took longer than that saved; leave it out"
+}
 
 
 def _folder_name(name: str) -> str:
@@ -134,7 +138,6 @@ class Gpu(Closed):
         device: `auto`, `cpu`, `cuda` or `cuda:1`.
         precision: what networks compute in, see `clbench.precision`.
         deterministic: whether torch must use deterministic algorithms alone.
-        compile: whether frozen networks are compiled.
         image_memory_mb: images of a stage that may be on a GPU for its training, 10^6 bytes; more are sent there a batch at
             a time. None for half of what is free.
         threads: number of threads of torch on the CPU; None for torch's own choice.
@@ -143,7 +146,6 @@ class Gpu(Closed):
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
     precision: Literal["fp32", "tf32", "bf16", "fp16"]
     deterministic: bool = False
-    compile: bool = False
     image_memory_mb: NonNegativeInt | None = None
     threads: PositiveInt | None = None
 
@@ -207,7 +209,12 @@ class Config(SweepSettings):
             UserError: it is not a config of this version of clbench.
         """
         try:
-            return cls.of({key: value for key, value in values.items() if key not in BESIDE_SETTINGS})
+            kept = {key: value for key, value in values.items() if key not in BESIDE_SETTINGS}
+            for key in GONE:
+                node, name = key.split(".")
+                if isinstance(settings := kept.get(node), dict):
+                    kept[node] = {each: value for each, value in settings.items() if each != name}
+            return cls.of(kept)
         except ValidationError as error:
             first = error.errors()[0]
             raise UserError(
