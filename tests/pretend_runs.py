@@ -109,7 +109,7 @@ def use(kill_after: tuple[int, int] | None = None) -> None:
     class Opened:
         """A file of tensors, as safetensors gives it; it knows no device of this name."""
 
-        def __init__(self, path: Path, framework: str, device: str):
+        def __init__(self, path: Path, framework: str, device: str = "cpu"):
             self.file, self.device = opened(path, framework=framework, device="cpu"), device
 
         def __enter__(self) -> Self:
