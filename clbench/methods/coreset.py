@@ -7,6 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from clbench.precision import single_precision
+
 # Points whose distances are brought up to date at a time: one block of distances stays near the cache.
 _CHUNK = 4096
 
@@ -28,6 +30,8 @@ def farthest_first(
     Distances only shrink, so each such choice is the farthest of all points. Then one matrix product brings
     all points up to date with the centers that were chosen.
 
+    In single precision whatever gpu.precision is: small differences decide.
+
     Memory beside the points: 4 bytes a point, and blocks of 4,096 x (centers chosen from one pool).
 
     Args:
@@ -37,6 +41,13 @@ def farthest_first(
         pool: how many points are searched alone at a time, the farthest; the choice does not depend on it.
         progress: called with the number chosen so far.
     """
+    with single_precision(points.device):
+        return _farthest_first(points, count, start, pool, progress)
+
+
+def _farthest_first(
+    points: Tensor, count: int, start: int, pool: int, progress: Callable[[int], None]
+) -> Tensor:
     total = len(points)
     count = min(count, total)
     norms = points.square().sum(1)
