@@ -1,55 +1,437 @@
-"""Nearest neighbours in memory banks, by matrix products and minima, block by block.
+"""Nearest neighbours in memory banks: the same entries and distances however they are looked for.
+
+The nearest entry of a query is the one with the smallest squared distance as single precision computes it from
+differences, and of several such the first. Entries that cannot be it are left out by lower bounds on distances: those of
+a plain product, |q - b|^2 = |q|^2 + |b|^2 - 2 q.b, less what it rounds, or of a narrower one (`clbench.methods.bounds`).
+
+With g(n) = 1.01 n 2^-24, the relative error of n roundings of numbers of one sign: a squared distance from differences has
+D + 2 of them, so an entry can only be nearest where |q - b|^2 <= s (1 + 2 g(D + 2)) + `TINY`, with s that of any other.
+|b|^2 - 2 q.b is off by at most g(D + 2) (|q|^2 + 2 |b|^2), as its terms add up to |b|^2 + 2 |q| |b|, and norms are off by
+less. So entries with fl(|b|^2 (1 - 5 g) - 2 q.b) > s (1 + 2 g) - |q|^2 (1 - 5 g), where g is g(D + 8), are not nearest.
 
 A whole distance matrix is held only in graphs traced for export: other runtimes have no use for blocks.
 """
 
+import functools
+import itertools
 import math
+import time
+import warnings
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-_DISTANCES = 1 << 22  # distances held at a time: 16 MB
-_GROUP = 64  # neighbouring distances of which only the minimum is looked at first
+from clbench.methods.bounds import GROUP, TINY, Bounds, bounds_of, gamma, whole_sums
+from clbench.precision import single_precision
+
+_BYTES = 1 << 24  # of distances held at a time on the CPU: about the caches' size
+_PIECE = 4096  # entries searched at a time on the CPU
+_DIFFERENCES = 1 << 20  # numbers held at a time to take differences: 4 MB
+_WORTH = 4  # bounds are prepared for a bank that was asked for so many queries a feature: as long as preparing takes
+_LEAST = 512  # entries of a bank, on average, from which on bounds are tried
+_TRIALS = 2  # blocks of queries that bounds are timed on
+_CROWDED = 8  # where bounds leave more than one pair in so many, plain products are quicker
+_FAR = 2.0**100  # more than any distance
+_LAST = torch.iinfo(torch.int64).max
 
 
 def nearest(queries: Tensor, bank: Tensor, sizes: list[int]) -> tuple[Tensor, Tensor]:
-    """The nearest entry of each of several banks for each query.
+    """The nearest entry of each of several banks for each query, where banks are searched once; else see `Search`."""
+    return Search()(queries, bank, sizes)
+
+
+class Search:
+    """Nearest entries of banks that stay the same over many calls: what helps to search them is kept between calls.
+
+    A bank's first queries are searched by plain products. Then bounds are prepared, and go on if they are quicker.
+
+    Memory, until the tensor that holds the banks goes or is changed: 4 bytes an entry, and on the CPU a block of 16 MB;
+    with bounds, 0.3 times the banks' for patches of ResNet-18, and at most 0.5 times, or where bfloat16 is slow as much.
+    """
+
+    def __init__(self) -> None:
+        self._banks: _Banks | None = None
+
+    def __deepcopy__(self, memo: dict) -> "Search":
+        return Search()  # banks are copied with it
+
+    def __call__(self, queries: Tensor, bank: Tensor, sizes: list[int]) -> tuple[Tensor, Tensor]:
+        """The nearest entry of each bank for each query. On a GPU: three waits for each bank and block of queries.
+
+        Args:
+            queries: float32 [Q, D], without gradients.
+            bank: the banks one after the other, float32 [sum of sizes, D], without gradients. Squared norms are below
+                2^120: for others some entry is found.
+            sizes: numbers of entries of the K banks, none of them 0.
+
+        Returns:
+            Euclidean distances float32 [K, Q] and rows of `bank` int64 [K, Q].
+        """
+        if torch.compiler.is_compiling():
+            return _nearest_traced(queries, bank, sizes)
+        with single_precision(queries.device), whole_sums():
+            return self._known(bank, sizes).nearest(queries.contiguous(), bank.contiguous())
+
+    def closest_bank(self, queries: Tensor, bank: Tensor, sizes: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """The bank that each image's patches are nearest to on average, the first of several, and their distances to it.
+
+        Banks are not searched for an image where a lower bound on its mean distance is above its mean distance to
+        another. On a GPU: four waits for each bank that is searched for a block of images, and two more.
+
+        Args:
+            queries: patches of images, float32 [B, P, D].
+            bank, sizes: as for a call.
+
+        Returns:
+            Indices of banks int64 [B], Euclidean distances float32 [B, P], rows of `bank` int64 [B, P].
+        """
+        images, patches, _ = queries.shape
+        if torch.compiler.is_compiling():
+            distances, rows = _nearest_traced(queries.flatten(0, 1), bank, sizes)
+            return _closest(distances.view(-1, images, patches), rows.view(-1, images, patches))
+        with single_precision(queries.device), whole_sums():
+            return self._known(bank, sizes).closest(queries.contiguous(), bank.contiguous())
+
+    def _known(self, bank: Tensor, sizes: list[int]) -> "_Banks":
+        if self._banks is None or not self._banks.are(bank, sizes):
+            self._banks = None  # what is kept of others goes first
+            owner = weakref.ref(self)
+            self._banks = _Banks(bank, sizes, lambda _: _forget(owner))
+        return self._banks
+
+
+def _forget(owner: "weakref.ref[Search]") -> None:
+    if search := owner():
+        search._banks = None
+
+
+def _closest(distances: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The first bank with the smallest mean of distances [K, B, P]: its index [B], distances and rows [B, P]."""
+    selected = distances.mean(2).argmin(0)
+    each = torch.arange(distances.shape[1], device=distances.device)
+    return selected, distances[selected, each], rows[selected, each]
+
+
+class _Banks:
+    """What is known of some banks, and how they are searched.
 
     Args:
-        queries: float32 [Q, D].
-        bank: the banks one after the other, float32 [sum of sizes, D].
-        sizes: numbers of entries of the K banks.
-
-    Returns:
-        Euclidean distances float32 [K, Q] and rows of `bank` int64 [K, Q].
+        bank, sizes: as in `Search`.
+        gone: called when the tensor `bank` goes.
     """
-    if torch.compiler.is_compiling():
-        return _nearest_traced(queries, bank, sizes)
-    norms = bank.square().sum(1)
-    distances = torch.empty(len(sizes), len(queries), device=queries.device)
-    rows = torch.empty(len(sizes), len(queries), dtype=torch.int64, device=queries.device)
-    widest = _GROUP * math.ceil(max(sizes) / _GROUP)
-    step = max(1, min(_DISTANCES // max(widest, queries.shape[1]), len(queries)))
-    memory = queries.new_empty(step * widest)
-    end = 0
-    for index, size in enumerate(sizes):
-        begin, end = end, end + size
-        entries, entry_norms = bank[begin:end], norms[begin:end]
-        width = _GROUP * math.ceil(size / _GROUP)
-        block = memory[: step * width].view(step, width)
-        block[:, size:] = math.inf
+
+    def __init__(self, bank: Tensor, sizes: list[int], gone: Callable[[Any], None]):
+        self._bank, self._version, self._sizes = weakref.ref(bank, gone), _version(bank), list(sizes)
+        self._on_cpu = bank.device.type == "cpu"
+        self._error = gamma(bank.shape[1] + 8)
+        self._norms = torch.linalg.vector_norm(bank, dim=1).square_().mul_(1 - 5 * self._error)
+        self._pieces: list[tuple[int, int]] = []  # first and last row, excluded
+        self._pieces_of: list[list[int]] = []  # bank -> its pieces
+        longest = _PIECE if self._on_cpu else 16 * _PIECE
+        end = 0
+        for size in sizes:
+            begin, end = end, end + size
+            self._norms[begin + _repeated(bank[begin:end])] = math.inf
+            count = math.ceil(size / longest)
+            cuts = [begin + size * cut // count for cut in range(count + 1)]
+            self._pieces_of.append([len(self._pieces) + index for index in range(count)])
+            self._pieces += itertools.pairwise(cuts)
+        self._widest = GROUP * math.ceil(max(end - begin for begin, end in self._pieces) / GROUP)
+        self._memory = torch.empty(0, dtype=torch.uint8, device=bank.device)
+        self._bounds: Bounds | None = None
+        self._prepared = len(bank) < _LEAST * len(sizes)  # not worth it
+        self._seen = 0  # queries
+        self._longest = 0  # block that was searched by plain products
+        self._trials = 0  # of bounds, on no shorter ones
+        self._plain = self._with_bounds = math.inf  # seconds a query, the least
+
+    def are(self, bank: Tensor, sizes: list[int]) -> bool:
+        """Whether these are the banks, unchanged."""
+        version = _version(bank)
+        return (
+            self._bank() is bank and version is not None and version == self._version and self._sizes == sizes
+        )
+
+    def nearest(self, queries: Tensor, bank: Tensor) -> tuple[Tensor, Tensor]:
+        """As a call of `Search`, both contiguous."""
+        distances = torch.empty(len(self._sizes), len(queries), device=queries.device)
+        rows = torch.empty(len(self._sizes), len(queries), dtype=torch.int64, device=queries.device)
+        step = self._block(queries.shape[1])
         for first in range(0, len(queries), step):
-            part = queries[first : first + step]
-            # |b|^2 - 2 q.b: the query's own norm does not change which entry is nearest
-            products = block[: len(part)]
-            torch.addmm(entry_norms, part, entries.T, alpha=-2, out=products[:, :size])
-            found = _smallest(products)
-            rows[index, first : first + step] = found + begin
-            # From differences: where a distance is small, rounding of the products would be all of it.
-            distances[index, first : first + step] = (part - entries[found]).square_().sum(1).sqrt_()
-    return distances, rows
+            block = slice(first, first + step)
+            with self._timed(len(queries[block]), bank):
+                distances[:, block], rows[:, block] = self._distances(queries[block], bank)
+        self._release()
+        return distances, rows
+
+    def closest(self, queries: Tensor, bank: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """As `Search.closest_bank`, both contiguous."""
+        found = []
+        for part in queries.split(max(1, self._block(queries.shape[2]) // queries.shape[1])):
+            with self._timed(len(part) * part.shape[1], bank):
+                if self._bounds is None or len(self._sizes) < 2:
+                    distances, rows = self._distances(part.flatten(0, 1), bank)
+                    shape = len(self._sizes), *part.shape[:2]
+                    found.append(_closest(distances.view(shape), rows.view(shape)))
+                else:
+                    found.append(self._routed(part, bank))
+        self._release()
+        selected, chosen, which = zip(*found, strict=True)
+        return torch.cat(selected), torch.cat(chosen), torch.cat(which)
+
+    def _block(self, size: int) -> int:
+        """How many queries of this size are searched at a time."""
+        distances = _room(self._norms.device) // (4 if self._bounds is None else self._bounds.bytes)
+        return max(1, distances // max(self._widest, size))
+
+    def _values(self, count: int, kind: torch.dtype) -> Tensor:
+        """Memory for so many values, which may have been used before."""
+        if len(self._memory) < count * kind.itemsize:
+            self._memory = torch.empty(count * kind.itemsize, dtype=torch.uint8, device=self._norms.device)
+        return self._memory[: count * kind.itemsize].view(kind)
+
+    def _release(self) -> None:
+        if not self._on_cpu:  # PyTorch keeps it, for others too
+            self._memory = self._memory[:0].clone()
+
+    @contextmanager
+    def _timed(self, count: int, bank: Tensor) -> Iterator[None]:
+        """Inside, so many queries are searched: by plain products until bounds are worth it, and if they are quicker."""
+        if not self._prepared and self._seen >= _WORTH * bank.shape[1]:
+            self._prepared = True
+            self._bounds = bounds_of(bank, self._pieces, self._norms.isinf())
+        begin = time.perf_counter()
+        yield
+        seconds = (time.perf_counter() - begin) / max(count, 1)
+        self._seen += count
+        if self._bounds is None:
+            self._plain = min(seconds, self._plain)
+            self._longest = max(count, self._longest)
+        elif self._trials < _TRIALS and count >= self._longest:
+            self._trials += 1
+            self._with_bounds = min(seconds, self._with_bounds)
+            if self._trials == _TRIALS and self._with_bounds > self._plain:
+                self._bounds = None
+
+    def _distances(self, queries: Tensor, bank: Tensor, only: int | None = None) -> tuple[Tensor, Tensor]:
+        """Distances and rows of a block of queries in all banks, [K, Q] both, or in one, [1, Q]."""
+        narrow = None if self._bounds is None else self._bounds.queries(queries)
+        norms = torch.linalg.vector_norm(queries, dim=1).square_().mul_(1 - 5 * self._error)
+        nearest = []
+        for pieces in self._pieces_of if only is None else [self._pieces_of[only]]:
+            found = _Found(queries, bank)
+            for piece in pieces:
+                self._search(found, norms, narrow, piece)
+            nearest.append(found)
+        squared = torch.stack([found.squared for found in nearest])
+        return squared.sqrt_(), torch.stack([found.rows for found in nearest])
+
+    def _routed(self, queries: Tensor, bank: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """As `closest`, for a block of images [B, P, D], searching only banks that can be an image's closest."""
+        images, patches, _ = queries.shape
+        lower = self._lower_means(queries)
+        best = torch.full_like(lower[0], math.inf)
+        selected = torch.full_like(best, len(lower), dtype=torch.int64)
+        distances = queries.new_empty(images, patches)
+        rows = torch.empty(images, patches, dtype=torch.int64, device=queries.device)
+        left = torch.ones_like(lower, dtype=torch.bool)  # what was not searched and can be closest
+        while True:
+            left &= ~(lower > best)
+            promising = lower.clamp(max=_FAR).where(left, math.inf).argmin(0).where(left.any(0), -1).tolist()
+            for index in sorted(set(promising) - {-1}):
+                of = torch.tensor([image for image, choice in enumerate(promising) if choice == index])
+                of = of.to(queries.device, non_blocking=True)
+                part = queries if len(of) == images else queries.index_select(0, of)
+                near, at = (one.view(-1, patches) for one in self._distances(part.flatten(0, 1), bank, index))
+                mean, before = near.mean(1), best[of]
+                # What is not a number is taken too.
+                taken = ~((mean > before) | ((mean == before) & (index > selected[of])))
+                best[of], selected[of] = mean.where(taken, before), selected[of].where(~taken, index)
+                distances[of] = near.where(taken[:, None], distances[of])
+                rows[of] = at.where(taken[:, None], rows[of])
+                left[index, of] = False
+            if max(promising) < 0:
+                return selected, distances, rows
+
+    def _lower_means(self, queries: Tensor) -> Tensor:
+        """What an image's mean distance to a bank, as single precision has it, is not below: [B, P, D] -> [K, B]."""
+        assert self._bounds is not None
+        images, patches, _ = queries.shape
+        rough = self._bounds.rough or self._bounds
+        narrow = rough.queries(queries.flatten(0, 1))
+        squared = [
+            torch.stack([rough.least(narrow, piece, self._values) for piece in pieces]).amin(0)
+            for pieces in self._pieces_of
+        ]
+        lower = torch.stack(squared).mul_(1 - 2 * self._error).sub_(TINY).clamp_min_(0).sqrt_()
+        return lower.view(-1, images, patches).mean(2) * (1 - 4 * gamma(patches + 2))
+
+    def _search(self, found: "_Found", norms: Tensor, narrow: Tensor | None, piece: int) -> None:
+        """Look for nearer entries in a piece of a bank.
+
+        Args:
+            norms: squared, of the queries, less what is rounded, float32 [Q].
+            narrow: the queries' side of the bounds; None to search by plain products.
+        """
+        bounds = None if narrow is None else self._bounds
+        if bounds is None or narrow is None:
+            values = self._products(found.queries, found.bank, piece)
+        else:
+            values = bounds.values(narrow, piece, self._values)
+        groups = values.view(len(values), -1, GROUP)
+        minima = groups.amin(2)
+        found.compare(self._rows(piece, bounds, _smallest(groups, minima)))
+        # No more than these can be nearer, or as near and before it.
+        limit = found.squared * (1 + 2 * self._error) + TINY
+        rest = limit - norms
+        query, columns = _not_above(groups, minima, rest if bounds is None else bounds.limit(limit))
+        if bounds is not None and _CROWDED * len(query) > values.numel():
+            self._search(found, norms, None, piece)
+            return
+        rows = self._rows(piece, bounds, columns)
+        nearer = rows != found.rows.index_select(0, query)
+        if bounds is not None and self._on_cpu and _sampled():
+            products = _sampled_products(found.queries, found.bank, query, rows, self._norms)
+            nearer &= products <= rest.index_select(0, query)
+        left = nearer.nonzero()[:, 0]
+        if len(left):
+            found.add(query.index_select(0, left), rows.index_select(0, left))
+
+    def _rows(self, piece: int, bounds: Bounds | None, columns: Tensor) -> Tensor:
+        """The rows of the bank that columns of values stand for."""
+        if bounds is not None:
+            return bounds.rows(piece).index_select(0, columns)
+        begin, end = self._pieces[piece]
+        return (columns + begin).clamp_(max=end - 1)
+
+    def _products(self, queries: Tensor, bank: Tensor, piece: int) -> Tensor:
+        """|b|^2 - 2 q.b less what is rounded, for the entries of a piece, float32 [Q, W]; infinite in the last columns."""
+        begin, end = self._pieces[piece]
+        width = GROUP * math.ceil((end - begin) / GROUP)
+        values = self._values(len(queries) * width, torch.float32).view(-1, width)
+        values[:, end - begin :] = math.inf
+        torch.addmm(
+            self._norms[begin:end], queries, bank[begin:end].T, alpha=-2, out=values[:, : end - begin]
+        )
+        return values
+
+
+class _Found:
+    """The nearest entries so far.
+
+    Attributes:
+        queries: float32 [Q, D].
+        bank: float32 [M, D].
+        squared: squared distances, float32 [Q].
+        rows: of the bank, int64 [Q].
+    """
+
+    def __init__(self, queries: Tensor, bank: Tensor):
+        self.queries, self.bank = queries, bank
+        self.squared, self.rows = torch.empty(0), torch.empty(0)
+
+    def compare(self, rows: Tensor) -> None:
+        """Take the entries of these rows, int64 [Q], where they are nearer than those found before."""
+        # From differences: where a distance is small, rounding of products would be all of it.
+        squared = self.bank.index_select(0, rows).sub_(self.queries).square_().sum(1)
+        if len(self.rows):
+            nearer = squared < self.squared
+            squared, rows = squared.where(nearer, self.squared), rows.where(nearer, self.rows)
+        self.squared, self.rows = squared, rows
+
+    def add(self, query: Tensor, rows: Tensor) -> None:
+        """Compare pairs of a query and an entry, int64 [P] both: the nearest is taken, of equals the first."""
+        many = max(1, _DIFFERENCES // self.bank.shape[1])
+        squared = torch.cat(
+            [
+                self.bank.index_select(0, some).sub_(self.queries.index_select(0, of)).square_().sum(1)
+                for of, some in zip(query.split(many), rows.split(many), strict=True)
+            ]
+        )
+        least = self.squared.scatter_reduce(0, query, squared, "amin")
+        before = self.rows.where(self.squared == least, _LAST)
+        taken = before.scatter_reduce(
+            0, query, rows.where(squared == least.index_select(0, query), _LAST), "amin"
+        )
+        self.rows, self.squared = taken.where(taken != _LAST, self.rows), least
+
+
+def _smallest(groups: Tensor, minima: Tensor) -> Tensor:
+    """The column of the smallest value of each row, int64 [Q]: values [Q, G, GROUP], their minima [Q, G].
+
+    By minima of groups, which vectorise where an argmin does not.
+    """
+    group = minima.argmin(1)
+    rows = torch.arange(len(groups), device=groups.device).mul_(minima.shape[1]).add_(group)
+    return groups.view(-1, GROUP).index_select(0, rows).argmin(1).add_(group, alpha=GROUP)
+
+
+def _not_above(groups: Tensor, minima: Tensor, limit: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows and columns, int64 [P] both, of the values that are not above their row's limit [Q], by rows.
+
+    Args:
+        groups: values [Q, G, GROUP].
+        minima: of the groups, [Q, G].
+    """
+    some = (minima <= limit[:, None]).view(-1).nonzero()[:, 0]
+    query = some // minima.shape[1]
+    inside = groups.view(-1, GROUP).index_select(0, some) <= limit.index_select(0, query)[:, None]
+    pairs = inside.view(-1).nonzero()[:, 0]
+    group = pairs // GROUP
+    query, column = query.index_select(0, group), some.index_select(0, group).remainder_(minima.shape[1])
+    return query, column.mul_(GROUP).add_(pairs.remainder_(GROUP))
+
+
+def _sampled_products(queries: Tensor, bank: Tensor, query: Tensor, rows: Tensor, norms: Tensor) -> Tensor:
+    """norms[row] - 2 q.b for pairs of a query and an entry, sorted by queries: float32 [P], nothing gathered."""
+    ends = queries.new_zeros(len(queries) + 1, dtype=torch.int64)
+    torch.cumsum(torch.bincount(query, minlength=len(queries)), 0, out=ends[1:])
+    shape = len(queries), len(bank)
+    pairs = torch.sparse_csr_tensor(ends, rows, norms.index_select(0, rows), shape, check_invariants=False)
+    return torch.sparse.sampled_addmm(pairs, queries, bank.T, alpha=-2).values()
+
+
+@functools.cache
+def _sampled() -> bool:
+    """Whether this PyTorch has products sampled by a sparse matrix on the CPU."""
+    one = torch.ones(1, 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # said once in a process: sparse matrices are in beta
+        try:
+            _sampled_products(one, one, torch.tensor([0]), torch.tensor([0]), one[0])
+        except RuntimeError:
+            return False
+    return True
+
+
+def _repeated(bank: Tensor) -> Tensor:
+    """Rows of entries [M, D] that equal an earlier one, int64: all, but for such as share a projection with others."""
+    line = torch.arange(1.0, bank.shape[1] + 1, device=bank.device).sin_()
+    along, order = (bank @ line).sort(stable=True)
+    equal = (along[1:] == along[:-1]).nonzero()[:, 0]
+    if not len(equal):
+        return equal
+    many = max(1, _DIFFERENCES // bank.shape[1])
+    same = [(bank[order[some + 1]] == bank[order[some]]).all(1) for some in equal.split(many)]
+    return order[equal[torch.cat(same)] + 1]
+
+
+def _version(bank: Tensor) -> int | None:
+    """A number that changes when the tensor's content does; None where PyTorch has none, in inference mode."""
+    return None if bank.is_inference() else bank._version
+
+
+def _room(device: torch.device) -> int:
+    """Bytes for the distances that are held at a time: on a GPU a sixteenth of its free memory, at most 4 GB."""
+    if device.type != "cuda":
+        return _BYTES
+    free, _ = torch.cuda.mem_get_info(device)
+    return max(_BYTES, min(free // 16, 1 << 32))
 
 
 def _nearest_traced(queries: Tensor, bank: Tensor, sizes: list[int]) -> tuple[Tensor, Tensor]:
@@ -77,7 +459,8 @@ def k_nearest(queries: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:
         products = torch.addmm(bank.square().sum(1), queries, bank.T, alpha=-2)
         smallest, rows = products.topk(k, largest=False)
         return (smallest + queries.square().sum(1, keepdim=True)).clamp_min(0), rows
-    distances, rows = _KNearest.apply(queries, bank, k)
+    with single_precision(queries.device):
+        distances, rows = _KNearest.apply(queries, bank, k)
     return distances, rows
 
 
@@ -88,8 +471,8 @@ class _KNearest(torch.autograd.Function):
     def forward(ctx: Any, queries: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:
         queries = queries.float()  # small distances are differences: half precision would lose them
         norms = bank.square().sum(1)
-        width = _GROUP * math.ceil(len(bank) / _GROUP)
-        step = max(1, min(_DISTANCES // width, len(queries)))
+        width = GROUP * math.ceil(len(bank) / GROUP)
+        step = max(1, min(_BYTES // 4 // width, len(queries)))
         block = queries.new_full((step, width), math.inf)
         distances = queries.new_empty(len(queries), k)
         rows = torch.empty(len(queries), k, dtype=torch.int64, device=queries.device)
@@ -116,19 +499,8 @@ def _k_smallest(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
     They lie in the k groups with the smallest minima.
     """
-    groups = values.view(len(values), -1, _GROUP)
+    groups = values.view(len(values), -1, GROUP)
     nearest_groups = groups.amin(2).topk(min(k, groups.shape[1]), largest=False).indices
-    candidates = groups.gather(1, nearest_groups[:, :, None].expand(-1, -1, _GROUP)).flatten(1)
+    candidates = groups.gather(1, nearest_groups[:, :, None].expand(-1, -1, GROUP)).flatten(1)
     smallest, inside = candidates.topk(k, largest=False)
-    return smallest, nearest_groups.gather(1, inside // _GROUP) * _GROUP + inside % _GROUP
-
-
-def _smallest(values: Tensor) -> Tensor:
-    """The column of the smallest value of each row [Q, W]: [Q].
-
-    By minima of groups, which vectorise where an argmin does not.
-    """
-    groups = values.view(len(values), -1, _GROUP)
-    group = groups.amin(2).argmin(1)
-    inside = groups[torch.arange(len(values), device=values.device), group].argmin(1)
-    return group * _GROUP + inside
+    return smallest, nearest_groups.gather(1, inside // GROUP) * GROUP + inside % GROUP

@@ -15,7 +15,7 @@ from clbench.feature_store import on_disk
 from clbench.methods.base import Detector, Prediction, Share
 from clbench.methods.coreset import farthest_first, projection
 from clbench.methods.maps import Sigma, to_image_size
-from clbench.methods.nearest import nearest
+from clbench.methods.nearest import Search
 from clbench.methods.patches import neighbourhood_patches
 from clbench.precision import single_precision
 from clbench.randomness import generator
@@ -68,6 +68,7 @@ class PatchCore(Detector):
         self.sigma = sigma
         self.held_out = held_out
         self.seed = seed
+        self._search = Search()
         self.register_buffer("bank", torch.empty(0, sum(self.pyramid.channels)))
         self.register_buffer("bank_sizes", torch.empty(0, dtype=torch.int64))
 
@@ -147,12 +148,9 @@ class PatchCore(Detector):
         sizes = self._sizes()
         patches = self.patches(images)
         batch, height, width, size = patches.shape
-        distances, rows = nearest(patches.flatten(0, 2), self.bank, sizes)
-        distances, rows = distances.view(-1, batch, height * width), rows.view(-1, batch, height * width)
         # The task is unknown: take the coreset that the image is nearest to on average.
-        selected = distances.mean(2).argmin(0)
+        selected, chosen, rows = self._search.closest_bank(patches.flatten(1, 2), self.bank, sizes)
         each = torch.arange(batch, device=patches.device)
-        chosen, rows = distances[selected, each], rows[selected, each]
         maps = to_image_size(chosen.view(batch, height, width), images.shape[-2:], self.sigma)
         highest, where = chosen.max(1)
         farthest, matched = patches.view(batch, -1, size)[each, where], self.bank[rows[each, where]]
@@ -182,8 +180,9 @@ class PatchCore(Detector):
         count = min(self.neighbours, len(bank))
         if count < 2:
             return torch.ones_like(farthest[:, 0])
+        norms = torch.linalg.vector_norm(bank, dim=1).square()
         with single_precision(bank.device):
-            around = torch.addmm(bank.square().sum(1), matched, bank.T, alpha=-2).topk(count, largest=False)
+            around = torch.addmm(norms, matched, bank.T, alpha=-2).topk(count, largest=False)
         to_test = (bank[around.indices] - farthest[:, None]).square().sum(2).sqrt()
         # 1 - exp(highest) / sum(exp(to_test)), in a form that cannot overflow.
         return 1 - (highest - to_test.logsumexp(1)).exp()
