@@ -1,6 +1,7 @@
 """PatchCore: distance to the nearest of the memorised normal patches (Roth et al., 2022)."""
 
 import tempfile
+import weakref
 from typing import Annotated
 
 import torch
@@ -72,7 +73,8 @@ class PatchCore(Detector):
         self.register_buffer("bank", torch.empty(0, sum(self.pyramid.channels)))
         self.register_buffer("bank_sizes", torch.empty(0, dtype=torch.int64))
 
-        self._read: tuple[Tensor, int, list[int]] | None = None  # bank_sizes, its version, and what it holds
+        # bank_sizes, its version, and what it holds
+        self._read: tuple[weakref.ref[Tensor], int, list[int]] | None = None
 
     def forget(self) -> None:
         self.bank, self.bank_sizes = self.bank[:0], self.bank_sizes[:0]
@@ -164,8 +166,8 @@ class PatchCore(Detector):
         sizes = self.bank_sizes
         if torch.compiler.is_compiling():
             assert self._read is not None
-        elif self._read is None or self._read[0] is not sizes or self._read[1] != sizes._version:
-            self._read = sizes, sizes._version, sizes.tolist()
+        elif self._read is None or self._read[0]() is not sizes or self._read[1] != sizes._version:
+            self._read = weakref.ref(sizes), sizes._version, sizes.tolist()
         return self._read[2]
 
     def _weight(self, bank: Tensor, farthest: Tensor, matched: Tensor, highest: Tensor) -> Tensor:
