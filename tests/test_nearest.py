@@ -308,8 +308,8 @@ def test_bounds_go_on_only_where_they_are_quicker(monkeypatch: pytest.MonkeyPatc
             search(queries, bank, [500])
             assert search._banks is not None
             used.append(search._banks._bounds is not None)
-        assert used[0] is False  # 60 queries, and 4 for each of 24 features are asked for first
-        assert used[2] is True
+        assert used[0] is False  # 2 queries a feature are searched plainly first
+        assert used[1] is True
         assert used[-1] is stays
 
 

@@ -32,7 +32,7 @@ from clbench.precision import single_precision
 _BYTES = 1 << 24  # of distances held at a time on the CPU: about the caches' size
 _PIECE = 4096  # entries searched at a time on the CPU
 _DIFFERENCES = 1 << 20  # numbers held at a time to take differences: 4 MB
-_WORTH = 4  # bounds are prepared for a bank that was asked for so many queries a feature: as long as preparing takes
+_WORTH = 2  # bounds are prepared for a bank that was asked for so many queries a feature: that takes as long
 _LEAST = 512  # entries of a bank, on average, from which on bounds are tried
 _TRIALS = 2  # blocks of queries that bounds are timed on
 _CROWDED = 8  # where bounds leave more than one pair in so many, plain products are quicker
