@@ -1,4 +1,4 @@
-"""Nearest-neighbour search and PaDiM's map in GFLOP/s, against the machine's own matrix products."""
+"""PaDiM's map in GFLOP/s, against the machine's own matrix products."""
 
 import time
 from collections.abc import Callable
@@ -6,7 +6,6 @@ from collections.abc import Callable
 import torch
 from rich.table import Table
 
-from clbench.methods.nearest import nearest
 from clbench.methods.padim import mahalanobis
 
 
@@ -22,21 +21,9 @@ def seconds(call: Callable[[], object], repeats: int = 5) -> float:
 
 
 def table(checkpoint: str | None = None, root: str | None = None) -> Table:
-    """GFLOP/s of each operation, and of the same products alone."""
+    """GFLOP/s of the map, and of the same products alone."""
     random = torch.Generator().manual_seed(0)
     shown = Table("operation", "GFLOP/s", "of plain products", title="Against matrix products (GEMM)")
-
-    # 16 images of 28 x 28 patches, ten banks of 3,000, 384 features: PatchCore, native, ResNet-18.
-    queries, bank = torch.randn(16 * 784, 384, generator=random), torch.randn(30_000, 384, generator=random)
-    flops = 2 * len(queries) * len(bank) * bank.shape[1]
-    block, products = queries[:4096], torch.empty(4096, 3000)
-    gemm = 2 * block.shape[0] * 3000 * 384 / seconds(lambda: torch.mm(block, bank[:3000].T, out=products))
-    found = flops / seconds(lambda: nearest(queries, bank, [3000] * 10), repeats=2)
-    shown.add_row("GEMM, 4,096 x 384 x 3,000", f"{gemm / 1e9:.0f}", "")
-    shown.add_row(
-        "nearest neighbours, 12,544 in 10 banks of 3,000", f"{found / 1e9:.0f}", f"{found / gemm:.0%}"
-    )
-    shown.add_section()
 
     # 56 x 56 positions, 350 features, 16 images: PaDiM at the paper's size.
     factor = torch.randn(3136, 350, 350, generator=random).tril_()
