@@ -34,9 +34,7 @@ _WAYS = {
 
 def table(checkpoint: str | None = None, root: str | None = None) -> Table:
     """Seconds of a run of STFPM beside 0 to 4 busy processes, for each way to wait."""
-    shown = Table(
-        title="STFPM on two tasks of the synthetic stream, 6 epochs each, s", title_justify="left"
-    )
+    shown = Table(title="STFPM on two tasks of the synthetic stream, 6 epochs each, s", title_justify="left")
     shown.add_column("threads that wait look")
     for busy in COMPANY:
         shown.add_column(f"beside {busy}" if busy else "alone", justify="right")
