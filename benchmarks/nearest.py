@@ -1,6 +1,6 @@
 """Exact nearest neighbours against plain products in blocks: patches of ResNet-18 and random features.
 
-    python -m benchmarks.nearest [--queries N] [--checkpoint FILE] [--root FOLDER]
+    python -m benchmarks.nearest [--queries N] [--features patches|random] [--checkpoint FILE] [--root FOLDER]
 
 Ten coresets of 3,000 patches, and the same 30,000 as one: each from some of a category's training images; queries are
 patches of test images. Both ways get the same queries in turn, 16 images at a time as in evaluation; preparing counts.
@@ -125,11 +125,11 @@ def measured(ways: Ways, queries: Iterator[Tensor], count: int, title: str) -> t
     return each * times[0], each * times[1], f"{rows:,}, {distances:,}, {farther:,}"
 
 
-def table(checkpoint: str | None = None, root: str | None = None, count: int = QUERIES) -> Table:
+def table(
+    checkpoint: str | None = None, root: str | None = None, count: int = QUERIES, features: str | None = None
+) -> Table:
     """Microseconds a query in all banks, by plain products and as PatchCore searches, and whether results are equal."""
-    bank, images = patches(checkpoint, root)
     random = torch.Generator().manual_seed(0)
-    wide = torch.randn(BANKS * ENTRIES, WIDE, generator=random)
     ten, one = [ENTRIES] * BANKS, [ENTRIES * BANKS]
 
     def normal() -> Iterator[Tensor]:
@@ -150,18 +150,22 @@ def table(checkpoint: str | None = None, root: str | None = None, count: int = Q
             lambda given: search.closest_bank(given, entries, sizes),
         )
 
+    rows: list[tuple] = []
+    if features != "random":
+        bank, images = patches(checkpoint, root)
+        name = f"ResNet-18 ({Path(checkpoint).name if checkpoint else 'random weights'}), {bank.shape[1]}"
+        rows.append((name, images, bank, ten, closest, "in the closest bank"))
+        rows.append((name, images, bank, ten, nearest, "in each bank"))
+        rows.append((name, images, bank, one, nearest, "in the bank"))
+    if features != "patches":
+        wide = torch.randn(BANKS * ENTRIES, WIDE, generator=random)
+        rows.append((f"random, {WIDE}", normal, wide, ten, nearest, "in each bank"))
+        rows.append((f"random, {WIDE}", normal, wide, one, nearest, "in the bank"))
     shown = Table(
         "features", "entries", "found", "plain, us", "ours, us", "ratio", "differ: rows, distances, ours farther",
         title=f"Nearest neighbours, {count:,} queries, {torch.get_num_threads()} threads",
     )  # fmt: skip
-    real = f"ResNet-18 ({Path(checkpoint).name if checkpoint else 'random weights'}), {bank.shape[1]}"
-    for name, batches, entries, sizes, ways, found in (
-        (real, images, bank, ten, closest, "in the closest bank"),
-        (real, images, bank, ten, nearest, "in each bank"),
-        (real, images, bank, one, nearest, "in the bank"),
-        (f"random, {WIDE}", normal, wide, ten, nearest, "in each bank"),
-        (f"random, {WIDE}", normal, wide, one, nearest, "in the bank"),
-    ):
+    for name, batches, entries, sizes, ways, found in rows:
         label = f"{sizes[0]:,}" + (f" x {len(sizes)}" if len(sizes) > 1 else "")
         before, after, differ = measured(ways(entries, sizes), batches(), count, f"{name}, {label}")
         ratio = before / after
@@ -176,7 +180,8 @@ if __name__ == "__main__":
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--queries", type=int, default=QUERIES)
+    parser.add_argument("--features", choices=["patches", "random"], help="these alone")
     parser.add_argument("--checkpoint", help="weights of timm's resnet18, .safetensors or .pth")
     parser.add_argument("--root", help="a folder of categories in the MVTec AD layout")
     options = parser.parse_args()
-    Console(width=120).print(table(options.checkpoint, options.root, options.queries))
+    Console(width=120).print(table(options.checkpoint, options.root, options.queries, options.features))
