@@ -7,7 +7,6 @@ from rich.table import Table
 
 from clbench import evaluation
 from clbench.assembly import Assembly, assemble
-from clbench.backbones import FeaturePyramid
 from clbench.config import check, sources
 from clbench.methods.base import Prediction, silent
 from clbench.results import Values
@@ -52,10 +51,7 @@ def table(checkpoint: str | None = None, root: str | None = None) -> Table:
 def judged(made: Assembly, precision: torch.dtype | None) -> list[tuple[Prediction, Values]]:
     """What a trained detector finds in each task's first category, and its metrics, in a precision."""
     detector = made.strategy.detector
-    detector.precision = precision
-    for module in detector.modules():
-        if isinstance(module, FeaturePyramid):
-            module.dtype = precision
+    detector.compute_in(precision)
     found = []
     with detector.uncached():
         for index, task in enumerate(made.tasks):

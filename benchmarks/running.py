@@ -10,7 +10,6 @@ import torch
 
 from clbench import experiment
 from clbench.assembly import assemble
-from clbench.backbones import FeaturePyramid
 from clbench.config import Config, check, sources
 from clbench.interruption import Interruption
 from clbench.recording.recorder import Recorder
@@ -67,9 +66,8 @@ def run_in(folder: Path, *overrides: str) -> tuple[dict[str, Any], dict[str, flo
     inside = [0.0]
     with Stopwatch(",".join(overrides)) as display:
         made = assemble(config, display.progress)
-        for module in made.strategy.detector.modules():
-            if isinstance(module, FeaturePyramid):
-                _time(module.network, inside)
+        for pyramid in made.strategy.detector.pyramids():
+            _time(pyramid.network, inside)
         display.spent("start")
         summary = experiment.run(made, RunDirectory(folder), display, Interruption(), Recorder())
     return summary, {**display.seconds, "backbone": inside[0]}

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from clbench import footprint, precision
-from clbench.backbones import Backbone, FeaturePyramid
+from clbench.backbones import Backbone
 from clbench.config import Config, takes, wandb_mode
 from clbench.config.classes import BUFFER, arguments, class_of_kind
 from clbench.config.files import file_digests
@@ -221,10 +221,7 @@ def build_detector(config: Config) -> Detector:
     detector: Detector = kind(**arguments(kind, config.method.settings), **given)
     detector.lay_out()
     detector.image_memory = None if gpu.image_memory_mb is None else gpu.image_memory_mb * 10**6
-    detector.precision = precision.mixed(gpu.precision)
-    for module in detector.modules():
-        if isinstance(module, FeaturePyramid):
-            module.dtype = detector.precision
+    detector.compute_in(precision.mixed(gpu.precision))
     return detector
 
 
@@ -235,9 +232,8 @@ def place(detector: Detector, gpu: Gpu, device: torch.device) -> Detector:
     """
     detector.to(device)
     if device.type == "cuda" and gpu.precision != "fp32":
-        for module in detector.modules():
-            if isinstance(module, FeaturePyramid):
-                module.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        for pyramid in detector.pyramids():
+            pyramid.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return detector
 
 

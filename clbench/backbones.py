@@ -136,7 +136,7 @@ class Backbone:
         if self.checkpoint is not None:
             self._load(network, self.checkpoint)
         store = FeatureStore(*self.store_limits)
-        pyramid = FeaturePyramid(
+        return FeaturePyramid(
             network,
             name=f"backbone.name={self.name}",
             channels=_info(network).channels(),
@@ -146,7 +146,6 @@ class Backbone:
             normalisation=self._normalisation(network),
             normalised=isinstance(network, FeatureGetterNet),
         )
-        return pyramid
 
     def student(self, layers: list[int]) -> "Student":
         """A network of the same architecture and levels to be trained, its weights random by seed.
@@ -382,9 +381,8 @@ class FeaturePyramid(nn.Module):
         self.batch_size = batch_size
         self.dtype: torch.dtype | None = None
         self.normalisation = normalisation or Normalisation()
-        self._looked: WeakKeyDictionary[Images, int] = (
-            WeakKeyDictionary()
-        )  # how many were looked at to fill up batches
+        # How many images of each source were looked at to fill up batches.
+        self._looked: WeakKeyDictionary[Images, int] = WeakKeyDictionary()
 
     def train(self, mode: bool = True) -> "FeaturePyramid":
         """Always in evaluation mode: frozen normalisation statistics stay as they are."""

@@ -83,7 +83,7 @@ class Course:
         self.strategy, self.tasks = assembly.strategy, assembly.tasks
         self.categories = [category for task in self.tasks for category in task.categories]
         self.progress = interruption.watching(display.progress)
-        with self._memory("what an earlier process learned", *OF_FEATURES, "dataset.resize"):
+        with self._memory("what an earlier process learned"):
             self.history = History(assembly, directory, recorder, interruption)
         self.stages, self.results = self.history.stages, self.history.results
         self.spent = self.history.spent
@@ -120,18 +120,12 @@ class Course:
             return
         train = [self.tasks[task].train.images for task in self.stages[stage]]
         names = "+".join(self.tasks[task].name for task in self.stages[stage])
-        settings = (
-            "method.batch_size",
-            "backbone.batch_size",
-            "gpu.image_memory_mb",
-            *OF_FEATURES,
-            "dataset.resize",
-        )
+        settings = "method.batch_size", "backbone.batch_size", "gpu.image_memory_mb"
         with self.spent.on("train_s"), self._memory(f"learning {names}", *settings):
             with _titled(self._title(stage)):
                 self.strategy.learn(stage, Images.concatenate(train))
             self.strategy.detector.release(self.strategy.stored_images())
-        with self._memory(f"saving what was learned of {names}", *OF_FEATURES, "dataset.resize"):
+        with self._memory(f"saving what was learned of {names}"):
             self.history.add_learned(stage)
 
     def evaluate(self, stage: int, category: int) -> None:
@@ -150,8 +144,7 @@ class Course:
             if known is None or self.assembly.config.maps is True:
                 values = self._measured(stage, category)
             else:
-                values = Future()
-                values.set_result(known)
+                values = _there(known)
         self.settle()
         self._measuring = stage, category, values
         if values.done():
@@ -191,9 +184,7 @@ class Course:
             heat_maps.write_all(prediction.maps, test, pictures, stage)
         if self.assembly.device.type != "cpu":
             return self._thread.submit(evaluation.metrics_of, prediction, test)
-        values: Future[Values] = Future()
-        values.set_result(evaluation.metrics_of(prediction, test))
-        return values
+        return _there(evaluation.metrics_of(prediction, test))
 
     def record(self, stage: int) -> None:
         """Give a stage's results to the recorder and show their means on the terminal."""
@@ -253,18 +244,26 @@ class Course:
         return written
 
     def _memory(self, phase: str, *settings: str) -> AbstractContextManager[None]:
-        """As `clbench.assembly.memory_for`, for this run."""
-        return memory_for(phase, self.assembly.config, self.assembly.device, *settings)
+        """As `clbench.assembly.memory_for`, for this run: what is kept of images and their size come last."""
+        ways = (*settings, *OF_FEATURES, "dataset.resize")
+        return memory_for(phase, self.assembly.config, self.assembly.device, *ways)
 
     def _predicting(self, phase: str) -> AbstractContextManager[None]:
         """Inside, memory that is not enough for predictions raises a UserError that names the phase and the way out."""
-        return self._memory(phase, "backbone.batch_size", *OF_FEATURES, "dataset.resize")
+        return self._memory(phase, "backbone.batch_size")
 
     def _title(self, stage: int) -> str:
         """What a stage is called on the terminal and in errors."""
         if len(self.stages) < len(self.tasks):
             return "all tasks"
         return f"task {stage + 1}/{len(self.stages)} {self.tasks[stage].name}"
+
+
+def _there(values: Values) -> Future[Values]:
+    """Metrics that need not be waited for."""
+    found: Future[Values] = Future()
+    found.set_result(values)
+    return found
 
 
 @contextmanager

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from clbench.backbones import FeaturePyramid
 from clbench.data.textures import texture
 from clbench.errors import UserError
 from clbench.methods.base import Detector, Prediction
@@ -64,9 +63,7 @@ def trace(detector: Detector, images: Tensor) -> tuple[ExportedProgram, bool]:
     Raises:
         UserError: the detector cannot be traced.
     """
-    for module in detector.modules():
-        if isinstance(module, FeaturePyramid):
-            module.dtype = None
+    detector.compute_in(None)
     detector.eval().requires_grad_(False).for_export()
     graph = Graph(detector)
     with _quiet():

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from clbench.backbones import FeaturePyramid, Student
+from clbench.backbones import Student
 from clbench.methods.base import kept_state
 from clbench.strategies.base import Strategy
 
@@ -31,7 +31,7 @@ def measure(strategy: Strategy) -> dict[str, float]:
             submodules too, and the strategy's own tensors (stored images, copies of weights).
     """
     detector = strategy.detector
-    pyramids = [module for module in detector.modules() if isinstance(module, FeaturePyramid)]
+    pyramids = detector.pyramids()
     students = [module for module in detector.modules() if isinstance(module, Student)]
     running = {
         f"{name}.{leaf}" if name else leaf

@@ -1,7 +1,6 @@
 """Image and mask files on disk: those that a person names, what they hold, and samples of them."""
 
 import glob
-import hashlib
 import os
 import time
 from collections.abc import Iterable, Mapping
@@ -12,6 +11,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from clbench import digests
 from clbench.data.decoding import Decoded, decode, file_bytes
 from clbench.data.listing import LeftOut, images_in
 from clbench.data.masks import Doubtful, marked
@@ -100,9 +100,9 @@ class FileSample(Sample):
     def content(self) -> str:
         """The SHA-256 of each file, the image's first."""
         paths = (self.image, *self.masks)
-        digests = [hashlib.sha256(file_bytes(path)).hexdigest() for path in paths]
+        found = " ".join(digests.of_bytes(file_bytes(path)) for path in paths)
         self._check_unchanged()
-        return " ".join(digests)
+        return found
 
     def settled(self) -> bool:
         # The image of a container, for one, may have the times and sizes of another.

@@ -1,6 +1,5 @@
 """Images as tensors: where they lie, what is known about them, and how they come to the device."""
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -11,10 +10,11 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from clbench import digests
 from clbench.data.cache import Contents
 from clbench.data.samples import GOOD, different_sizes
 
-Identity = bytes  # the SHA-256 of an image's pixels
+Identity = str  # the SHA-256 of an image's pixels
 
 _PIECE = 64  # images that are copied to a device at a time
 
@@ -144,8 +144,7 @@ class Images:
         if view and alone and bool((inside[1:] - inside[:-1] == 1).all()):
             begin = int(inside[0]) if len(inside) else 0
             found = self._parts[owner][begin : begin + len(inside)]
-            return sent(found, self.device)
-        if alone:
+        elif alone:
             found = self._parts[owner][sent(inside, self._parts[owner].device)]
         else:
             found = torch.empty((len(places), *home.shape[1:]), dtype=self.dtype, device=home.device)
@@ -179,10 +178,10 @@ class Images:
         return function(*tree_map(whole, args), **tree_map(whole, dict(kwargs or {})))
 
 
-_ORIGINS: Any = (
-    WeakTensorKeyDictionary()
-)  # rows of images -> these images, the rows, and the tensor's version then
-_IDENTITIES: Any = WeakTensorKeyDictionary()  # parts -> their version then, and the identity of each image
+# Rows of images -> these images, the rows, and the tensor's version then.
+_ORIGINS: Any = WeakTensorKeyDictionary()
+# Parts -> their version then, and the identity of each image.
+_IDENTITIES: Any = WeakTensorKeyDictionary()
 
 
 def origin(images: Tensor) -> tuple[Images, Tensor] | None:
@@ -198,7 +197,7 @@ def identities(images: Tensor) -> list[Identity]:
     """What images [B, 3, H, W], uint8 or float32, are known by; computed anew unless `origin` knows them."""
     if (known := origin(images)) is not None:
         return known[0].identities(known[1])
-    return [hashlib.sha256(image).digest() for image in images.cpu().contiguous().numpy()]
+    return [digests.of_bytes(image.data) for image in images.cpu().contiguous().numpy()]
 
 
 def _identities_of_part(part: Tensor) -> list[Identity]:

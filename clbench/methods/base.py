@@ -161,6 +161,12 @@ class Detector(nn.Module):
         """
         raise NotImplementedError
 
+    def compute_in(self, precision: torch.dtype | None) -> None:
+        """Have its networks, trained and frozen, compute in a type of mixed precision; None for single precision."""
+        self.precision = precision
+        for pyramid in self.pyramids():
+            pyramid.dtype = precision
+
     def mixed(self) -> torch.autocast:
         """Inside, networks compute in `precision`."""
         return torch.autocast(self.device.type, self.precision, enabled=self.precision is not None)
@@ -188,13 +194,16 @@ class Detector(nn.Module):
         Raises:
             UserError: the detector takes no images of this size.
         """
-        for module in self.modules():
-            if isinstance(module, FeaturePyramid):
-                module.check(images)
+        for pyramid in self.pyramids():
+            pyramid.check(images)
+
+    def pyramids(self) -> list[FeaturePyramid]:
+        """Its frozen networks."""
+        return [module for module in self.modules() if isinstance(module, FeaturePyramid)]
 
     def stores(self) -> list[FeatureStore]:
         """The feature stores of its frozen networks."""
-        return [module.store for module in self.modules() if isinstance(module, FeaturePyramid)]
+        return [pyramid.store for pyramid in self.pyramids()]
 
     @contextmanager
     def uncached(self) -> Iterator[None]:
@@ -250,7 +259,7 @@ class Detector(nn.Module):
 def frozen_digest(detector: Detector) -> str:
     """SHA-256 of the weights of frozen networks, which no checkpoint has: to tell whether they changed."""
     digest = hashlib.sha256()
-    for pyramid in (module for module in detector.modules() if isinstance(module, FeaturePyramid)):
+    for pyramid in detector.pyramids():
         for tensor in pyramid.state_dict().values():
             digest.update(tensor.detach().cpu().contiguous().numpy().data)
     return digest.hexdigest()

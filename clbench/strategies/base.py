@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clbench.backbones import FeaturePyramid
 from clbench.data.images import Images
 from clbench.data.stream import Task
 from clbench.errors import UserError
@@ -200,5 +199,5 @@ class Strategy(Hooks):
 
 def copy_of(detector: Detector) -> Detector:
     """A copy of a detector that shares its frozen networks and nothing else."""
-    shared = {id(module): module for module in detector.modules() if isinstance(module, FeaturePyramid)}
+    shared: dict[int, Any] = {id(pyramid): pyramid for pyramid in detector.pyramids()}
     return copy.deepcopy(detector, shared)

@@ -1,6 +1,5 @@
 """Reading all of a dataset's folder, to list what it holds and everything that is wrong with it."""
 
-import hashlib
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -9,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from clbench import digests
 from clbench.data.acquire.published import Counts, Published
 from clbench.data.decoding import file_bytes
 from clbench.data.doubts import doubts, nearly_all
@@ -139,7 +139,7 @@ def _read_sample(sample: FileSample) -> _ReadImage:
         pixels = read_image(sample.image)
         found.size = pixels.shape[0], pixels.shape[1]
         found.peak = int(pixels.max()) if pixels.dtype == np.uint16 else None
-        found.content = hashlib.sha256(file_bytes(sample.image)).hexdigest()
+        found.content = digests.of_bytes(file_bytes(sample.image))
     except UserError as error:
         found.problems.append(str(error))
     merged = None
