@@ -14,7 +14,7 @@ from rich.table import Table
 
 from clbench.config import check, sources
 from clbench.metrics import continual
-from clbench.metrics.curves import METRICS
+from clbench.metrics.names import USUAL
 from clbench.randomness import generator
 from clbench.recording.run_directory import RunDirectory
 from clbench.report import page
@@ -68,13 +68,13 @@ def make_run(path: Path, config: dict[str, Any], strategy: str, size: int | None
     draw = generator(seed, "a made run")
     flags = get_class(config["strategy"]["_target_"])
     stages = 1 if flags.joint else len(_TASKS)
-    R = {m: [[None] * len(_TASKS) for _ in range(stages)] for m in METRICS}
+    R = {m: [[None] * len(_TASKS) for _ in range(stages)] for m in USUAL}
     lines = ["stage,task_index,task,category,metric,value"]
     for stage in range(stages):
         for task, name in enumerate(_TASKS):
             if task > stage and not flags.joint:
                 continue
-            for metric in METRICS:
+            for metric in USUAL:
                 value = float(draw.initial_seed() * (stage + task + 1) % 997) / 997
                 R[metric][stage][task] = value
                 lines.append(f"{stage},{task},{name},{name},{metric},{value:.6f}")
@@ -93,7 +93,7 @@ def make_run(path: Path, config: dict[str, Any], strategy: str, size: int | None
         "tasks": _TASKS,
         "categories": [[name] for name in _TASKS],
         "seed": seed,
-        "final": {metric: continual.final_mean(R[metric]) for metric in METRICS},
+        "final": {metric: continual.final_mean(R[metric]) for metric in USUAL},
         "memory": {"architecture_mb": 26.8, "executed_mb": 8.6, "additional_mb": 34.6, "peak_mb": 900.0},
         "time": {"train_s": 60.0, "eval_s": 30.0, "inference_ms_per_image": 10.0},
     }

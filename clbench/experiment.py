@@ -12,7 +12,6 @@ from clbench.errors import UserError
 from clbench.history import History
 from clbench.interruption import Interruption
 from clbench.methods.base import silent
-from clbench.metrics.curves import METRICS
 from clbench.recording import heat_maps
 from clbench.recording.recorder import Recorder
 from clbench.recording.run_directory import RunDirectory
@@ -223,7 +222,9 @@ class Course:
             "time": {**spent, "inference_ms_per_image": inference},
         }
         written = self._write_summary(summary)
-        message = self.recorder.finish(summary, {metric: self.results.matrix(metric) for metric in METRICS})
+        message = self.recorder.finish(
+            summary, {metric: self.results.matrix(metric) for metric in self.results.metrics}
+        )
         if self.recorder.missing() != written.get("not_recorded"):
             written = self._write_summary(summary)
         with self.display.showing():

@@ -8,7 +8,7 @@ import numpy as np
 
 from clbench.metrics import continual
 from clbench.metrics.continual import Matrix
-from clbench.metrics.curves import METRICS
+from clbench.metrics.names import USUAL
 
 Values = dict[str, float | None]  # metric -> value; None where it is undefined
 
@@ -22,6 +22,7 @@ class Results:
     Args:
         tasks: the categories of each task, in the order of the stream.
         stages: the indices of the tasks that each stage learns.
+        metrics: names of those that each evaluation has, see `clbench.metrics.names`.
 
     Attributes:
         categories: the names of the categories of all tasks, in order: the columns of R.
@@ -29,14 +30,20 @@ class Results:
         learned: the stage that learns each category, 0-based.
     """
 
-    def __init__(self, tasks: Sequence[Sequence[str]], stages: Sequence[Sequence[int]]):
+    def __init__(
+        self,
+        tasks: Sequence[Sequence[str]],
+        stages: Sequence[Sequence[int]],
+        metrics: Sequence[str] = USUAL,
+    ):
+        self.metrics = tuple(metrics)
         self.categories = [name for task in tasks for name in task]
         self.task_of = [index for index, task in enumerate(tasks) for _ in task]
         stage_of = {task: stage for stage, learning in enumerate(stages) for task in learning}
         self.learned = [stage_of[task] for task in self.task_of]
         self._evaluated = np.zeros((len(stages), len(self.categories)), dtype=bool)
         # NaN: undefined, or not evaluated.
-        self._R = {metric: np.full(self._evaluated.shape, np.nan) for metric in METRICS}
+        self._R = {metric: np.full(self._evaluated.shape, np.nan) for metric in self.metrics}
         # The best of each category before a stage.
         self._best, self._best_until = self._none_yet(), 0
 
@@ -77,7 +84,7 @@ class Results:
         found: dict[str, Values] = {}
         for category in np.flatnonzero(self._evaluated[stage]).tolist():
             found[self.categories[category]] = self.get(stage, category) or {}
-        found["mean"] = {metric: self.mean_seen(metric, stage) for metric in METRICS}
+        found["mean"] = {metric: self.mean_seen(metric, stage) for metric in self.metrics}
         best = self._best_before(stage)
         found["forgetting"] = {
             metric: continual.mean(_plain(best[metric] - R[stage])) for metric, R in self._R.items()
@@ -100,7 +107,7 @@ class Results:
 
     def _none_yet(self) -> dict[str, np.ndarray]:
         """Best values before any stage: metric -> float64 [categories], all NaN."""
-        return {metric: np.full(len(self.categories), np.nan) for metric in METRICS}
+        return {metric: np.full(len(self.categories), np.nan) for metric in self.metrics}
 
     def just_learned(self, metric: str) -> list[float | None]:
         """Each category's value after the stage that learned it."""
@@ -108,13 +115,13 @@ class Results:
 
     def summary(self) -> dict[str, Any]:
         """The means of R in summary.json: final values, forgetting and transfer, each over the categories."""
-        R = {metric: self.matrix(metric) for metric in METRICS}
+        R = {metric: self.matrix(metric) for metric in self.metrics}
         return {
-            "final": {metric: continual.final_mean(R[metric]) for metric in METRICS},
+            "final": {metric: continual.final_mean(R[metric]) for metric in self.metrics},
             "average_forgetting_pct": continual.average_forgetting_pct(R["pixel_f1"], self.learned),
-            "forgetting": {metric: continual.forgetting(R[metric], self.learned) for metric in METRICS},
-            "backward_transfer": {m: continual.backward_transfer(R[m], self.learned) for m in METRICS},
-            "forward_transfer": {m: continual.forward_transfer(R[m], self.learned) for m in METRICS},
+            "forgetting": {metric: continual.forgetting(R[metric], self.learned) for metric in self.metrics},
+            "backward_transfer": {m: continual.backward_transfer(R[m], self.learned) for m in self.metrics},
+            "forward_transfer": {m: continual.forward_transfer(R[m], self.learned) for m in self.metrics},
         }
 
 

@@ -15,20 +15,12 @@ from rich.table import Table
 from typing_extensions import Self
 
 from clbench.errors import first_line
+from clbench.metrics.names import METRICS
 
 if TYPE_CHECKING:
     from clbench.results import Results
 
 SHOWN = ("image_auroc", "pixel_auroc", "pixel_ap", "pixel_f1", "aupro")
-TITLES = {
-    "image_auroc": "image AUROC",
-    "image_ap": "image AP",
-    "image_f1": "image F1",
-    "pixel_auroc": "pixel AUROC",
-    "pixel_ap": "pixel AP",
-    "pixel_f1": "pixel F1",
-    "aupro": "AU-PRO",
-}
 
 _BAR = 24  # columns of the bar
 _BESIDE = _BAR + 22  # columns that the bar, the count and the remaining time take
@@ -148,7 +140,7 @@ def run_table(summary: Mapping[str, Any], results: Results) -> Table:
     )
     table.add_column("task" if alone else "category")
     for metric in SHOWN:
-        table.add_column(TITLES[metric], justify="right")
+        table.add_column(METRICS[metric].title, justify="right")
     table.add_column("F1 forgotten", justify="right")
     just_learned = {metric: results.just_learned(metric) for metric in SHOWN}
     final = {metric: results.matrix(metric)[-1] for metric in SHOWN}

@@ -32,7 +32,8 @@ from clbench.data.visa import SPLIT, VisA
 from clbench.errors import UserError
 from clbench.evaluation import metrics_of
 from clbench.methods.base import Prediction
-from clbench.metrics.curves import METRICS, pixel_metrics
+from clbench.metrics.curves import pixel_metrics
+from clbench.metrics.names import USUAL
 
 SIDE = 40  # pixels
 
@@ -361,10 +362,10 @@ def test_pixel_metrics_are_over_known_pixels_and_undefined_without_any(tmp_path:
     maps, scores = torch.rand(both.masks.shape, generator=random), torch.rand(len(both), generator=random)
     kept = [0, 1, 4, 5, 6, 7, 8, 9]
     found = metrics_of(Prediction(maps, scores), both)
-    assert {m: found[m] for m in METRICS[3:]} == pixel_metrics(maps[kept].numpy(), both.masks[kept].numpy())
+    assert {m: found[m] for m in USUAL[3:]} == pixel_metrics(maps[kept].numpy(), both.masks[kept].numpy())
     alone = metrics_of(Prediction(maps[:4], scores[:4]), sets["Chest"])
-    assert all(alone[metric] is None for metric in METRICS[3:])
-    assert all(alone[metric] is not None for metric in METRICS[:3])
+    assert all(alone[metric] is None for metric in USUAL[3:])
+    assert all(alone[metric] is not None for metric in USUAL[:3])
 
 
 # Runs

@@ -8,6 +8,7 @@ from scipy import ndimage
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 
 from clbench.metrics import continual, curves
+from clbench.metrics.names import USUAL
 
 # scikit-learn sums the scores to see whether they are finite, which overflows for extreme ones.
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered in reduce:RuntimeWarning")
@@ -68,7 +69,7 @@ def test_pixel_curves_equal_scikit_learn(kind, seed, chunk):
     maps, masks = random_task(kind, seed)
     ours = curves.pixel_metrics(maps, masks)
     expected = scikit_learn(maps.ravel(), masks.ravel())
-    assert [ours[name] for name in curves.METRICS[3:6]] == pytest.approx(expected, abs=1e-12)
+    assert [ours[name] for name in USUAL[3:6]] == pytest.approx(expected, abs=1e-12)
 
 
 @pytest.mark.parametrize("limit", [0.05, 0.3, 1.0])
@@ -86,7 +87,7 @@ def test_image_metrics_equal_scikit_learn(kind, seed, dtype):
     scores = KINDS[kind](draw, (30,)).astype(dtype)
     labels = np.arange(30) % 3 == 0
     ours = curves.image_metrics(scores, labels)
-    assert tuple(ours) == curves.METRICS[:3]
+    assert tuple(ours) == USUAL[:3]
     assert list(ours.values()) == pytest.approx(scikit_learn(scores, labels), abs=1e-12)
 
 
@@ -107,7 +108,7 @@ def test_diagonal_neighbours_are_one_region():
 def test_perfect_maps_score_one():
     masks = random_task("distinct", 0)[1]
     found = curves.pixel_metrics(masks.astype(np.float32) - 3, masks)
-    assert tuple(found) == curves.METRICS[3:]
+    assert tuple(found) == USUAL[3:]
     assert list(found.values()) == pytest.approx([1, 1, 1, 1])
 
 
@@ -116,7 +117,7 @@ def test_metrics_of_one_class_are_undefined(label):
     images = curves.image_metrics(np.arange(4.0), np.full(4, label))
     pixels = curves.pixel_metrics(np.ones((2, 3, 3), np.float32), np.full((2, 3, 3), label))
     assert set(images.values()) == set(pixels.values()) == {None}
-    assert (*images, *pixels) == curves.METRICS
+    assert (*images, *pixels) == USUAL
 
 
 def test_metrics_of_nothing_are_undefined():

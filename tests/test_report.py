@@ -19,7 +19,7 @@ from clbench import cli
 from clbench.config import check, flat, sources
 from clbench.errors import UserError
 from clbench.metrics import continual
-from clbench.metrics.curves import METRICS
+from clbench.metrics.names import USUAL
 from clbench.recording.run_directory import RunDirectory
 from clbench.report import earlier, page, tables, titles
 from clbench.report.comparison import PAPER_TASKS, Group, grouped
@@ -98,7 +98,7 @@ def make(
         for (task, category), value in zip(columns, row, strict=False):
             where = [str(stage), str(task), names[task], *([] if earlier else [category])]
             word = "undefined" if value is None else f"{value:.6f}"
-            rows += [",".join([*where, metric, word]) for metric in METRICS]
+            rows += [",".join([*where, metric, word]) for metric in USUAL]
     (path / "metrics.csv").write_text("\n".join(rows) + "\n")
     made_by = {"device": "cpu (by hand)", "git_revision": "0"}
     written = {**config, **({} if earlier else {"departures": stored}), "made_by": made_by}
@@ -119,7 +119,7 @@ def make(
             "categories": groups,
         }
     results = {
-        "final": {metric: continual.final_mean(R) for metric in METRICS},
+        "final": {metric: continual.final_mean(R) for metric in USUAL},
         "memory": {"architecture_mb": 20.0, "executed_mb": 9.0, "additional_mb": 30.0, "peak_mb": 800.0},
         "time": {"train_s": 90.0, "eval_s": 30.0, "inference_ms_per_image": 5.0},
     }
@@ -587,7 +587,7 @@ def test_a_task_of_several_categories_is_reported_category_by_category(tmp_path:
     ]
     assert [line["forgotten_pct"] for line in lines] == ["50", "25", "0"]
     entries = list(csv.DictReader(io.StringIO(tables.as_csv([(1, tables.matrices(group))]))))
-    assert len(entries) == 5 * len(METRICS)
+    assert len(entries) == 5 * len(USUAL)
     by_name = {figure.name: json.dumps(figure.spec()) for figure in figures(group)}
     assert '"category": "nut"' in by_name["r-matrices"] and '"category": "nut"' in by_name["forgetting"]
 

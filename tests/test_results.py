@@ -9,7 +9,7 @@ import pytest
 
 from clbench.errors import UserError
 from clbench.metrics import continual
-from clbench.metrics.curves import METRICS
+from clbench.metrics.names import USUAL
 from clbench.recording.journal import Journal
 from clbench.results import Results
 
@@ -20,7 +20,7 @@ def filled(tasks: list[list[str]], stages: list[list[int]], everything: bool, se
     results = Results(tasks, stages)
     for stage in range(len(stages)):
         for category in range(len(results.categories)) if everything else results.seen(stage):
-            values = {m: None if random.random() < 0.1 else random.random() for m in METRICS}
+            values = {m: None if random.random() < 0.1 else random.random() for m in USUAL}
             results.add(stage, category, values)
     return results
 
@@ -30,9 +30,9 @@ def test_categories_of_a_task_are_learned_together_and_counted_each() -> None:
     assert results.categories == ["bottle", "cable", "screw"]
     assert results.task_of == [0, 1, 1] and results.learned == [0, 1, 1]
     assert results.seen(0) == [0] and results.seen(1) == [0, 1, 2]
-    results.add(0, 0, dict.fromkeys(METRICS, 0.9))
+    results.add(0, 0, dict.fromkeys(USUAL, 0.9))
     for category, value in enumerate((0.6, 0.5, 0.1)):
-        results.add(1, category, dict.fromkeys(METRICS, value))
+        results.add(1, category, dict.fromkeys(USUAL, value))
     assert results.matrix("aupro") == [[0.9, None, None], [0.6, 0.5, 0.1]]
     summary = results.summary()
     assert summary["final"]["aupro"] == pytest.approx((0.6 + 0.5 + 0.1) / 3)  # not of (0.6 + 0.3) / 2
@@ -56,7 +56,7 @@ def test_a_stage_s_results_are_those_of_the_matrices_so_far(
     order = list(range(len(stages)))
     for stage in [*order, *reversed(order)]:  # in any order, the same
         found = results.after(stage)
-        for metric in METRICS:
+        for metric in USUAL:
             R = [list(row) for row in results.matrix(metric)[: stage + 1]]
             seen = [R[stage][category] for category in results.seen(stage)]
             assert found["mean"][metric] == continual.final_mean([seen])

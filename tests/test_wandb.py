@@ -34,7 +34,7 @@ from clbench.commands.run import main
 from clbench.config import wandb_mode
 from clbench.errors import UserError
 from clbench.interruption import Stopped
-from clbench.metrics.curves import METRICS
+from clbench.metrics.names import USUAL
 from clbench.recording import dashboard
 from clbench.recording import wandb as recording
 from clbench.recording.completing import complete
@@ -86,12 +86,12 @@ def check_everything_once(directory: Path, epochs: int = 9, pictures: bool = Tru
     for stage in range(3):
         for task in TASKS[: stage + 1]:
             assert ((f"maps/{task}", stage) in counts) == pictures
-            assert {(f"{task}/{metric}", stage) for metric in METRICS} <= set(counts)
-        assert {(f"mean/{metric}", stage) for metric in METRICS} <= set(counts)
+            assert {(f"{task}/{metric}", stage) for metric in USUAL} <= set(counts)
+        assert {(f"mean/{metric}", stage) for metric in USUAL} <= set(counts)
         if stage:
-            assert {(f"forgetting/{metric}", stage) for metric in METRICS} <= set(counts)
+            assert {(f"forgetting/{metric}", stage) for metric in USUAL} <= set(counts)
     assert {("training/loss", epoch) for epoch in range(epochs)} <= set(counts)
-    assert {(f"R/{metric}", None) for metric in METRICS} <= set(counts)
+    assert {(f"R/{metric}", None) for metric in USUAL} <= set(counts)
     rows = [line.split(",") for line in (directory / "metrics.csv").read_text().splitlines()[1:]]
     found = {
         (entry["stage"], key): value
@@ -489,7 +489,7 @@ def test_runs_whose_recorder_fails_are_complete_and_say_so(
     for directory in run_directories(tmp_path):
         about = json.loads((directory / "summary.json").read_bytes())
         assert (about["status"], about["not_recorded"]) == ("complete", said)
-        assert (directory / "metrics.csv").read_bytes().count(b"\n") == 1 + 3 * len(METRICS)
+        assert (directory / "metrics.csv").read_bytes().count(b"\n") == 1 + 3 * len(USUAL)
     assert result.stdout.count("\nW&B failed") == 2
     again = train(*words).stdout
     assert again.count("finished already") == 2 and f"strategy=native: {said}" in again
@@ -608,7 +608,7 @@ def send(directory: Path) -> None:
             },
         )
         assert result.returncode == 0, result.stderr
-        assert {f"artifact/R/{metric}.table.json" for metric in METRICS} <= server.files
+        assert {f"artifact/R/{metric}.table.json" for metric in USUAL} <= server.files
 
 
 def test_runs_of_a_process_write_into_their_own_directories_alone(process: Train, tmp_path: Path) -> None:

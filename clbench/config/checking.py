@@ -35,6 +35,9 @@ def check(composed: DictConfig) -> Config:
         config = Config.of(values)
     except ValidationError as error:
         raise invalid(error, values, Config) from error
+    config = config.changed(
+        "metrics", further=config.metrics.further
+    )  # in one order, in which they are stored too
     config = with_protocol_buffer(_with_checked_settings(config))
     _check_buffer_given(config)
     config = config.changed("replay", **checked_buffer(config))

@@ -45,7 +45,11 @@ def departures(config: Config, hydra_config: Any) -> dict[str, Any]:
     sources = tuple(f"{source.schema}://{source.path}" for source in hydra_config.runtime.config_sources)
     usual = _usual(overrides, sources)
     given = flat({key: value for key, value in config.plain().items() if key not in NOT_IN_RESULTS})
-    return {key: usual.get(key, ABSENT) for key, value in given if not same(usual.get(key, ABSENT), value)}
+    return {
+        key: usual.get(key, ABSENT)
+        for key, value in given
+        if key != "metrics.further" and not same(usual.get(key, ABSENT), value)  # more of them change none
+    }
 
 
 def _choice_named(group: str, name: str, choices: Mapping[str, str]) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 from clbench.config.schema import BESIDE_SETTINGS, GONE
 from clbench.errors import UserError
+from clbench.metrics.names import IMAGE_RATE, PIXEL_RATE
 from clbench.paths import absolute
 
 # Settings that change where results go or how a run is watched, but not what they are; and what config.yaml holds
@@ -26,19 +27,25 @@ NOT_IN_RESULTS = (
     "hydra",
     *BESIDE_SETTINGS,
 )
+# Settings that runs of earlier versions do not have: flat key -> what they were made with.
+_LATER: Mapping[str, Any] = {
+    "metrics.further": [],
+    "metrics.pixel_rate": PIXEL_RATE,
+    "metrics.image_rate": IMAGE_RATE,
+}
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """The settings that change results and differ between two plain configs, as `key: old -> new`.
 
-    A setting that is null and one that is not there are the same: runs of a version that did not have it yet. What is
-    no setting any more changes nothing but rounding.
+    A setting that is null and one that is not there are the same, and so is one of a later version that was left as it
+    is: runs of a version that did not have it yet. What is no setting any more changes nothing but rounding.
     """
     before, after = (
         {
             key: value
             for key, value in flat(config)
-            if key.split(".")[0] not in NOT_IN_RESULTS and key not in GONE and value is not None
+            if key.split(".")[0] not in NOT_IN_RESULTS and key not in GONE and value != _LATER.get(key)
         }
         for config in (old, new)
     )

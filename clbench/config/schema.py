@@ -20,6 +20,7 @@ from pydantic import (
 
 from clbench.data.samples import Geometry
 from clbench.errors import UserError
+from clbench.metrics.names import FURTHER, IMAGE_RATE, PIXEL_RATE, USUAL
 from clbench.paths import PATH
 
 BESIDE_SETTINGS = ("departures", "made_by")  # keys of config.yaml that are no settings
@@ -38,6 +39,23 @@ def _folder_name(name: str) -> str:
     if not re.fullmatch(r"[\w.\-]+", name) or not name.strip("."):
         raise ValueError("it names a folder: give letters, digits, and . _ - between them")
     return name
+
+
+def _further(names: list[str]) -> list[str]:
+    """Names of further metrics, each once, in the order of `FURTHER`.
+
+    Raises:
+        ValueError: one is not known.
+    """
+    for name in names:
+        if name in USUAL:
+            raise ValueError(f"every run has {name}: leave it out")
+        if name not in FURTHER:
+            raise ValueError(f"'{name}' is no metric: give some of {', '.join(FURTHER)}")
+    return [name for name in FURTHER if name in names]
+
+
+Rate = Annotated[float, Field(ge=1e-5, le=0.2, strict=False, allow_inf_nan=False)]
 
 
 class Closed(BaseModel):
@@ -131,6 +149,19 @@ class TaskOrder(Closed):
     tasks: list[str | list[str]] | None
 
 
+class Metrics(Closed):
+    """What is measured beside the seven usual metrics, which every run has: they cost one sort, and reports compare them.
+
+    Attributes:
+        further: names of further metrics, see `clbench.metrics.names`.
+        pixel_rate, image_rate: false-positive rates of the thresholds that metrics at stored thresholds use.
+    """
+
+    further: Annotated[list[str], AfterValidator(_further)] = Field(default_factory=list)
+    pixel_rate: Rate = PIXEL_RATE
+    image_rate: Rate = IMAGE_RATE
+
+
 class Gpu(Closed):
     """The device and how it computes.
 
@@ -180,6 +211,7 @@ class Config(SweepSettings):
     replay: ReplayNode
     dataset: DatasetNode
     task_order: TaskOrder
+    metrics: Metrics = Field(default_factory=Metrics)
     gpu: Gpu
     wandb: Wandb
     benchmark: str

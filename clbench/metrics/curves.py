@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import cv2
 import numpy as np
 
-METRICS = ("image_auroc", "image_ap", "image_f1", "pixel_auroc", "pixel_ap", "pixel_f1", "aupro")
+from clbench.metrics.names import USUAL
 
 # Sorted keys are read this many at a time: temporaries stay in the cache, and memory stays at the keys.
 CHUNK = 1 << 16
@@ -31,13 +31,13 @@ def image_metrics(scores: np.ndarray, labels: np.ndarray) -> dict[str, float | N
     _check_scores("scores [N]", scores, labels)
     defective = labels != 0
     if defective.all() or not defective.any():
-        return dict.fromkeys(METRICS[:3])
+        return dict.fromkeys(USUAL[:3])
     # Ranks instead of the bits of the score, so that float64 scores keep their order.
     _, rank = np.unique(scores, return_inverse=True)
     keys = ((rank.max() - rank).astype(np.uint64) << REGION_BITS) | defective.astype(np.uint64)
     keys.sort()
     auroc, ap, f1, _ = _measure(keys, np.array([0, np.count_nonzero(defective)]), limit=1.0)
-    return dict(zip(METRICS[:3], (auroc, ap, f1), strict=True))
+    return dict(zip(USUAL[:3], (auroc, ap, f1), strict=True))
 
 
 def pixel_metrics(maps: np.ndarray, masks: np.ndarray, limit: float = 0.3) -> dict[str, float | None]:
@@ -69,10 +69,10 @@ def pixel_metrics(maps: np.ndarray, masks: np.ndarray, limit: float = 0.3) -> di
         raise ValueError(f"limit={limit} is no false-positive rate; choose one in (0, 1], such as 0.3")
     anomalous = np.count_nonzero(masks)
     if anomalous in (0, masks.size):
-        return dict.fromkeys(METRICS[3:])
+        return dict.fromkeys(USUAL[3:])
     keys, areas = _pixel_keys(maps, masks)
     keys.sort()
-    return dict(zip(METRICS[3:], _measure(keys, areas, limit), strict=True))
+    return dict(zip(USUAL[3:], _measure(keys, areas, limit), strict=True))
 
 
 def _check_scores(layout: str, scores: np.ndarray, truth: np.ndarray) -> None:

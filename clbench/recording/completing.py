@@ -6,7 +6,6 @@ from pathlib import Path
 
 from clbench.config.schema import BESIDE_SETTINGS
 from clbench.errors import UserError, first_line
-from clbench.metrics.curves import METRICS
 from clbench.recording.run_directory import RunDirectory
 from clbench.recording.wandb import UNTOLD_END, WandbRun, moved
 from clbench.results import Results
@@ -46,7 +45,8 @@ def _complete(directory: RunDirectory) -> None:
         return
     tasks = summary["categories"]
     every = range(len(tasks))
-    results = Results(tasks, [[*every]] if summary["strategy_flags"]["joint"] else [[task] for task in every])
+    stages = [[*every]] if summary["strategy_flags"]["joint"] else [[task] for task in every]
+    results = Results(tasks, stages, tuple(summary["final"]))
     config = {key: value for key, value in (directory.config() or {}).items() if key not in BESIDE_SETTINGS}
     with directory.lock():
         recorder = WandbRun(
@@ -63,7 +63,7 @@ def _complete(directory: RunDirectory) -> None:
                 results.add(entry["stage"], results.categories.index(entry["category"]), entry["values"])
         for stage in range(1 + max(entry["stage"] for entry in journal.entries)):
             recorder.stage(stage, results.after(stage))
-        said = recorder.finish(summary, {metric: results.matrix(metric) for metric in METRICS})
+        said = recorder.finish(summary, {metric: results.matrix(metric) for metric in results.metrics})
         if recorder.missing() is not None:
             raise UserError(said or UNTOLD_END)
         if missing is not None:

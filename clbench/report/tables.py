@@ -12,11 +12,11 @@ from typing import Literal
 from rich.markup import escape
 from rich.table import Table as RichTable
 
+from clbench.metrics.names import METRICS
 from clbench.report import titles
 from clbench.report.comparison import Group
 from clbench.report.reading import REPORTED, FoundRun
 from clbench.report.rows import QUANTITIES, Row, Spread, marks
-from clbench.terminal import TITLES
 
 NOTHING = "–"
 
@@ -204,7 +204,7 @@ def matrices(group: Group) -> Table:
     for row in group.found:
         for metric in REPORTED:
             for stage, category, spread in matrix(row, metric):
-                where = [Cell(TITLES[metric], metric), Cell(str(stage + 1), stage + 1)]
+                where = [Cell(METRICS[metric].title, metric), Cell(str(stage + 1), stage + 1)]
                 cells = [*where, *_category_cells(group, row, category), _spread(spread, 3)]
                 table.lines.append(_line(row, *cells))
     return table
@@ -224,7 +224,7 @@ def matrix(row: Row, metric: str) -> list[tuple[int, str, Spread]]:
 def stages(group: Group) -> Table:
     """Every metric's mean over the categories seen after each stage, over seeds: for other programs."""
     columns = [*_WHO, Column("stage", "stage", numbers=True)]
-    columns += [Column(metric, TITLES[metric], numbers=True) for metric in REPORTED]
+    columns += [Column(metric, METRICS[metric].title, numbers=True) for metric in REPORTED]
     table = Table("stages", f"{group.title}: means over the tasks seen after each stage", columns)
     for row in group.found:
         curves = zip(*(curve(row, metric) for metric in REPORTED), strict=True)

@@ -9,9 +9,10 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
+from clbench.metrics.names import METRICS
 from clbench.recording.run_directory import RunDirectory
 from clbench.sweeps.runs import SweepRun, distinct
-from clbench.terminal import SHOWN, TITLES, number
+from clbench.terminal import SHOWN, number
 
 
 def plan_table(runs: Sequence[SweepRun], wanted: Sequence[SweepRun]) -> Table:
@@ -113,7 +114,7 @@ def sweep_table(runs: Sequence[SweepRun], width: int) -> Table:
         width: columns of the terminal; in a narrow one what matters least is left out.
     """
     titles = [
-        *(TITLES[metric] for metric in SHOWN),
+        *(METRICS[metric].title for metric in SHOWN),
         *("F1 forgotten", "kept MB", "peak MB", "train s", "eval s", "ms/image"),
     ]
     rows: list[tuple[str, dict[str, str]]] = []
