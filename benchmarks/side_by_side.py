@@ -32,6 +32,7 @@ from clbench import assembly, evaluation
 from clbench.config import Config
 from clbench.data.pictures import Pictures
 from clbench.data.stream import Task
+from clbench.energy import Meter
 from clbench.methods.base import Prediction
 from clbench.methods.simulated import simulate
 from clbench.terminal import SHOWN, TITLES
@@ -177,16 +178,15 @@ def _ours(settings: Config, task: Task, steps: int | None) -> dict[str, Any]:
     strategy.learn(0, images)
     # From the first step on, as the other side's epochs are counted.
     spent = time.perf_counter() - begun[0]
-    prediction = evaluation.predict(
-        strategy, task.categories[0].test, 0, torch.device("cpu"), lambda *_: None
-    )
+    cpu = torch.device("cpu")
+    prediction = evaluation.predict(strategy, task.categories[0].test, 0, cpu, lambda *_: None)
     return {
         **evaluation.metrics_of(prediction, task.categories[0].test),
         "epoch": spent / detector.epochs,
         "rate": len(begun) / spent,
-        "image": evaluation.inference_time(
-            strategy, task.categories[0].test.images, 0, torch.device("cpu"), lambda *_: None
-        ),
+        "image": evaluation.inference_cost(
+            strategy, task.categories[0].test.images, 0, cpu, lambda *_: None, Meter(cpu)
+        )["ms"],
     }
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from clbench import footprint, precision
+from clbench import decisions, footprint, precision
 from clbench.backbones import Backbone
 from clbench.config import Config, takes, wandb_mode
 from clbench.config.classes import BUFFER, arguments, class_of_kind
@@ -21,6 +21,7 @@ from clbench.data.samples import Dataset
 from clbench.data.stream import Task
 from clbench.errors import UserError
 from clbench.methods.base import Detector, Progress
+from clbench.metrics.names import USUAL
 from clbench.out_of_memory import memory_named
 from clbench.recording.recorder import Recorder, Surviving
 from clbench.strategies.base import Strategy
@@ -47,6 +48,7 @@ class Assembly:
         tasks: the stream, in its order.
         identity: what summary.json says of the run before it has results.
         notes: a line for each thing about the images that is doubtful, or that was left out.
+        metrics: names of the metrics of each evaluation.
     """
 
     config: Config
@@ -55,6 +57,10 @@ class Assembly:
     tasks: list[Task]
     identity: dict[str, Any]
     notes: list[str]
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        return (*USUAL, *self.config.metrics.further, *["routing_accuracy"] * self.strategy.routes)
 
 
 def assemble(config: Config, progress: Progress) -> Assembly:
@@ -85,7 +91,9 @@ def assemble(config: Config, progress: Progress) -> Assembly:
     with memory_for("trying an image", config, device, "backbone.batch_size", *_OF_NETWORKS):
         strategy.check(tasks)
     notes = [*dataset.notes, *stream.doubts(tasks, config.dataset.bit_depth)]
-    return Assembly(config, device, strategy, tasks, identity(config, tasks), notes)
+    assembly = Assembly(config, device, strategy, tasks, identity(config, tasks), notes)
+    decisions.check_enough(strategy, tasks, assembly.metrics, config.metrics.image_rate)
+    return assembly
 
 
 def select_device(gpu: Gpu) -> torch.device:

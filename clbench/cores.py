@@ -8,7 +8,7 @@ from clbench.data.memory import control_groups
 
 # How often a thread of libgomp, which torch computes with, looks whether the others are ready before it sleeps. Its own
 # 300,000 times are a millisecond, in which a thread that waits takes the core that the others need where processes share it.
-SPINS = 10_000
+SPINS = 1_000
 
 
 def wait_briefly() -> None:

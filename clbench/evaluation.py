@@ -6,10 +6,13 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from clbench.data.images import Images, ImageSet
+from clbench.energy import Meter
 from clbench.methods.base import Prediction, Progress
 from clbench.metrics.curves import image_metrics, pixel_metrics
+from clbench.metrics.stored import Decisions, image_decisions, pixel_decisions
 from clbench.strategies.base import Strategy
 from clbench.training import Diverged, advice_on_divergence
 
@@ -33,12 +36,15 @@ def predict(
     """
     count, done = len(images), 0
     maps, scores = torch.empty(images.masks.shape), torch.empty(count)
+    chosen: list[Tensor] = []
     for batch in predictions(strategy, images.images, task, device):
         rows = slice(done, done + len(batch.scores))
         maps[rows], scores[rows] = batch
+        if batch.chosen is not None:
+            chosen.append(batch.chosen)
         done = rows.stop
         progress("evaluating", done, count)
-    return Prediction(maps, scores)
+    return Prediction(maps, scores, torch.cat(chosen) if chosen else None)
 
 
 @torch.no_grad()
@@ -69,12 +75,12 @@ def predictions(
 def _coming_back(prediction: Prediction) -> Callable[[], Prediction]:
     """Begin to copy a prediction to the CPU; gives a function that waits for it, and gives it there."""
     if prediction.maps.device.type != "cuda":
-        return lambda: Prediction(*(found.cpu() for found in prediction))
-    copies = Prediction(
-        *(torch.empty(found.shape, dtype=found.dtype, pin_memory=True) for found in prediction)
+        return lambda: prediction.each(Tensor.cpu)
+    copies = prediction.each(
+        lambda found: torch.empty(found.shape, dtype=found.dtype, pin_memory=True).copy_(
+            found, non_blocking=True
+        )
     )
-    for copy, found in zip(copies, prediction, strict=True):
-        copy.copy_(found, non_blocking=True)
     done = torch.cuda.Event()
     done.record()
 
@@ -96,48 +102,79 @@ def _finite(prediction: Prediction, strategy: Strategy) -> Prediction:
     return prediction
 
 
-def metrics_of(prediction: Prediction, images: ImageSet) -> dict[str, float | None]:
-    """The seven metrics of a category's predictions: name -> value in [0, 1]; None where one is undefined.
+def metrics_of(
+    prediction: Prediction,
+    images: ImageSet,
+    decisions: Decisions | None = None,
+) -> dict[str, float | None]:
+    """The metrics of a category's predictions: name -> value in [0, 1]; None where one is undefined.
 
-    Pixel metrics leave out images whose defect was not outlined.
+    The seven usual ones, and with decisions those at stored thresholds. Pixel metrics leave out images whose defect was
+    not outlined.
 
     Args:
         prediction: maps [N, H, W] and scores [N], on the CPU.
         images: the N test images that they are of.
+        decisions: the thresholds of each image.
     """
-    scores, labels = prediction.scores.numpy(), images.labels.numpy()
+    scores, labels = prediction.scores.numpy().astype(np.float64), images.labels.numpy()
     maps, masks = prediction.maps.numpy(), images.masks.numpy()
+    outlined = np.delete(np.arange(len(images)), images.unknown)
     if images.unknown:
-        maps, masks = np.delete(maps, images.unknown, axis=0), np.delete(masks, images.unknown, axis=0)
-    return {
-        **image_metrics(scores.astype(np.float64), labels),
-        **pixel_metrics(maps, masks),
-    }
+        maps, masks = maps[outlined], masks[outlined]
+    found = {**image_metrics(scores, labels), **pixel_metrics(maps, masks)}
+    if decisions is not None:
+        found |= image_decisions(scores, labels, decisions.image)
+        of_outlined = Decisions(*(each[outlined] for each in decisions))
+        found |= pixel_decisions(maps, masks, ~labels[outlined], of_outlined)
+    return found
 
 
 @torch.no_grad()
-def inference_time(
-    strategy: Strategy, images: Tensor | Images, task: int, device: torch.device, progress: Progress
-) -> float:
-    """Milliseconds for an image, from uint8 pixels on the device to map and score.
+def inference_cost(
+    strategy: Strategy,
+    images: Tensor | Images,
+    task: int,
+    device: torch.device,
+    progress: Progress,
+    meter: Meter,
+) -> dict[str, float]:
+    """What an image costs, from uint8 pixels on the device to map and score. Features are computed anew.
 
-    The best of 3 passes over 32 images, which are repeated where there are fewer. Features are computed anew.
+    Over 32 images, which are repeated where there are fewer.
 
     Args:
         images: images of a task, uint8 [N, 3, H, W].
         task: its index; only strategies with `task_known` use it.
         device: where the detector is.
         progress: told before every pass; it may raise, to stop the run.
+        meter: of energy.
+
+    Returns:
+        ms: milliseconds, of the best of 3 passes.
+        j: joules, of all passes; not there where they are not measured.
+        gflop: 10^9 floating-point operations of matrix products, convolutions and attention, as
+            `torch.utils.flop_counter` counts them: a multiplication and an addition are two. Others, as triangular
+            solves, are not counted.
     """
     # Whole batches only: frozen networks fill up a batch that is not, which would count as time.
     images = Images.of(images).on(device)[torch.arange(_TIMED_IMAGES) % min(len(images), _TIMED_IMAGES)]
     passes = []
     strategy.detector.eval()
     with strategy.detector.uncached():
+        with FlopCounterMode(display=False) as counter:
+            strategy.predict(images[:BATCH_SIZE], task)
+        before = meter.joules()
         for number in range(3):
             progress("timing", number, 3)
             begin = time.perf_counter()
             for batch in images.split(BATCH_SIZE):
                 strategy.predict(batch, task).scores.cpu()
             passes.append(time.perf_counter() - begin)
-    return 1000 * min(passes) / len(images)
+        joules = (meter.joules() - before) / (3 * len(images))
+    operations = counter.get_total_flops() / BATCH_SIZE
+    return {
+        "ms": 1000 * min(passes) / len(images),
+        **({"j": joules} if meter.available else {}),
+        "gflop": operations / 10**9,
+    }

@@ -5,17 +5,19 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
-from clbench import evaluation, footprint, thresholds
+import torch
+
+from clbench import decisions, evaluation, footprint, thresholds
 from clbench.assembly import OF_FEATURES, Assembly, memory_for
 from clbench.data.images import Images
 from clbench.errors import UserError
 from clbench.history import History
 from clbench.interruption import Interruption
-from clbench.methods.base import silent
+from clbench.methods.base import Prediction, silent
 from clbench.recording import heat_maps
 from clbench.recording.recorder import Recorder
 from clbench.recording.run_directory import RunDirectory
-from clbench.results import Values
+from clbench.results import Evaluation
 from clbench.strategies.base import ignore_epoch
 from clbench.terminal import Display, number, run_table
 from clbench.training import Diverged
@@ -89,7 +91,9 @@ class Course:
         self.strategy.bookmark, self.strategy.on_epoch = self.history.checkpoints, self.history.add_epoch
         self.strategy.detector.progress = self.progress
         self._thread = ThreadPoolExecutor(1)
-        self._measuring: tuple[int, int, Future[Values]] | None = None  # stage, category, and metrics to come
+        self._measuring: tuple[int, int, Future[Evaluation]] | None = (
+            None  # stage, category, and metrics to come
+        )
         for note in assembly.notes:
             display.line(f"note: {note}")
         if self.history.continued:
@@ -107,7 +111,7 @@ class Course:
         return range(max(self.history.last_learned, 0), len(self.stages))
 
     def learn(self, stage: int) -> None:
-        """Learn a stage, unless an earlier process did, and save what was learned.
+        """Learn a stage, unless an earlier process did, save what was learned, and set thresholds that are needed.
 
         Raises:
             Stopped: a signal asked for it.
@@ -115,8 +119,17 @@ class Course:
                 written.
         """
         self.display.heading(self._title(stage))
-        if stage <= self.history.last_learned:
-            return
+        if stage > self.history.last_learned:
+            self._learn(stage)
+        if self.history.lacks_thresholds(stage):
+            with self.spent.on("eval_s"), self._predicting("setting thresholds"), _titled(self._title(stage)):
+                found = thresholds.of_stages(
+                    self.strategy, self.tasks, [stage], self.assembly.device, self.progress
+                )
+            self.history.add_thresholds(stage, found)
+
+    def _learn(self, stage: int) -> None:
+        """Learn a stage, and save what was learned."""
         train = [self.tasks[task].train.images for task in self.stages[stage]]
         names = "+".join(self.tasks[task].name for task in self.stages[stage])
         settings = "method.batch_size", "backbone.batch_size", "gpu.image_memory_mb"
@@ -139,14 +152,16 @@ class Course:
         name, learned = self.categories[category].name, self.results.learned[category]
         with self.spent.on("eval_s"), self._predicting(f"evaluating {name}"):
             unchanged = stage > 0 and self.strategy.unchanged(stage, learned)
-            known = self.results.get(stage - 1, category) if unchanged else None
+            known = (
+                self.results.get(stage - 1, category) if unchanged else None
+            )  # by a model of its own, not chosen
             if known is None or self.assembly.config.maps is True:
-                values = self._measured(stage, category)
+                found = self._measured(stage, category)
             else:
-                values = _there(known)
+                found = _there(Evaluation(known))
         self.settle()
-        self._measuring = stage, category, values
-        if values.done():
+        self._measuring = stage, category, found
+        if found.done():
             self.settle()
 
     def settle(self) -> None:
@@ -162,7 +177,7 @@ class Course:
                 found = values.result()
             self.history.add_evaluation(stage, category, found)
 
-    def _measured(self, stage: int, category: int) -> "Future[Values]":
+    def _measured(self, stage: int, category: int) -> "Future[Evaluation]":
         """Predict a category's test images, and write the heat maps that are asked for; gives the metrics to come.
 
         Beside a GPU, a thread computes them while the next category is predicted.
@@ -182,8 +197,26 @@ class Course:
         if maps is True and stage in (self.results.learned[category], len(self.stages) - 1):
             heat_maps.write_all(prediction.maps, test, pictures, stage)
         if self.assembly.device.type != "cpu":
-            return self._thread.submit(evaluation.metrics_of, prediction, test)
-        return _there(evaluation.metrics_of(prediction, test))
+            return self._thread.submit(self._evaluation, stage, category, prediction)
+        return _there(self._evaluation(stage, category, prediction))
+
+    def _evaluation(self, stage: int, category: int, prediction: Prediction) -> Evaluation:
+        """What a category's prediction after a stage says: its metrics, and which models were chosen."""
+        test, learned = self.categories[category].test, self.results.learned[category]
+        decided = chosen = None
+        if self.history.thresholds:
+            # Only what a user would know: the model that was chosen, or the task where images come with theirs.
+            models = prediction.chosen if self.strategy.routes else None
+            own = min(learned, stage) if self.strategy.task_known else models
+            so_far = [self.history.thresholds[earlier] for earlier in range(stage + 1)]
+            rates = self.assembly.config.metrics.pixel_rate, self.assembly.config.metrics.image_rate
+            decided = decisions.by_stage(so_far, own, len(test), rates)
+        values = evaluation.metrics_of(prediction, test, decided)
+        if self.strategy.routes:
+            assert prediction.chosen is not None
+            chosen = torch.bincount(prediction.chosen, minlength=stage + 1).tolist()
+            values["routing_accuracy"] = chosen[learned] / len(test) if learned <= stage else None
+        return Evaluation({metric: values[metric] for metric in self.results.metrics}, chosen)
 
     def record(self, stage: int) -> None:
         """Give a stage's results to the recorder and show their means on the terminal."""
@@ -206,9 +239,10 @@ class Course:
         device, last = self.assembly.device, len(self.tasks) - 1
         images = self.tasks[-1].categories[0].test.images
         with self._predicting("timing"):
-            inference = evaluation.inference_time(self.strategy, images, last, device, self.progress)
+            cost = evaluation.inference_cost(
+                self.strategy, images, last, device, self.progress, self.spent.meter
+            )
         spent = self.spent.so_far()
-        peak_mb = spent.pop("peak_mb")
         with self._predicting("setting thresholds"):
             found = thresholds.calibrate(self.strategy, self.tasks, device, self.progress)
         self.directory.write_thresholds(found)
@@ -218,8 +252,14 @@ class Course:
             "status": "complete",
             **self.results.summary(),
             "metrics_sha256": self.directory.metrics_digest(),
-            "memory": {**footprint.measure(self.strategy), "peak_mb": peak_mb},
-            "time": {**spent, "inference_ms_per_image": inference},
+            "memory": {**footprint.measure(self.strategy), "peak_mb": spent["peak_mb"]},
+            "time": {
+                "train_s": spent["train_s"],
+                "eval_s": spent["eval_s"],
+                "inference_ms_per_image": cost["ms"],
+            },
+            "energy": {"source": self.spent.meter.source, **_energy(spent, cost)},
+            "operations": {"inference_gflop_per_image": cost["gflop"]},
         }
         written = self._write_summary(summary)
         message = self.recorder.finish(
@@ -260,11 +300,22 @@ class Course:
         return f"task {stage + 1}/{len(self.stages)} {self.tasks[stage].name}"
 
 
-def _there(values: Values) -> Future[Values]:
+def _there(known: Evaluation) -> Future[Evaluation]:
     """Metrics that need not be waited for."""
-    found: Future[Values] = Future()
-    found.set_result(values)
+    found: Future[Evaluation] = Future()
+    found.set_result(known)
     return found
+
+
+def _energy(spent: Mapping[str, float], cost: Mapping[str, float]) -> dict[str, float]:
+    """Joules of training, of evaluation and of an image; nothing where not all of them were measured."""
+    if "train_j" not in spent or "j" not in cost:
+        return {}
+    return {
+        "train_j": spent["train_j"],
+        "eval_j": spent["eval_j"],
+        "inference_j_per_image": cost["j"],
+    }
 
 
 @contextmanager

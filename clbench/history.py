@@ -7,6 +7,7 @@ the other lines.
 
 import itertools
 from collections.abc import Iterable
+from dataclasses import asdict
 from typing import Any
 
 from clbench.assembly import Assembly
@@ -16,11 +17,13 @@ from clbench.data.unchanged import changes
 from clbench.errors import UserError
 from clbench.interruption import Interruption
 from clbench.methods.base import check_frozen, frozen_digest
+from clbench.metrics.names import need
 from clbench.recording.checkpoint import Checkpoints
 from clbench.recording.recorder import Recorder
 from clbench.recording.run_directory import MetricRow, RunDirectory
-from clbench.results import Results, Values
+from clbench.results import Evaluation, Results
 from clbench.spent import Spent
+from clbench.thresholds import Thresholds
 
 
 class History:
@@ -36,6 +39,7 @@ class History:
     Attributes:
         stages: the indices of the tasks that each stage learns.
         results: the evaluations.
+        thresholds: those that were set when a stage was learned, by stage, where a metric needs them.
         spent: time and memory.
         checkpoints: what was learned.
         last_learned: the last stage that an earlier process learned, 0-based; -1 where none is.
@@ -53,7 +57,7 @@ class History:
         self.strategy, self.tasks = assembly.strategy, assembly.tasks
         self.stages = self.strategy.stages(len(self.tasks))
         categories = [[category.name for category in task.categories] for task in self.tasks]
-        self.results = Results(categories, self.stages)
+        self.results = Results(categories, self.stages, assembly.metrics)
         self.spent = Spent(assembly.device)
         self.checkpoints = Checkpoints(
             directory.path / "checkpoint",
@@ -68,6 +72,8 @@ class History:
         self._stream, self._files = fingerprints(self.tasks), assembly.identity["files"]
         self._frozen = frozen_digest(self.strategy.detector)
         self._journal = directory.journal()
+        self.thresholds: dict[int, Thresholds] = {}
+        self._needs_thresholds = need(assembly.metrics, "thresholds")
         self._epochs = [0] * (len(self.stages) + 1)  # of all stages before each
         self.last_learned = self._restore()
         self._write_metrics()
@@ -96,15 +102,35 @@ class History:
         scale = dict(self.strategy.detector.gradient_scale)
         self.checkpoints.save_stage(stage, self.strategy.state(), {"gradient_scale": scale} if scale else {})
 
-    def add_evaluation(self, stage: int, category: int, values: Values) -> None:
-        """Keep the metrics of a category after a stage.
+    def lacks_thresholds(self, stage: int) -> bool:
+        """Whether thresholds are to be set for a stage that was learned, and were not yet."""
+        return self._needs_thresholds and stage not in self.thresholds
+
+    def add_thresholds(self, stage: int, found: Thresholds) -> None:
+        """Keep the thresholds that were set when a stage was learned.
 
         Raises:
             UserError: the disk is full or may not be written.
         """
-        self.results.add(stage, category, values)
+        self.thresholds[stage] = found
+        self._journal.append({"kind": "thresholds", "stage": stage, "thresholds": asdict(found)})
+
+    def add_evaluation(self, stage: int, category: int, found: Evaluation) -> None:
+        """Keep what was measured of a category after a stage.
+
+        Raises:
+            UserError: the disk is full or may not be written.
+        """
+        self.results.add(stage, category, *found)
         name = self.results.categories[category]
-        entry = {"kind": "evaluation", "stage": stage, "category": name, "values": values}
+        entry: dict[str, Any] = {
+            "kind": "evaluation",
+            "stage": stage,
+            "category": name,
+            "values": found.values,
+        }
+        if found.chosen is not None:
+            entry["chosen"] = found.chosen
         self._journal.append({**entry, "spent": self.spent.so_far()})
         self.directory.append_metrics(self._rows(stage, category))
 
@@ -155,7 +181,7 @@ class History:
                 "put it back, take another experiment=NAME, or overwrite=true"
             ) from error
         for stage in range(last):
-            if self.to_evaluate(stage):
+            if self.to_evaluate(stage) or self.lacks_thresholds(stage):
                 raise UserError(
                     f"{self._journal.path} lacks results of stage {stage + 1}, and what was learned then is gone: put "
                     "it back, take another experiment=NAME, or overwrite=true"
@@ -173,8 +199,11 @@ class History:
         for entry in entries:
             if entry["kind"] == "epoch":
                 self._tell_epoch(entry["stage"], entry["epoch"], entry["loss"])
+            elif entry["kind"] == "thresholds":
+                self.thresholds[entry["stage"]] = Thresholds(**entry["thresholds"])
             else:
-                self.results.add(entry["stage"], numbers[entry["category"]], entry["values"])
+                number = numbers[entry["category"]]
+                self.results.add(entry["stage"], number, entry["values"], entry.get("chosen"))
                 self.spent.restore(entry["spent"])
 
     def _valid_entries(self, last: int, epochs: int) -> list[dict[str, Any]]:

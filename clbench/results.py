@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -11,6 +11,18 @@ from clbench.metrics.continual import Matrix
 from clbench.metrics.names import USUAL
 
 Values = dict[str, float | None]  # metric -> value; None where it is undefined
+
+
+class Evaluation(NamedTuple):
+    """What was measured of a category after a stage.
+
+    Attributes:
+        values: its metrics.
+        chosen: for how many of its test images the model of each stage so far was chosen; None where none is.
+    """
+
+    values: Values
+    chosen: list[int] | None = None
 
 
 class Results:
@@ -44,15 +56,21 @@ class Results:
         self._evaluated = np.zeros((len(stages), len(self.categories)), dtype=bool)
         # NaN: undefined, or not evaluated.
         self._R = {metric: np.full(self._evaluated.shape, np.nan) for metric in self.metrics}
+        self._chosen: dict[tuple[int, int], list[int] | None] = {}
         # The best of each category before a stage.
         self._best, self._best_until = self._none_yet(), 0
 
-    def add(self, stage: int, category: int, values: Values) -> None:
-        """Set the metrics of a category after a stage; a category that was evaluated before gets these."""
+    def add(self, stage: int, category: int, values: Values, chosen: list[int] | None = None) -> None:
+        """Set what was measured of a category after a stage, see `Evaluation`; one that was evaluated before gets these."""
+        self._chosen[stage, category] = chosen
         self._evaluated[stage, category] = True
         for metric, R in self._R.items():
-            value = values[metric]
+            value = values.get(metric)  # a journal of an earlier version may lack one
             R[stage, category] = np.nan if value is None else value
+
+    def chosen(self, stage: int, category: int) -> list[int] | None:
+        """How often the model of each stage was chosen for a category's test images after a stage; None where none is."""
+        return self._chosen.get((stage, category))
 
     def get(self, stage: int, category: int) -> Values | None:
         """The metrics of a category after a stage; None where it was not evaluated."""
@@ -116,12 +134,16 @@ class Results:
     def summary(self) -> dict[str, Any]:
         """The means of R in summary.json: final values, forgetting and transfer, each over the categories."""
         R = {metric: self.matrix(metric) for metric in self.metrics}
+        last = len(R["pixel_f1"]) - 1
+        chosen = {name: self.chosen(last, category) for category, name in enumerate(self.categories)}
         return {
             "final": {metric: continual.final_mean(R[metric]) for metric in self.metrics},
             "average_forgetting_pct": continual.average_forgetting_pct(R["pixel_f1"], self.learned),
             "forgetting": {metric: continual.forgetting(R[metric], self.learned) for metric in self.metrics},
             "backward_transfer": {m: continual.backward_transfer(R[m], self.learned) for m in self.metrics},
             "forward_transfer": {m: continual.forward_transfer(R[m], self.learned) for m in self.metrics},
+            # For how many test images of each category the model of each task was chosen, after the last stage.
+            **({"routing": chosen} if "routing_accuracy" in self.metrics else {}),
         }
 
 

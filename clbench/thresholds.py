@@ -6,6 +6,7 @@ They are set on normal training images, never on test images: on those held out 
 
 import bisect
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any
 
@@ -39,6 +40,7 @@ class Thresholds:
         held_out: whether they were set on held-out images.
         images, pixels: numbers of images and pixels that they were set on.
         pixel, image: thresholds of maps and of image scores, one for each of `RATES`.
+        mean, deviation: of the maps' pixels; None in files of earlier versions.
     """
 
     tasks: list[str]
@@ -47,6 +49,8 @@ class Thresholds:
     pixels: int
     pixel: Annotated[list[float], Len(len(RATES), len(RATES))]
     image: Annotated[list[float], Len(len(RATES), len(RATES))]
+    mean: float | None = None
+    deviation: float | None = None
 
     def at(self, rate: float, image_rate: float) -> tuple[float, float]:
         """The thresholds of maps and of scores for these false-positive rates, or the next lower ones.
@@ -142,38 +146,79 @@ def calibrate(
     Raises:
         Diverged: a map or score is not finite.
     """
-    stages = strategy.stages(len(tasks))
-    models = [[stage] for stage in range(len(stages))] if strategy.task_known else [list(range(len(stages)))]
-    found = []
-    for model in models:
-        sets, held_out = [], True
-        for stage in model:
-            images, held = _normal(strategy, tasks, stage, _LEARNED_FROM // len(model))
-            sets.append((stages[stage][0], images))
-            held_out = held_out and held
-        count = sum(len(images) for _, images in sets)
-        scores, pixels = Tail(count), Tail(count * math.prod(tasks[0].train.images.shape[-2:]))
-        done = 0
-        with strategy.detector.uncached():
-            for task, images in sets:
-                for batch in evaluation.predictions(strategy, images, task, device):
-                    pixels.add(batch.maps)
-                    scores.add(batch.scores)
-                    done += len(batch.scores)
-                    progress("setting thresholds", done, count)
-        names = [tasks[task].name for stage in model for task in stages[stage]]
-        found.append(
-            {
-                "tasks": names,
-                "held_out": held_out,
-                "images": count,
-                "pixels": pixels.count,
-                "pixel": pixels.thresholds(),
-                "image": scores.thresholds(),
-            }
-        )
+    stages = range(len(strategy.stages(len(tasks))))
+    models = [[stage] for stage in stages] if strategy.task_known else [list(stages)]
+    found = [asdict(of_stages(strategy, tasks, model, device, progress)) for model in models]
     size = list(tasks[0].train.images.shape[-2:])
     return {"image_size": size, "false_positive_rates": list(RATES), "models": found}
+
+
+def of_stages(
+    strategy: Strategy, tasks: list[Task], stages: Sequence[int], device: torch.device, progress: Progress
+) -> Thresholds:
+    """The thresholds of a model for images of what it learned in these stages, 0-based, as the model is now.
+
+    Args:
+        tasks, device, progress: as for `calibrate`.
+
+    Raises:
+        Diverged: a map or score is not finite.
+    """
+    learning = strategy.stages(len(tasks))
+    sets, all_held = [], True
+    for stage in stages:
+        images, held = _normal(strategy, tasks, stage, _LEARNED_FROM // len(stages))
+        sets.append((learning[stage][0], images))
+        all_held = all_held and held
+    count = sum(len(images) for _, images in sets)
+    scores, pixels = Tail(count), Tail(count * math.prod(tasks[0].train.images.shape[-2:]))
+    moments = Moments()
+    done = 0
+    with strategy.detector.uncached():
+        for task, images in sets:
+            for batch in evaluation.predictions(strategy, images, task, device):
+                pixels.add(batch.maps)
+                moments.add(batch.maps)
+                scores.add(batch.scores)
+                done += len(batch.scores)
+                progress("setting thresholds", done, count)
+    return Thresholds(
+        tasks=[tasks[task].name for stage in stages for task in learning[stage]],
+        held_out=all_held,
+        images=count,
+        pixels=pixels.count,
+        pixel=pixels.thresholds(),
+        image=scores.thresholds(),
+        mean=moments.mean,
+        deviation=moments.deviation,
+    )
+
+
+class Moments:
+    """Mean and deviation of values that are added in batches (Chan et al., 1979), in double precision."""
+
+    def __init__(self, count: int = 0, mean: float = 0.0, squares: float = 0.0):
+        self.count, self.mean = count, mean
+        self._squares = squares  # the sum of squared differences to the mean
+
+    def add(self, values: Tensor) -> None:
+        """Add values, float32 of any shape; at least one."""
+        mean = float(values.mean(dtype=torch.float64))
+        squares = float((values.double() - mean).square().sum())
+        self.merge(Moments(values.numel(), mean, squares))
+
+    def merge(self, other: "Moments") -> None:
+        """Add what was added to another."""
+        count = self.count + other.count
+        apart = other.mean - self.mean
+        self._squares += other._squares + apart**2 * self.count * other.count / count
+        self.mean += apart * other.count / count
+        self.count = count
+
+    @property
+    def deviation(self) -> float:
+        """Of the values as they are, divided by their number."""
+        return math.sqrt(self._squares / self.count)
 
 
 def _normal(strategy: Strategy, tasks: list[Task], stage: int, enough: int) -> tuple[Images, bool]:

@@ -162,7 +162,7 @@ def use(kill_after: tuple[int, int] | None = None) -> None:
     _around(checkpoint.Checkpoints, "place", named("checkpoint"))
     _around(checkpoint.Checkpoints, "save_stage", named("checkpoint"))
     _around(evaluation, "predict", named("evaluation"))
-    _around(evaluation, "inference_time", named("timing"))
+    _around(evaluation, "inference_cost", named("timing"))
     _around(Strategy, "predict", batch)
     training._LOOK_S = float("inf")  # at the ends of epochs alone, so that counts are always the same
     evaluation._TIMED_IMAGES = evaluation.BATCH_SIZE  # more would tell no more

@@ -175,7 +175,7 @@ PHASES = [
     (Strategy, "state", "saving what was learned of brick+cloth+plate"),
     (evaluation, "predict", "evaluating brick"),
     (evaluation, "metrics_of", "evaluating brick"),
-    (evaluation, "inference_time", "timing"),
+    (evaluation, "inference_cost", "timing"),
     (thresholds, "calibrate", "setting thresholds"),
 ]
 

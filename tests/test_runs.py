@@ -48,6 +48,7 @@ def test_a_sweep_of_methods_and_replay_sizes(train: Train, tmp_path: Path) -> No
         assert f"method={about['method']}" in directory.name
         assert f"replay.size={about['replay_size']}" in directory.name
         assert set(about["final"]) == set(METRICS)
+        assert about["energy"]["source"] and about["operations"]["inference_gflop_per_image"] > 0
         assert about["tasks"] == ["brick", "cloth", "plate"]
         assert about["memory"]["architecture_mb"] >= about["memory"]["executed_mb"] > 0
         stored = about["replay_size"] * 48 * 48 * 3 / 1e6
@@ -171,7 +172,7 @@ def test_a_list_of_lists_makes_tasks_of_several_categories(train: Train, tmp_pat
     about = summary(directory)
     assert about["tasks"] == ["plate", "brick+cloth"]
     assert about["categories"] == [["plate"], ["brick", "cloth"]]
-    assert len(rows(directory)) == 2 * 3 * len(METRICS)
+    assert len(rows(directory)) == 2 * 3 * (len(METRICS) + 1)  # and routing
     assert {row["category"]: row["task"] for row in rows(directory)} == {
         "plate": "plate",
         "brick": "brick+cloth",

@@ -1,7 +1,7 @@
 """What every detector is: images in, anomaly maps and image scores out."""
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
@@ -10,6 +10,7 @@ from typing import Annotated, Any, NamedTuple, Protocol
 import torch
 from annotated_types import Ge, Lt
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from clbench.backbones import FeaturePyramid
 from clbench.data.images import Images
@@ -29,11 +30,29 @@ def silent(phase: str, done: int, total: int, note: str = "") -> None:
     """A `Progress` that does nothing."""
 
 
-class Prediction(NamedTuple):
-    """Anomaly maps float32 [B, H, W] and image scores float32 [B]; higher is more anomalous."""
-
+class _MapsAndScores(NamedTuple):
     maps: Tensor
     scores: Tensor
+
+
+class Prediction(_MapsAndScores):
+    """Anomaly maps float32 [B, H, W] and image scores float32 [B]; higher is more anomalous: a pair.
+
+    Attributes:
+        chosen: where a detector keeps a model for each stage and chooses one for an image, which one, in the order in
+            which they were learned: int64 [B]. Not a part of the pair.
+    """
+
+    chosen: Tensor | None
+
+    def __new__(cls, maps: Tensor, scores: Tensor, chosen: Tensor | None = None) -> Self:
+        found = super().__new__(cls, maps, scores)
+        found.chosen = chosen
+        return found
+
+    def each(self, of: Callable[[Tensor], Tensor]) -> "Prediction":
+        """The prediction that a function makes of each of its tensors."""
+        return Prediction(of(self.maps), of(self.scores), None if self.chosen is None else of(self.chosen))
 
 
 class Detector(nn.Module):
@@ -50,6 +69,7 @@ class Detector(nn.Module):
     Attributes:
         native: whether the method has its own update of what it keeps, task by task; `strategy=native` needs
             it.
+        chooses: whether its own update keeps a model for each stage and predictions say which was chosen.
         rebuilt_by_replay: whether replay drops banks and statistics and makes them from new and stored
             images; if not, the method's own update goes on.
         epochs: passes over a task's images; 1 for methods that only collect.
@@ -70,6 +90,7 @@ class Detector(nn.Module):
     """
 
     native = False
+    chooses = False
     rebuilt_by_replay = True
     epochs = 1
     step_budget: int | None = None
@@ -174,8 +195,9 @@ class Detector(nn.Module):
     def predict(self, images: Tensor) -> Prediction:
         """Images [B, 3, H, W], uint8 or float in [0, 1] -> maps [B, H, W] and scores [B], computed in `precision`."""
         with self.mixed():
-            maps, scores = self(images)
-        return Prediction(maps.float(), scores.float())
+            found = self(images)
+        maps, scores = found
+        return Prediction(maps.float(), scores.float(), getattr(found, "chosen", None))
 
     def lay_out(self) -> None:
         """Bring weights into the fastest memory layout: channels last, where convolutions are trained."""

@@ -66,6 +66,7 @@ class PaDiM(Detector):
         self.pyramid = backbone.pyramid(layers)
         self.epsilon = epsilon
         self.update = update
+        self.chooses = update == "per_task"
         self.sigma = sigma
         self.held_out = held_out
         available = sum(self.pyramid.channels)
@@ -177,7 +178,7 @@ class PaDiM(Detector):
         batch = images.shape[0]  # not len(), which would fix it where it is traced
         selected = distances.permute(0, 2, 1)[nearest, torch.arange(batch, device=images.device)]
         maps = to_image_size(selected.view(batch, *self._grid), images.shape[-2:], self.sigma)
-        return Prediction(maps, maps.amax((1, 2)))
+        return Prediction(maps, maps.amax((1, 2)), nearest if self.chooses else None)
 
     def embedding(self, images: Tensor) -> Tensor:
         """Images [B, 3, H, W] -> chosen channels at each position of the first level's grid, [P, D, B]."""

@@ -45,6 +45,7 @@ class PatchCore(Detector):
     """
 
     native = True
+    chooses = True
 
     bank: Tensor
     bank_sizes: Tensor
@@ -159,7 +160,7 @@ class PatchCore(Detector):
         weights = torch.stack(
             [self._weight(bank, farthest, matched, highest) for bank in self.bank.split(sizes)]
         )
-        return Prediction(maps, highest * weights[selected, each])
+        return Prediction(maps, highest * weights[selected, each], selected)
 
     def _sizes(self) -> list[int]:
         """What `bank_sizes` holds. The device is asked, and waited for, only where it has changed."""

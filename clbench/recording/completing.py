@@ -59,7 +59,7 @@ def _complete(directory: RunDirectory) -> None:
             if entry["kind"] == "epoch":
                 recorder.epoch(entry["stage"], epoch, entry["loss"])
                 epoch += 1
-            else:
+            elif entry["kind"] == "evaluation":
                 results.add(entry["stage"], results.categories.index(entry["category"]), entry["values"])
         for stage in range(1 + max(entry["stage"] for entry in journal.entries)):
             recorder.stage(stage, results.after(stage))

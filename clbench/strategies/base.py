@@ -78,6 +78,11 @@ class Strategy(Hooks):
         names = ("has_buffer", "joint", "task_known", "continual", "needs_gradients")
         return {name: getattr(cls, name) for name in names}
 
+    @property
+    def routes(self) -> bool:
+        """Whether the detector keeps a model for each stage and chooses one for an image."""
+        return self.needs_native_update and self.detector.chooses and not (self.joint or self.task_known)
+
     def stages(self, tasks: int) -> list[list[int]]:
         """The indices of the tasks that each stage learns: one task a stage, or all in one (`joint`)."""
         return [list(range(tasks))] if self.joint else [[task] for task in range(tasks)]
