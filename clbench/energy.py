@@ -64,7 +64,7 @@ def _gpu(device: torch.device) -> tuple[Counter | None, str]:
         pynvml.nvmlInit()
         identity = str(torch.cuda.get_device_properties(device).uuid)
         # By its identity: CUDA_VISIBLE_DEVICES gives GPUs other numbers than NVML's.
-        handle = pynvml.nvmlDeviceGetHandleByUUID(identity if "-" in identity[:4] else f"GPU-{identity}")
+        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{identity.removeprefix('GPU-')}")
         pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
     except (pynvml.NVMLError, AttributeError) as error:
         return None, f"NVML does not tell the GPU's energy ({error})"

@@ -41,7 +41,8 @@ class WandbRun(Recorder):
     """A recorder that writes a run for Weights & Biases.
 
     Keys over `stage`: `<category>/<metric>`, `mean/<metric>`, `forgetting/<metric>`, `maps/<category>`; over `epoch`:
-    `training/loss`; at the end, tables `R/<metric>`, and as summary `final/*`, `memory/*`, `time/*`.
+    `training/loss`; at the end, tables `R/<metric>`, and of what models were chosen, `routing`; and as summary `final/*`,
+    `memory/*`, `time/*`, `energy/*`, `operations/*`.
 
     Args:
         directory: the run directory.
@@ -194,9 +195,13 @@ class WandbRun(Recorder):
             f"R/{metric}": wandb.Table(columns=columns, data=[[stage, *row] for stage, row in enumerate(R)])
             for metric, R in matrices.items()
         }
+        if "routing" in summary:
+            rows = [[name, *counts] for name, counts in summary["routing"].items()]
+            tables["routing"] = wandb.Table(columns=["category", *summary["tasks"]], data=rows)
         self._run.log(tables, step=self._file.count - (("finished", None) in self._logged))
-        for group in ("final", "forgetting", "memory", "time"):
-            self._run.summary.update({f"{group}/{key}": value for key, value in summary[group].items()})
+        for group in ("final", "forgetting", "memory", "time", "energy", "operations"):
+            values = summary.get(group, {})  # runs of earlier versions lack the last two
+            self._run.summary.update({f"{group}/{key}": value for key, value in values.items()})
         self._run.summary["average_forgetting_pct"] = summary["average_forgetting_pct"]
         self._run.finish()
 
