@@ -152,13 +152,12 @@ class Course:
         name, learned = self.categories[category].name, self.results.learned[category]
         with self.spent.on("eval_s"), self._predicting(f"evaluating {name}"):
             unchanged = stage > 0 and self.strategy.unchanged(stage, learned)
-            known = (
-                self.results.get(stage - 1, category) if unchanged else None
-            )  # by a model of its own, not chosen
+            known = self.results.get(stage - 1, category) if unchanged else None
             if known is None or self.assembly.config.maps is True:
                 found = self._measured(stage, category)
             else:
-                found = _there(Evaluation(known))
+                deviation = self.results.pixel_fpr_deviation(stage - 1, category)
+                found = _there(Evaluation(known, pixel_fpr_deviation=deviation))  # and no model was chosen
         self.settle()
         self._measuring = stage, category, found
         if found.done():
@@ -216,7 +215,8 @@ class Course:
             assert prediction.chosen is not None
             chosen = torch.bincount(prediction.chosen, minlength=stage + 1).tolist()
             values["routing_accuracy"] = chosen[learned] / len(test) if learned <= stage else None
-        return Evaluation({metric: values[metric] for metric in self.results.metrics}, chosen)
+        named = {metric: values[metric] for metric in self.results.metrics}
+        return Evaluation(named, chosen, values.get("pixel_fpr_deviation"))
 
     def record(self, stage: int) -> None:
         """Give a stage's results to the recorder and show their means on the terminal."""
@@ -251,6 +251,7 @@ class Course:
             **self.assembly.identity,
             "status": "complete",
             **self.results.summary(),
+            **self._stored_thresholds(),
             "metrics_sha256": self.directory.metrics_digest(),
             "memory": {**footprint.measure(self.strategy), "peak_mb": spent["peak_mb"]},
             "time": {
@@ -272,6 +273,22 @@ class Course:
         if message:
             self.display.line(message)
         return written
+
+    def _stored_thresholds(self) -> dict[str, Any]:
+        """What the rates at stored thresholds rest on, for each category, where thresholds were stored."""
+        last = len(self.stages) - 1
+        about = {}
+        for index, category in enumerate(self.categories if self.history.thresholds else []):
+            learned = self.results.learned[index]
+            about[category.name] = {
+                "set_on_images": self.history.thresholds[learned].images,
+                "normal_test_images": int((~category.test.labels).sum()),
+                "pixel_fpr_deviation": {
+                    "just_learned": self.results.pixel_fpr_deviation(learned, index),
+                    "final": self.results.pixel_fpr_deviation(last, index),
+                },
+            }
+        return {"stored_thresholds": about} if about else {}
 
     def _write_summary(self, summary: dict[str, Any]) -> dict[str, Any]:
         """Write summary.json, with what the recorder has not recorded by now; gives what it holds.

@@ -131,6 +131,8 @@ class History:
         }
         if found.chosen is not None:
             entry["chosen"] = found.chosen
+        if found.pixel_fpr_deviation is not None:
+            entry["pixel_fpr_deviation"] = found.pixel_fpr_deviation
         self._journal.append({**entry, "spent": self.spent.so_far()})
         self.directory.append_metrics(self._rows(stage, category))
 
@@ -202,8 +204,8 @@ class History:
             elif entry["kind"] == "thresholds":
                 self.thresholds[entry["stage"]] = Thresholds(**entry["thresholds"])
             else:
-                number = numbers[entry["category"]]
-                self.results.add(entry["stage"], number, entry["values"], entry.get("chosen"))
+                optional = entry.get("chosen"), entry.get("pixel_fpr_deviation")
+                self.results.add(entry["stage"], numbers[entry["category"]], entry["values"], *optional)
                 self.spent.restore(entry["spent"])
 
     def _valid_entries(self, last: int, epochs: int) -> list[dict[str, Any]]:

@@ -19,10 +19,13 @@ class Evaluation(NamedTuple):
     Attributes:
         values: its metrics.
         chosen: for how many of its test images the model of each stage so far was chosen; None where none is.
+        pixel_fpr_deviation: of the pixels' false-positive rate, from one normal test image to another; None where it is
+            not measured.
     """
 
     values: Values
     chosen: list[int] | None = None
+    pixel_fpr_deviation: float | None = None
 
 
 class Results:
@@ -56,13 +59,25 @@ class Results:
         self._evaluated = np.zeros((len(stages), len(self.categories)), dtype=bool)
         # NaN: undefined, or not evaluated.
         self._R = {metric: np.full(self._evaluated.shape, np.nan) for metric in self.metrics}
-        self._chosen: dict[tuple[int, int], list[int] | None] = {}
+        # By stage and category, where there are any.
+        self._chosen: dict[tuple[int, int], list[int]] = {}
+        self._deviations: dict[tuple[int, int], float] = {}
         # The best of each category before a stage.
         self._best, self._best_until = self._none_yet(), 0
 
-    def add(self, stage: int, category: int, values: Values, chosen: list[int] | None = None) -> None:
+    def add(
+        self,
+        stage: int,
+        category: int,
+        values: Values,
+        chosen: list[int] | None = None,
+        pixel_fpr_deviation: float | None = None,
+    ) -> None:
         """Set what was measured of a category after a stage, see `Evaluation`; one that was evaluated before gets these."""
-        self._chosen[stage, category] = chosen
+        if chosen is not None:
+            self._chosen[stage, category] = chosen
+        if pixel_fpr_deviation is not None:
+            self._deviations[stage, category] = pixel_fpr_deviation
         self._evaluated[stage, category] = True
         for metric, R in self._R.items():
             value = values.get(metric)  # a journal of an earlier version may lack one
@@ -71,6 +86,10 @@ class Results:
     def chosen(self, stage: int, category: int) -> list[int] | None:
         """How often the model of each stage was chosen for a category's test images after a stage; None where none is."""
         return self._chosen.get((stage, category))
+
+    def pixel_fpr_deviation(self, stage: int, category: int) -> float | None:
+        """See `Evaluation`."""
+        return self._deviations.get((stage, category))
 
     def get(self, stage: int, category: int) -> Values | None:
         """The metrics of a category after a stage; None where it was not evaluated."""

@@ -49,7 +49,7 @@ def test_segf1_is_that_of_mvtec_ad_2_s_worked_example() -> None:
     assert wide[0] == pytest.approx(4.12132, abs=1e-5)
     maps, masks = np.array([[[5, 4.5, 4, 1]]]), np.array([[[True, False, True, False]]])
     found = pixel_decisions(maps, masks, np.array([False]), Decisions(wide, wide, wide))
-    assert found == {"pixel_f1_stored": 0.5, "segf1": 0.5, "pixel_fpr": None}
+    assert found == {"pixel_f1_stored": 0.5, "segf1": 0.5, "pixel_fpr": None, "pixel_fpr_deviation": None}
 
 
 def test_each_image_is_judged_by_its_own_thresholds() -> None:
@@ -59,6 +59,7 @@ def test_each_image_is_judged_by_its_own_thresholds() -> None:
     limits = np.array([2.0, 5.0, 2.0])
     found = pixel_decisions(maps, masks, np.array([True, True, False]), Decisions(limits, limits, limits))
     assert found["pixel_fpr"] == 1 / 8  # of both normal images' eight pixels
+    assert found["pixel_fpr_deviation"] == pytest.approx(0.25 / math.sqrt(2))  # of 1/4 and 0
     assert found["pixel_f1_stored"] == found["segf1"] == 2 * 1 / (2 * 1 + 1 + 1)
     scores, defective = np.array([1.0, 6.0, 1.0]), np.array([False, False, True])
     assert image_decisions(scores, defective, limits) == {"image_f1_stored": 0.0, "image_fpr": 0.5}
@@ -160,7 +161,10 @@ def test_a_killed_run_goes_on_with_the_thresholds_of_its_tasks(
     (one,), (other,) = run_directories(tmp_path, "whole"), run_directories(tmp_path, "killed")
     assert (one / "metrics.csv").read_bytes() == (other / "metrics.csv").read_bytes()
     about, again = (json.loads((each / "summary.json").read_text()) for each in (one, other))
-    assert about["routing"] == again["routing"]
+    assert about["routing"] == again["routing"] and about["stored_thresholds"] == again["stored_thresholds"]
+    for rests in about["stored_thresholds"].values():
+        assert (rests["set_on_images"], rests["normal_test_images"]) == (4, 2)
+        assert all(deviation >= 0 for deviation in rests["pixel_fpr_deviation"].values())
     # The smallest run with routing: each of 4 test images of each category was judged by one of 3 models.
     assert [sum(counts) for counts in about["routing"].values()] == [4, 4, 4]
     right = [counts[stage] for stage, counts in enumerate(about["routing"].values())]

@@ -54,12 +54,16 @@ def pixel_decisions(
         decisions: each image's thresholds.
 
     Returns:
-        pixel_f1_stored and segf1, None where no pixel is anomalous; pixel_fpr, None where no image is good.
+        pixel_f1_stored and segf1, None where no pixel is anomalous; pixel_fpr, None where no image is good; and
+        pixel_fpr_deviation, the sample deviation of single images' rates, None where fewer than two are good: pixels of
+        an image go together, so that a rate over n images is known to within deviation / sqrt(n).
     """
     called = maps > decisions.pixel[:, None, None]
+    rates = called[good].mean((1, 2))
     return {
         "pixel_f1_stored": _f1(called, masks),
-        "pixel_fpr": float(called[good].mean()) if good.any() else None,
+        "pixel_fpr": float(rates.mean()) if len(rates) else None,
+        "pixel_fpr_deviation": float(rates.std(ddof=1)) if len(rates) > 1 else None,
         "segf1": _f1(maps >= decisions.wide[:, None, None], masks),
     }
 
