@@ -12,18 +12,20 @@ from conftest import Train, run_directories
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from clbench import assembly, precision
+from clbench import assembly, evaluation, precision
 from clbench.backbones import Backbone, FeaturePyramid
 from clbench.config import check
 from clbench.config.sources import composed
 from clbench.loading import load
-from clbench.methods.base import Detector, silent
+from clbench.methods.base import Detector, Prediction, silent
 from clbench.methods.cfa import CFA
 from clbench.methods.draem import DRAEM
 from clbench.methods.efficientad import EfficientAD
 from clbench.methods.fastflow import FastFlow
 from clbench.methods.padim import PaDiM
 from clbench.methods.stfpm import STFPM
+from clbench.strategies.finetune import Finetune
+from clbench.testing.small import SmallDetector
 from clbench.training import Descent, train
 
 MIXED = {"fp32": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -339,3 +341,49 @@ def test_a_run_that_was_made_with_gpu_compile_is_read_and_known(train: Train, tm
     refused = train("gpu.compile=true")
     assert refused.returncode == 2
     assert "there is no setting gpu.compile any more: a frozen network sees an image once" in refused.stderr
+
+
+def test_predictions_come_back_from_a_gpu_while_the_next_batch_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a stand-in for CUDA's tensors, pinned memory and events, as there is no GPU here."""
+    told: list[str] = []
+
+    class OnGpu(Tensor):
+        device = torch.device("cuda", 0)  # type: ignore[assignment]
+        __torch_function__ = torch._C._disabled_torch_function_impl  # what is made from one is a plain tensor
+
+    class Event:
+        def record(self) -> None:
+            told.append("recorded")
+
+        def synchronize(self) -> None:
+            told.append("waited")
+
+    class Brightness(SmallDetector):
+        def forward(self, images: Tensor) -> Prediction:
+            told.append("ran")
+            maps = images.float().mean(1)
+            chosen = torch.arange(len(images))
+            return Prediction(*(found.as_subclass(OnGpu) for found in (maps, maps.amax((1, 2)), chosen)))
+
+        def predict(self, images: Tensor) -> Prediction:
+            return self(images)
+
+    def empty(*size: Any, pin_memory: bool = False, **settings: Any) -> Tensor:
+        if pin_memory:
+            told.append("pinned")
+        return torch.zeros(*size, **settings)
+
+    monkeypatch.setattr(evaluation.torch, "empty", empty)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    given = images(2 * evaluation.BATCH_SIZE, 1)
+    found = list(evaluation.predictions(Finetune(Brightness()), given, 0, torch.device("cpu")))
+    for batch, part in zip(found, given.split(evaluation.BATCH_SIZE), strict=True):
+        assert type(batch.maps) is Tensor and torch.equal(batch.maps, part.float().mean(1))
+        assert batch.chosen is not None and batch.chosen.tolist() == list(range(evaluation.BATCH_SIZE))
+    started = ["ran", *["pinned"] * 3, "recorded"]
+    assert told == [
+        *started,
+        *started,
+        "waited",
+        "waited",
+    ]  # the second batch begins before the first is waited for
