@@ -8,24 +8,14 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from clbench.data.protocols import protocols
 from clbench.report import titles
 from clbench.report.reading import FoundRun
 from clbench.report.rows import Row, Variant, published, rows_of
 
 _GEOMETRY = ("dataset.resize", "dataset.crop")  # see _image_size
 
-PAPER_TASKS = [
-    "hazelnut",
-    "bottle",
-    "cable",
-    "capsule",
-    "metal_nut",
-    "pill",
-    "toothbrush",
-    "transistor",
-    "zipper",
-    "screw",
-]
+PAPER_TASKS = [name for task in protocols()["paper"].tasks for name in task]
 
 
 @dataclass
