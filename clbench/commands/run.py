@@ -174,12 +174,14 @@ def run_one(config: Config, hydra_config: Any) -> None:
         UserError: the directory holds another run or is in use, or images, weights or machine do not fit.
     """
     from clbench import assembly, experiment
+    from clbench.config.by_results import with_order
     from clbench.interruption import Interruption, Stopped
     from clbench.recording.provenance import made_by
     from clbench.recording.run_directory import RunDirectory
     from clbench.terminal import Display
 
     directory = RunDirectory(hydra_config.runtime.output_dir)
+    config = with_order(config, directory)
     alone = hydra_config.launcher._target_.endswith("SequentialLauncher")
     try:
         with directory.lock(), Interruption() as interruption:

@@ -15,7 +15,7 @@ from clbench.config import classes
 from clbench.config.differences import NOT_IN_RESULTS
 from clbench.config.messages import UnknownSetting, invalid, shown, unresolved
 from clbench.config.resolvers import strategy_class
-from clbench.config.schema import Config, SweepSettings
+from clbench.config.schema import Config, SweepSettings, TaskOrder
 from clbench.config.wandb_access import wandb_mode
 from clbench.data.samples import Dataset, Geometry
 from clbench.errors import UserError
@@ -270,6 +270,27 @@ def _check_combinations(config: Config) -> None:
     wandb_mode(config.wandb.model_dump())
     if config.gpu.device == "cpu" and config.gpu.precision == "fp16":
         raise UserError("gpu.precision=fp16 is for GPUs: on gpu.device=cpu take bf16 or fp32")
-    order = config.task_order
+    _check_order(config.task_order)
+
+
+def _check_order(order: TaskOrder) -> None:
+    """Check which settings of the order of tasks go together.
+
+    Raises:
+        UserError: two of them do not.
+    """
     if order.tasks == [] or (order.kind == "listed" and not order.tasks):
         raise UserError("task_order.tasks is empty: list at least one category")
+    if order.by_results and order.run is None:
+        raise UserError(
+            f"task_order={order.kind} goes by the results of a finished run of strategy=single or joint: give its "
+            "directory, task_order.run=outputs/EXPERIMENT/RUN"
+        )
+    if order.by_results and order.tasks is not None:
+        raise UserError(
+            f"task_order={order.kind} with task_order.tasks={shown(order.tasks)} makes no sense: results decide on the "
+            "list; leave out one of them"
+        )
+    for name in ("run", "metric", "sizes"):
+        if not order.by_results and getattr(order, name) is not None:
+            raise UnknownSetting(f"task_order.{name}", ["task_order.kind", "task_order.tasks"])

@@ -22,7 +22,7 @@ from clbench.config.sources import composing, file_with, search_path
 from clbench.errors import UserError, in_one_line
 
 # Nodes in which Hydra accepts any setting; those that do not exist are found when a run is checked.
-OPEN = ("method.", "strategy.", "replay.", "dataset.", "backbone.")
+OPEN = ("method.", "strategy.", "replay.", "dataset.", "backbone.", "task_order.")
 _CONFIG_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError)  # what composing raises
 
 

@@ -23,6 +23,7 @@ from clbench.errors import UserError
 from clbench.metrics.names import FURTHER, IMAGE_RATE, PIXEL_RATE, USUAL
 from clbench.paths import PATH
 
+BY_RESULTS = ("easy_to_hard", "hard_to_easy")  # kinds of order that the results of a finished run decide on
 BESIDE_SETTINGS = ("departures", "made_by")  # keys of config.yaml that are no settings
 # Settings of earlier versions, which config.yaml of their runs may hold: flat key -> why there are none any more.
 GONE = {
@@ -143,10 +144,27 @@ class ReplayNode(Node):
 
 
 class TaskOrder(Closed):
-    """The order of the stream, see `clbench.data.stream.order`."""
+    """The order of the stream, see `clbench.data.stream.order`.
 
-    kind: Literal["listed", "alphabetical", "random"]
+    Attributes:
+        kind: where `tasks` is None: `random`, or else alphabetical; or by the results of a finished run, of which
+            config.yaml has the list as `tasks`, see `clbench.config.by_results`.
+        tasks: categories, and lists of those that arrive together; None for all categories of the dataset.
+        run: directory of the run whose results decide.
+        metric: which of its metrics decides.
+        sizes: how many categories each task has, where results decide; None for one each.
+    """
+
+    kind: Literal["listed", "alphabetical", "random", "easy_to_hard", "hard_to_easy"]
     tasks: list[str | list[str]] | None
+    run: str | None = None
+    metric: str | None = None
+    sizes: list[PositiveInt] | None = None
+
+    @property
+    def by_results(self) -> bool:
+        """Whether the results of a finished run decide on the order."""
+        return self.kind in BY_RESULTS
 
 
 class Metrics(Closed):

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import torch
 
+from clbench.config.schema import BY_RESULTS
 from clbench.data import cache
 from clbench.data import doubts as doubtful
 from clbench.data.images import ImageSet
+from clbench.data.protocols import protocol_of
 from clbench.data.samples import Dataset, Geometry
 from clbench.data.unchanged import SPLITS, Fingerprints
 from clbench.errors import UserError
@@ -63,14 +65,15 @@ def order(dataset: Dataset, kind: str, tasks: list | None, seed: int) -> list[li
     """The names of the categories of each task, in the stream's order.
 
     Args:
-        kind: looked at where `tasks` is None: `random`, or else alphabetical.
+        kind: looked at where `tasks` is None: `random`, or else alphabetical. Where results decided on `tasks`, how:
+            they must be all categories of the dataset then.
         tasks: names of categories, and lists of names of those that arrive together; None for each category
             of the dataset as a task of its own.
         seed: of a random order.
 
     Raises:
-        UserError: the list is empty, has an empty task, or names a category twice or one that the dataset
-            does not have; or a category's name cannot be used.
+        UserError: the list is empty, has an empty task, names a category twice or one that the dataset does not have,
+            or lacks one that it must have; or a category's name cannot be used.
     """
     grouped = _grouped(dataset, kind, tasks, seed)
     for name in (name for group in grouped for name in group):
@@ -119,11 +122,19 @@ def _grouped(dataset: Dataset, kind: str, tasks: list | None, seed: int) -> list
     for name in named:
         if named.count(name) > 1:
             raise UserError(f"task_order.tasks names '{name}' twice: a category arrives once")
-        if name not in dataset.categories:
-            raise UserError(
-                f"task_order.tasks names '{name}', which dataset={dataset.name} does not have; "
-                f"found: {', '.join(dataset.categories)}"
-            )
+    if kind in BY_RESULTS and set(named) != set(dataset.categories):
+        other = ", ".join(sorted(set(named) ^ set(dataset.categories)))
+        raise UserError(
+            f"task_order={kind} goes by a run of other categories than dataset={dataset.name} has ({other}): give the "
+            "task_order.run of one on the same, or these with dataset.categories=[...]"
+        )
+    if missing := [f"'{name}'" for name in named if name not in dataset.categories]:
+        protocol = protocol_of(None, grouped)
+        lists = f"the protocol task_order={protocol} has" if protocol else "task_order.tasks names"
+        raise UserError(
+            f"{lists} {', '.join(missing)}, which dataset={dataset.name} does not have; "
+            f"found: {', '.join(dataset.categories)}"
+        )
     return grouped
 
 

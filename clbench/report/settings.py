@@ -100,7 +100,7 @@ def read_departures(config: Mapping[str, Any]) -> Departures:
         seeds = {key for key, value in values.items() if key.endswith(".seed") and value == config["seed"]}
         usual = dict.fromkeys(values.keys() - seeds, "absent")
     for key in sorted(usual.keys() & values.keys()):
-        if _is_compared(key):
+        if _is_compared(key) and not _is_listed_order(key, usual, values):
             part, shown = _part(found, key, usual, values)
             part[shown] = in_words(values[key])
     return found
@@ -112,6 +112,16 @@ def _is_compared(key: str) -> bool:
         and not key.startswith(_COMPUTED)
         and not any(key == name or key.startswith(f"{name}.") for name in _COMPARED)
     )
+
+
+def _is_listed_order(key: str, usual: Mapping[str, Any], values: Mapping[str, Any]) -> bool:
+    """Whether a setting is of an order of tasks that somebody chose: reports compare the tasks themselves.
+
+    That an order was drawn by seed, or decided by results, is said of a run whatever its tasks are.
+    """
+    if key == "task_order.kind":
+        return {usual[key], values[key]} <= {"listed", "alphabetical"}
+    return key.startswith("task_order.")
 
 
 def _part(

@@ -1,9 +1,10 @@
-"""Whether the images and files of a finished run are still those that it was made with. Imports no torch."""
+"""Whether the images, files and results that a finished run was made with are as they were. Imports no torch."""
 
 import json
 from collections.abc import Callable
 
 from clbench.config import Config
+from clbench.config.by_results import order_changed
 from clbench.config.classes import arguments, class_of_kind
 from clbench.config.files import changed_files, digests_at
 from clbench.data.on_disk import NoRoot
@@ -28,7 +29,7 @@ class FinishedImages:
         self._now: dict[str, Fingerprints | None] = {}
 
     def check(self, directory: RunDirectory) -> None:
-        """Check that the images of a finished run, and the files that its settings name, are those that it was made with.
+        """Check that the images of a finished run, and what its settings name, are those that it was made with.
 
         A run of an earlier version does not say which these were, and passes.
 
@@ -40,6 +41,11 @@ class FinishedImages:
         if not before or stored is None:
             return
         config, files = Config.stored(stored), summary.get("files", {})
+        if order_changed(config):
+            raise UserError(
+                f"{directory.path} is finished, but the results in {config.task_order.run} give another order by now: "
+                "take another experiment=NAME, or overwrite=true"
+            )
         if changed := changed_files(files, digests_at(config, files)):
             raise UserError(
                 f"{directory.path} is finished, but was made with other files ({changed}): put them back, take another "
@@ -67,7 +73,7 @@ class FinishedImages:
         Raises:
             UserError: the dataset is incomplete, a file is unreadable, or the cache cannot be written.
         """
-        tasks = config.task_order.tasks
+        tasks = None if config.task_order.by_results else config.task_order.tasks  # None: all that there are
         about = json.dumps([config.plain()["dataset"], tasks, before])
         if about not in self._now:
             self._now[about] = None

@@ -61,7 +61,7 @@ def suited(
         usual: group -> its choice in runs whose overrides name none.
         settings_of: group and choice -> the names of its settings.
     """
-    for group in ("method", "strategy", "dataset"):
+    for group in ("method", "strategy", "dataset", "task_order"):
         choices = [_choice(overrides, group, usual[group]) for overrides in runs]
         given = any(_setting(text, group) for overrides in runs for text in overrides)
         if len(set(choices)) == 1 or not given:

@@ -24,6 +24,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
 from clbench.config import Config, check, check_sweep
+from clbench.config.by_results import with_order
 from clbench.config.classes import buffer_arguments, class_of, own_arguments
 from clbench.config.explanations import setting_of_other_choices
 from clbench.config.messages import UnknownSetting
@@ -173,8 +174,8 @@ class RunSweeper(Sweeper):
             UserError: its settings are wrong, or its directory cannot be read or holds another run.
         """
         composed = self._loader.load_sweep_config(self._config, overrides)
-        config = check(composed)
         directory = RunDirectory(Path(composed.hydra.sweep.dir) / composed.hydra.sweep.subdir)
+        config = with_order(check(composed), directory)
         state, reason = directory.state(config.plain())
         in_this_process = isinstance(self._launcher, SequentialLauncher) and state != "finished"
         return SweepRun(
