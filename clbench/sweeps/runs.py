@@ -62,9 +62,10 @@ def suited(
         settings_of: group and choice -> the names of its settings.
     """
     for group in ("method", "strategy", "dataset", "task_order"):
+        if not any(_setting(text, group) for overrides in runs for text in overrides):
+            continue
         choices = [_choice(overrides, group, usual[group]) for overrides in runs]
-        given = any(_setting(text, group) for overrides in runs for text in overrides)
-        if len(set(choices)) == 1 or not given:
+        if len(set(choices)) == 1:
             continue
         settings = {choice: settings_of(group, choice) for choice in set(choices)}
         every = set().union(*settings.values())
