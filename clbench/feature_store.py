@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from clbench.data.images import Identity, Images
+from clbench.out_of_memory import free_on_gpu
 
 _SEGMENT = 256 * 10**6  # bytes of disk taken at a time
 
@@ -70,13 +71,14 @@ class FeatureStore:
             return
         device = levels[0].device
         if device.type == "cuda" and not self._limited:
-            self.memory_limit = min(self.memory_limit, torch.cuda.mem_get_info(device)[0] // 2)
+            self.memory_limit = min(self.memory_limit, free_on_gpu(device) // 2)
             self._limited = True
         floats = sum(level.numel() for level in levels)
-        self.full = not (self._in_memory(image, levels, floats) or self._on_disk(image, levels, floats))
-        while self.full and self.learning and self._tests:
-            self._drop(next(reversed(self._tests)))
-            self.full = not self._in_memory(image, levels, floats)
+        kept = self._in_memory(image, levels, floats)
+        while not kept and self.learning and self._tests:
+            self._make_room(next(reversed(self._tests)))
+            kept = self._in_memory(image, levels, floats)
+        self.full = not (kept or self._on_disk(image, levels, floats))
         if self.learning and not self.full:
             self._learned.add(image)
 
@@ -102,6 +104,12 @@ class FeatureStore:
         self._entries[image], self._places[image] = kept, place
         self.disk_used += 4 * floats
         return True
+
+    def _make_room(self, image: Identity) -> None:
+        """Give up an image's place in memory for one on disk, where there is one."""
+        levels = self._entries[image]
+        self._drop(image)
+        self._on_disk(image, levels, sum(level.numel() for level in levels))
 
     def _drop(self, image: Identity) -> None:
         """Forget an image's levels."""

@@ -69,6 +69,7 @@ def reset_peak(device: torch.device) -> None:
     Elsewhere the peak is that of the process since its start.
     """
     if device.type == "cuda":
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
         return
     with suppress(OSError, AttributeError):  # glibc's, which keeps freed memory

@@ -51,6 +51,12 @@ def is_out_of_memory(error: BaseException, device: torch.device | None = None) -
     return found is not None and found[0] < _SCARCE
 
 
+def free_on_gpu(device: torch.device) -> int:
+    """Bytes of a GPU that are free, or that PyTorch keeps for its next tensors."""
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + kept
+
+
 @contextmanager
 def memory_named(phase: str, way_out: str, device: torch.device) -> Iterator[None]:
     """Inside, memory that is not enough raises a UserError.

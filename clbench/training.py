@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from clbench.data.images import Images
 from clbench.errors import UserError
 from clbench.methods.base import Detector, kept_state
+from clbench.out_of_memory import free_on_gpu
 from clbench.randomness import generator, seed_for
 
 _LOOK_S = 0.5  # seconds between two looks at the loss, each of which waits for the device
@@ -167,7 +168,7 @@ def train(
     unseen = Images.concatenate([validation, *(held for _, held in stored)]).on(detector.device)
     if detector.has_gradients():  # every epoch sees all of them
         learned = learned.copied(_image_memory(detector))
-        unseen = unseen.copied(_image_memory(detector))
+        unseen = unseen.copied(_image_memory(detector, learned.copied_bytes))
     current, past = learned.some(slice(len(current))), learned.some(slice(len(current), None))
     with detector.learning():
         detector.train()
@@ -189,11 +190,11 @@ def train(
             detector.finish_task(unseen if len(unseen) else current)
 
 
-def _image_memory(detector: Detector) -> float:
-    """How many more bytes of images its device has room for."""
+def _image_memory(detector: Detector, there: int = 0) -> float:
+    """How many more bytes of images its device has room for, beside so many that are there."""
     if detector.image_memory is not None:
-        return detector.image_memory
-    return torch.cuda.mem_get_info(detector.device)[0] / 2 if detector.device.type == "cuda" else math.inf
+        return detector.image_memory - there
+    return free_on_gpu(detector.device) / 2 if detector.device.type == "cuda" else math.inf
 
 
 @torch.no_grad()

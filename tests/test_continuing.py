@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -191,3 +192,62 @@ def test_checkpoints_of_earlier_versions_are_read(tmp_path: Path) -> None:
         (tmp_path / "stage-0002.json").write_text(f"{digests.of_text(text)}\n{text}\n")
         stage, tensors, data = Checkpoints(tmp_path).load_stage() or (None, {}, {})
         assert (stage, tensors["x"].tolist(), data) == (2, [0, 1, 2], {"frozen": "f"})
+
+
+def test_parts_that_were_removed_are_written_again_where_their_content_comes_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where early stopping brings back the best weights, of which only an older checkpoint had the parts."""
+    monkeypatch.setattr("clbench.recording.checkpoint._LARGE", 1000)
+
+    def weights(value: float) -> dict[str, torch.Tensor]:
+        return {"detector.weight": torch.full((10, 100), value), "of rows": torch.full((3, 300), value)}
+
+    checkpoints = Checkpoints(tmp_path)
+    for epoch in range(4):
+        checkpoints.place(0, weights(epoch), {"epoch": epoch})
+    checkpoints.save_stage(0, weights(0), {})
+    stage, found, _ = Checkpoints(tmp_path).load_stage() or (None, {}, {})
+    assert stage == 0 and all(torch.equal(found[name], tensor) for name, tensor in weights(0).items())
+    for stage, value in enumerate((1.0, 2.0, 1.0), 1):
+        checkpoints.save_stage(stage, weights(value), {})
+    stage, found, _ = Checkpoints(tmp_path).load_stage() or (None, {}, {})
+    assert stage == 3 and torch.equal(found["of rows"], weights(1)["of rows"])
+    for part in (tmp_path / "parts").iterdir():  # others may remove files too
+        part.unlink()
+    checkpoints.save_stage(4, weights(1), {})
+    assert (Checkpoints(tmp_path).load_stage() or (None,))[0] == 4
+
+
+def test_parts_stay_where_a_checkpoint_cannot_be_read_and_a_damaged_one_keeps_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("clbench.recording.checkpoint._LARGE", 1000)
+    checkpoints, read = Checkpoints(tmp_path), Path.read_text
+
+    def unreadable(path: Path, *given: Any, **named: Any) -> str:
+        if path.name == "stage-0000.json":
+            raise OSError(116, "Stale file handle")
+        return read(path, *given, **named)
+
+    checkpoints.save_stage(0, {"x": torch.zeros(1000)}, {})
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "read_text", unreadable)
+        checkpoints.save_stage(1, {"x": torch.ones(1000)}, {})
+    (tmp_path / "stage-0001.json").write_text("")
+    assert (Checkpoints(tmp_path).load_stage() or (None,))[0] == 0
+    checkpoints.save_stage(2, {"x": torch.ones(1000)}, {})
+    checkpoints.save_stage(3, {"x": torch.full((1000,), 3.0)}, {})
+    assert len(list((tmp_path / "parts").iterdir())) == 2
+
+
+def test_what_changes_behind_a_tensor_s_version_is_written_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("clbench.recording.checkpoint._LARGE", 1000)
+    checkpoints, kept = Checkpoints(tmp_path), torch.zeros(50, 10, dtype=torch.float16)
+    for change in (lambda: None, lambda: kept.data.add_(1), lambda: kept.numpy().__setitem__((3, 4), 7)):
+        change()
+        checkpoints.save_stage(0, {"x": kept}, {})
+        _, found, _ = Checkpoints(tmp_path).load_stage() or (None, {}, {})
+        assert torch.equal(found["x"], kept)

@@ -160,3 +160,17 @@ def test_more_processes_than_gpus_share_them_evenly(tmp_path: Path, monkeypatch:
     )
     assert len({process for process, _ in found}) == 4
     assert sorted(gpu for _, gpu in found) == ["0", "0", "1", "1"]
+
+
+def test_slices_of_a_gpu_are_all_given_out_although_cuda_shows_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a stand-in for torch's count."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for given, expected in (
+        ("MIG-a, MIG-b", ["MIG-a", "MIG-b"]),
+        (" 3, 5", ["3"]),
+        ("GPU-a,GPU-b", ["GPU-a"]),
+    ):
+        monkeypatch.setenv(gpus.VISIBLE, given)
+        assert gpus.visible() == expected
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert gpus.visible() == []

@@ -2,8 +2,10 @@
 
 import copy
 import gc
+import math
 import weakref
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from torch import Tensor
 from clbench.methods import bounds as narrow
 from clbench.methods import nearest as searching
 from clbench.methods.bounds import TINY, Bounds, gamma
-from clbench.methods.nearest import Search, nearest
+from clbench.methods.nearest import Search, k_nearest, nearest
 
 # Name -> the type of few bits and the number of directions (None: all features); None for plain products.
 WAYS = {
@@ -365,3 +367,41 @@ def test_searching_is_in_single_precision_whatever_the_networks_are_in(way: str)
         found = nearest(queries, bank, [500])
         assert torch.is_autocast_enabled("cpu")
     assert all(map(torch.equal, found, expected))
+
+
+def test_threads_may_search_the_same_banks() -> None:
+    bank = torch.randn(1000, 16, generator=torch.Generator().manual_seed(0))
+    queries = [torch.randn(400, 16, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2)]
+    expected = [nearest(each, bank, [1000])[1] for each in queries]
+    search = Search()
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda number: search(queries[number % 2], bank, [1000])[1], range(40)))
+    assert all(torch.equal(each, expected[number % 2]) for number, each in enumerate(found))
+
+
+def test_pairs_are_looked_at_in_parts_where_nearly_all_are_candidates(
+    way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    random = torch.Generator().manual_seed(0)
+    bank = 1 + 1e-6 * torch.randn(500, 16, generator=random)
+    queries = 1 + 1e-6 * torch.randn(60, 16, generator=random)
+    shares, look = [], searching._not_above
+
+    def noted(groups: Tensor, some: Tensor, limit: Tensor) -> tuple[Tensor, Tensor]:
+        shares.append(len(some) / (groups.shape[0] * groups.shape[1]))
+        return look(groups, some, limit)
+
+    monkeypatch.setattr(searching, "_not_above", noted)
+    found, expected = Search()(queries, bank, [500]), by_differences(queries, bank, [500])
+    assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+    assert len(shares) > 16 and max(shares) <= 1 / 16
+
+
+def test_queries_that_are_no_numbers_get_rows_of_the_bank_and_gradients() -> None:
+    queries = torch.randn(8, 16, generator=torch.Generator().manual_seed(0))
+    queries[3] = math.nan
+    queries.requires_grad_()
+    distances, rows = k_nearest(queries, torch.randn(100, 16), 6)
+    assert int(rows.max()) < 100
+    distances.sum().backward()
+    assert queries.grad is not None and queries.grad[4:].isfinite().all()

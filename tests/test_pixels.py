@@ -11,6 +11,7 @@ from torch import Tensor
 
 from clbench import footprint
 from clbench.backbones import Backbone
+from clbench.data import images as pixels
 from clbench.data.images import Images, identities, origin
 from clbench.feature_store import FeatureStore
 from clbench.strategies.replay import Replay
@@ -149,3 +150,30 @@ def test_a_joint_stage_of_36_000_images_of_1_024_pixels_is_never_in_memory(tmp_p
     strategy.learn(0, Images.concatenate(sets))
     assert len(strategy.buffer.shares[0][0]) == 9
     assert footprint.peak(torch.device("cpu")) - before < 10**9
+
+
+def test_copies_that_are_joined_are_known_by_what_they_are_copies_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    base = torch.randint(0, 255, (8, 3, 4, 4), dtype=torch.uint8)
+    copies = Images([base.clone()])
+    copies._origin = Images([base])  # as `copied` leaves it on a GPU
+    expected = copies.identities(torch.arange(8))
+    hashed: list[bool] = []
+    of_part = pixels._identities_of_part
+    monkeypatch.setattr(
+        pixels, "_identities_of_part", lambda part: (hashed.append(part is base), of_part(part))[1]
+    )
+    joined = Images.concatenate([copies.some(slice(3)), copies.some(slice(3, None))])
+    assert joined.identities(torch.arange(8)) == expected and set(hashed) == {True}
+    assert joined.copied_bytes == base.numel() and Images([base]).copied_bytes == 0
+
+
+def test_features_of_test_images_leave_memory_to_those_that_every_epoch_sees() -> None:
+    store = FeatureStore(memory_limit=4 * 100 * 4, disk_limit=4 * 100 * 6)  # four images, and six on disk
+    for number in range(4):
+        store.put(f"test {number}", [torch.full((100,), float(number))])
+    store.learning = True
+    for number in range(4):
+        store.put(f"train {number}", [torch.zeros(100)])
+    assert (store.memory_used, store.disk_used) == (1600, 1600)
+    assert set(store._places) == {f"test {number}" for number in range(4)}
+    assert all(float(store.get(f"test {number}")[0][0]) == number for number in range(4))  # type: ignore[index]

@@ -22,6 +22,7 @@ from clbench.methods.cfa import CFA
 from clbench.methods.draem import DRAEM
 from clbench.methods.efficientad import EfficientAD
 from clbench.methods.fastflow import FastFlow
+from clbench.methods.maps import to_image_size
 from clbench.methods.padim import PaDiM
 from clbench.methods.stfpm import STFPM
 from clbench.strategies.finetune import Finetune
@@ -387,3 +388,19 @@ def test_predictions_come_back_from_a_gpu_while_the_next_batch_runs(monkeypatch:
         "waited",
         "waited",
     ]  # the second batch begins before the first is waited for
+
+
+def test_tables_made_while_a_graph_is_traced_or_in_inference_mode_serve_later_calls() -> None:
+    class Blur(torch.nn.Module):
+        def forward(self, grids: Tensor) -> Tensor:
+            return to_image_size(grids, (23, 29), 3.5)
+
+    grids = torch.rand(2, 8, 8)
+    torch.export.export(Blur(), (grids,))
+    expected = Blur()(grids)  # a table of the trace would be of no tensor
+    with torch.inference_mode():
+        assert torch.equal(
+            to_image_size(grids, (23, 31), 3.5)[..., 0], to_image_size(grids, (23, 31), 3.5)[..., 0]
+        )
+    to_image_size(grids.clone().requires_grad_(), (23, 31), 3.5).sum().backward()
+    assert expected.isfinite().all()

@@ -55,7 +55,10 @@ class Images:
             return each[0]
         begins = accumulate((int(images._starts[-1]) for images in each), initial=0)
         places = [images._places + begin for images, begin in zip(each, begins, strict=False)]
-        return Images([part for images in each for part in images._parts], each[0].device, torch.cat(places))
+        found = Images([part for images in each for part in images._parts], each[0].device, torch.cat(places))
+        if any(images._origin is not None for images in each):
+            found._origin = Images.concatenate([images._origin or images for images in each])
+        return found
 
     def on(self, device: torch.device) -> "Images":
         """The same images with rows on another device; they stay where they are until they are asked for."""
@@ -72,6 +75,11 @@ class Images:
         found = Images([there])
         found._origin = self
         return found
+
+    @property
+    def copied_bytes(self) -> int:
+        """What `copied` has taken for them."""
+        return 0 if self._origin is None else self.shape.numel()
 
     def some(self, rows: Tensor | slice) -> "Images":
         """Some of the images, by a slice or by rows, int64 [M] on the CPU; nothing is copied."""

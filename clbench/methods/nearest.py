@@ -15,6 +15,7 @@ A whole distance matrix is held only in graphs traced for export: other runtimes
 import functools
 import itertools
 import math
+import threading
 import time
 import warnings
 import weakref
@@ -27,6 +28,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from clbench.methods.bounds import GROUP, TINY, Bounds, bounds_of, gamma, whole_sums
+from clbench.out_of_memory import free_on_gpu
 from clbench.precision import single_precision
 
 _BYTES = 1 << 24  # of distances held at a time on the CPU: about the caches' size
@@ -36,6 +38,7 @@ _WORTH = 2  # bounds are prepared for a bank that was asked for so many queries 
 _LEAST = 512  # entries of a bank, on average, from which on bounds are tried
 _TRIALS = 2  # blocks of queries that bounds are timed on
 _CROWDED = 8  # where bounds leave more than one pair in so many, plain products are quicker
+_PARTS = 16  # pairs of a query and an entry are looked at in so many parts of a block, at most
 _FAR = 2.0**100  # more than any distance
 _LAST = torch.iinfo(torch.int64).max
 
@@ -56,6 +59,7 @@ class Search:
 
     def __init__(self) -> None:
         self._banks: _Banks | None = None
+        self._alone = threading.Lock()  # what is kept is written to in every call
 
     def __deepcopy__(self, memo: dict) -> "Search":
         return Search()  # banks are copied with it
@@ -74,7 +78,7 @@ class Search:
         """
         if torch.compiler.is_compiling():
             return _nearest_traced(queries, bank, sizes)
-        with single_precision(queries.device), whole_sums():
+        with self._alone, single_precision(queries.device), whole_sums():
             return self._known(bank, sizes).nearest(queries.contiguous(), bank.contiguous())
 
     def closest_bank(self, queries: Tensor, bank: Tensor, sizes: list[int]) -> tuple[Tensor, Tensor, Tensor]:
@@ -94,7 +98,7 @@ class Search:
         if torch.compiler.is_compiling():
             distances, rows = _nearest_traced(queries.flatten(0, 1), bank, sizes)
             return _closest(distances.view(-1, images, patches), rows.view(-1, images, patches))
-        with single_precision(queries.device), whole_sums():
+        with self._alone, single_precision(queries.device), whole_sums():
             return self._known(bank, sizes).closest(queries.contiguous(), bank.contiguous())
 
     def _known(self, bank: Tensor, sizes: list[int]) -> "_Banks":
@@ -289,18 +293,23 @@ class _Banks:
         # No more than these can be nearer, or as near and before it.
         limit = found.squared * (1 + 2 * self._error) + TINY
         rest = limit - norms
-        query, columns = _not_above(groups, minima, rest if bounds is None else bounds.limit(limit))
-        if bounds is not None and _CROWDED * len(query) > values.numel():
-            self._search(found, norms, None, piece)
-            return
-        rows = self._rows(piece, bounds, columns)
-        nearer = rows != found.rows.index_select(0, query)
-        if bounds is not None and self._on_cpu and _sampled():
-            products = _sampled_products(found.queries, found.bank, query, rows, self._norms)
-            nearer &= products <= rest.index_select(0, query)
-        left = nearer.nonzero()[:, 0]
-        if len(left):
-            found.add(query.index_select(0, left), rows.index_select(0, left))
+        limits = rest if bounds is None else bounds.limit(limit)
+        some = (minima <= limits[:, None]).view(-1).nonzero()[:, 0]
+        pairs = 0
+        for part in some.split(max(1, minima.numel() // _PARTS)):
+            query, columns = _not_above(groups, part, limits)
+            pairs += len(query)
+            if bounds is not None and _CROWDED * pairs > values.numel():
+                self._search(found, norms, None, piece)
+                return
+            rows = self._rows(piece, bounds, columns)
+            nearer = rows != found.rows.index_select(0, query)
+            if bounds is not None and self._on_cpu and _sampled():
+                products = _sampled_products(found.queries, found.bank, query, rows, self._norms)
+                nearer &= products <= rest.index_select(0, query)
+            left = nearer.nonzero()[:, 0]
+            if len(left):
+                found.add(query.index_select(0, left), rows.index_select(0, left))
 
     def _rows(self, piece: int, bounds: Bounds | None, columns: Tensor) -> Tensor:
         """The rows of the bank that columns of values stand for."""
@@ -371,19 +380,18 @@ def _smallest(groups: Tensor, minima: Tensor) -> Tensor:
     return groups.view(-1, GROUP).index_select(0, rows).argmin(1).add_(group, alpha=GROUP)
 
 
-def _not_above(groups: Tensor, minima: Tensor, limit: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows and columns, int64 [P] both, of the values that are not above their row's limit [Q], by rows.
+def _not_above(groups: Tensor, some: Tensor, limit: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows and columns, int64 [P] both, of the values in some groups that are not above their row's limit [Q], by rows.
 
     Args:
         groups: values [Q, G, GROUP].
-        minima: of the groups, [Q, G].
+        some: which groups, counted over all rows, int64 ascending.
     """
-    some = (minima <= limit[:, None]).view(-1).nonzero()[:, 0]
-    query = some // minima.shape[1]
+    query = some // groups.shape[1]
     inside = groups.view(-1, GROUP).index_select(0, some) <= limit.index_select(0, query)[:, None]
     pairs = inside.view(-1).nonzero()[:, 0]
     group = pairs // GROUP
-    query, column = query.index_select(0, group), some.index_select(0, group).remainder_(minima.shape[1])
+    query, column = query.index_select(0, group), some.index_select(0, group).remainder_(groups.shape[1])
     return query, column.mul_(GROUP).add_(pairs.remainder_(GROUP))
 
 
@@ -430,8 +438,7 @@ def _room(device: torch.device) -> int:
     """Bytes for the distances that are held at a time: on a GPU a sixteenth of its free memory, at most 4 GB."""
     if device.type != "cuda":
         return _BYTES
-    free, _ = torch.cuda.mem_get_info(device)
-    return max(_BYTES, min(free // 16, 1 << 32))
+    return max(_BYTES, min(free_on_gpu(device) // 16, 1 << 32))
 
 
 def _nearest_traced(queries: Tensor, bank: Tensor, sizes: list[int]) -> tuple[Tensor, Tensor]:
@@ -482,6 +489,7 @@ class _KNearest(torch.autograd.Function):
             torch.addmm(norms, part, bank.T, alpha=-2, out=products[:, : len(bank)])
             smallest, rows[first : first + step] = _k_smallest(products, k)
             distances[first : first + step] = smallest + part.square().sum(1, keepdim=True)
+        rows.clamp_(max=len(bank) - 1)  # of what is not a number, rows behind the bank come out
         ctx.save_for_backward(queries, bank, rows)
         ctx.mark_non_differentiable(rows)
         return distances.clamp_min_(0), rows

@@ -7,11 +7,18 @@ import torch
 from torch import Tensor
 
 
-@lru_cache(maxsize=32)
 def table(make: Callable[..., Tensor], *sizes: float, device: torch.device) -> Tensor:
     """What `make` gives for these sizes, on this device; made on the CPU, in single precision, and kept.
 
-    So a training step has no launches for it, and no copy to the device, which would wait for it.
+    So a training step has no launches for it, and no copy to the device, which would wait for it. A graph that is traced
+    has one of its own.
     """
-    with torch.no_grad(), torch.autocast("cpu", enabled=False):
+    return (_made if torch.compiler.is_compiling() else _kept)(make, *sizes, device=device)
+
+
+def _made(make: Callable[..., Tensor], *sizes: float, device: torch.device) -> Tensor:
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
         return make(*sizes).to(device)
+
+
+_kept = lru_cache(maxsize=32)(_made)

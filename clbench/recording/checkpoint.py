@@ -61,8 +61,10 @@ class Checkpoints:
         self.every_s = every_s
         self.urgent, self.saved = urgent, saved
         self.beside = beside
-        self._whole: set[str] = set()  # files of parts that this process has written or read
-        self._digests: Any = WeakTensorKeyDictionary()  # tensor -> its version then, and its digest
+        self._whole: set[str] = set()  # files of parts that this process has written or read, and not removed
+        self._digests: Any = (
+            WeakTensorKeyDictionary()
+        )  # tensor -> its version and its sum then, and its digest
         self._saved_at = time.perf_counter()
         self._saving_took = 0.0
 
@@ -165,15 +167,20 @@ class Checkpoints:
         return digest
 
     def _digest(self, tensor: Tensor) -> str:
-        """A tensor's digest, which is computed once for as long as it stays the same."""
+        """A tensor's digest, which is computed once for as long as it stays the same.
+
+        What is changed through `.data` or NumPy, of which a tensor's version does not know, changes the sum of its bytes.
+        """
+        state = tensor._version, _sum_of(tensor)
         known = self._digests.get(tensor)
-        if known is None or known[0] != tensor._version:
-            self._digests[tensor] = known = tensor._version, _digest_of(tensor)
+        if known is None or known[0] != state:
+            self._digests[tensor] = known = state, _digest_of(tensor)
         return known[1]
 
     def _is_whole(self, digest: str) -> bool:
         """Whether the file of a part is there with that part in it; each process reads it once."""
-        if digest not in self._whole:
+        if digest not in self._whole or not self._part(digest).exists():
+            self._whole.discard(digest)
             with suppress(OSError, SafetensorError), safe_open(self._part(digest), framework="pt") as file:
                 found = {name: _digest_of(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
                 if _digest_of_all(found) == digest:
@@ -186,13 +193,14 @@ class Checkpoints:
             return None
         found: dict[str, Tensor] = {}
         for path in [self._path(name, "safetensors"), *map(self._part, data.pop("parts", []))]:
-            with safe_open(path, framework="pt", device=self.device) as file:
+            with safe_open(path, framework="pt") as file:
                 found |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        if (devices := data.pop("devices", None)) is None:  # in earlier versions
-            return found, data
-        # What was kept on the CPU beside a GPU comes back there.
-        whole = {key: _put_together(key, found) for key in devices}
-        return {key: whole[key].cpu() if devices[key] == "cpu" else whole[key] for key in devices}, data
+        # Earlier versions did not keep devices. What was kept on the CPU beside a GPU comes back there, and never was on it.
+        devices = data.pop("devices", None) or dict.fromkeys(found, self.device)
+        return {
+            key: _put_together(key, found).to("cpu" if device == "cpu" else self.device)
+            for key, device in devices.items()
+        }, data
 
     def _checked_data(self, name: str) -> dict[str, Any] | None:
         """The data of a checkpoint; None where one of its files is damaged."""
@@ -226,11 +234,17 @@ class Checkpoints:
                 self._path(name, kind).unlink(missing_ok=True)
 
     def _remove_parts(self) -> None:
-        """Remove the parts that no checkpoint has."""
+        """Remove the parts that no checkpoint has; none, where a checkpoint cannot be read now."""
         named: set[str] = set()
-        for path in self.directory.glob("*.json"):
-            with suppress(OSError, ValueError):
-                named.update(json.loads(path.read_text(encoding="utf-8").split("\n")[1]).get("parts", []))
+        try:
+            for path in self.directory.glob("*.json"):
+                with suppress(
+                    ValueError, LookupError, AttributeError
+                ):  # it is damaged, and counts for nothing
+                    named.update(json.loads(path.read_text(encoding="utf-8").split("\n")[1])["parts"])
+        except OSError:
+            return
+        self._whole &= named
         for path in set((self.directory / "parts").glob("*")) - set(map(self._part, named)):
             with suppress(OSError):
                 path.unlink()
@@ -255,14 +269,20 @@ def _in_parts(tensors: Mapping[str, Tensor]) -> tuple[list[dict[str, Tensor]], d
     return parts, rest
 
 
-def _put_together(name: str, found: Mapping[str, Tensor]) -> Tensor:
-    """The tensor of a name, from what files have of it: itself, or its rows."""
+def _put_together(name: str, found: dict[str, Tensor]) -> Tensor:
+    """The tensor of a name, taken out of what files have of it: itself, or its rows."""
     if name in found:
-        return found[name]
-    rows = [found[f"{name}[0]"]]
-    while (row := found.get(f"{name}[{len(rows)}]")) is not None:
-        rows.append(row)
-    return torch.cat(rows) if len(rows) > 1 else rows[0]
+        return found.pop(name)
+    count = 1
+    while f"{name}[{count}]" in found:
+        count += 1
+    if count == 1:
+        return found.pop(f"{name}[0]")
+    first = found[f"{name}[0]"]
+    whole = first.new_empty(count, *first.shape[1:])
+    for row in range(count):
+        whole[row : row + 1] = found.pop(f"{name}[{row}]")
+    return whole
 
 
 def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -291,6 +311,15 @@ def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 def _size(tensor: Tensor) -> int:
     """The bytes of a tensor."""
     return tensor.numel() * tensor.element_size()
+
+
+def _sum_of(tensor: Tensor) -> int:
+    """The sum of a tensor's numbers taken as integers, which costs a tenth of its digest."""
+    flat = tensor.detach().contiguous().reshape(-1)
+    kind = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}.get(
+        flat.element_size(), torch.uint8
+    )
+    return int(flat.view(kind).sum(dtype=torch.int64))
 
 
 def _digest_of(tensor: Tensor) -> str:

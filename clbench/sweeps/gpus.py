@@ -23,13 +23,18 @@ def visible() -> list[str]:
     """The GPUs that torch sees here, by the names that CUDA_VISIBLE_DEVICES takes: numbers, or what it has already.
 
     Torch counts them, so that a torch without CUDA or a driver that is too old has none. It asks the driver's management
-    library, and does not start CUDA.
+    library, and does not start CUDA, but where they are slices of one (MIG).
     """
     import torch
 
     count = torch.cuda.device_count()
     given = os.environ.get(VISIBLE)
-    return (given.split(",") if given is not None else [str(index) for index in range(count)])[:count]
+    if given is None:
+        return [str(index) for index in range(count)]
+    named = [name.strip() for name in given.split(",")]
+    # CUDA shows a process one slice of a GPU, however many it may have; each process is to get its own.
+    slices = bool(count) and all(name.startswith("MIG-") for name in named)
+    return named if slices else named[:count]
 
 
 @dataclass(frozen=True)
@@ -37,7 +42,8 @@ class OnOneGpu:
     """A task of a sweep, for worker processes: each takes a GPU before its first run, and keeps it until it ends.
 
     No two processes of a user have the same GPU as long as there are no more of them than GPUs, also where a process
-    was killed or replaced, or where two sweeps run at a time. Where there are more, each GPU is shared by as many.
+    was killed or replaced, or where two sweeps run at a time that name GPUs alike. Where there are more, each GPU is shared
+    by as many.
 
     Args:
         task: what does a run; its composed config is the argument.
