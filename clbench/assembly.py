@@ -21,7 +21,7 @@ from clbench.data.samples import Dataset
 from clbench.data.stream import Task
 from clbench.errors import UserError
 from clbench.methods.base import Detector, Progress
-from clbench.metrics.names import USUAL
+from clbench.metrics.names import USUAL, need
 from clbench.out_of_memory import memory_named
 from clbench.recording.recorder import Recorder, Surviving
 from clbench.strategies.base import Strategy
@@ -187,8 +187,8 @@ def reader(config: Config, dataset: Dataset) -> Callable[[Progress], list[Task]]
             f"replay.size={size}{usual} is larger than all {images} training images of the stream: "
             f"give at most {images}, or strategy=joint"
         )
-    cache = Path(config.cache)
-    return lambda progress: stream.load_tasks(dataset, categories, geometry, cache, progress)
+    cache, defects = Path(config.cache), need(config.metrics.further, "saturations")
+    return lambda progress: stream.load_tasks(dataset, categories, geometry, cache, progress, defects)
 
 
 def stage_bytes(config: Config) -> int:

@@ -19,6 +19,7 @@ from clbench.config.schema import Config, SweepSettings, TaskOrder
 from clbench.config.wandb_access import wandb_mode
 from clbench.data.samples import Dataset, Geometry
 from clbench.errors import UserError
+from clbench.metrics.names import METRICS, need
 from clbench.paths import PATH, absolute, expanded
 
 
@@ -267,6 +268,7 @@ def _check_combinations(config: Config) -> None:
             f"{combination}: the strategy works on the steps of an optimizer, and the method has none; "
             "take a method that is trained by gradients, or another strategy"
         )
+    _check_saturations(config)
     wandb_mode(config.wandb.model_dump())
     if config.gpu.device == "cpu" and config.gpu.precision == "fp16":
         raise UserError("gpu.precision=fp16 is for GPUs: on gpu.device=cpu take bf16 or fp32")
@@ -294,3 +296,19 @@ def _check_order(order: TaskOrder) -> None:
     for name in ("run", "metric", "sizes"):
         if not order.by_results and getattr(order, name) is not None:
             raise UnknownSetting(f"task_order.{name}", ["task_order.kind", "task_order.tasks"])
+
+
+def _check_saturations(config: Config) -> None:
+    """Check that the dataset has saturation areas of defects where a metric needs them.
+
+    Raises:
+        UserError: it has none.
+    """
+    further = config.metrics.further
+    dataset: type[Dataset] = classes.class_of_kind("dataset", config.dataset.target, Dataset)
+    if need(further, "saturations") and dataset.defects is Dataset.defects:
+        names = ",".join(name for name in further if METRICS[name].needs == "saturations")
+        raise UserError(
+            f"metrics.further=[{names}] needs the saturation area of each defect, which dataset={config.dataset.name} does "
+            "not list: take dataset=mvtec_loco, or AU-PRO (aupro, which every run has, and aupro_5)"
+        )

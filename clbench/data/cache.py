@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 _FORMAT = 2  # raise it when the same samples and geometry would be stored differently
 _ABANDONED_S = 3600  # seconds: a part file not written to for so long belongs to a killed process
 
-_THREADS = min(8, os.cpu_count() or 1)
+THREADS = min(8, os.cpu_count() or 1)
 
 Result = TypeVar("Result")
 # Image uint8 [H, W, 3]; mask bool [H, W], or None without; largest value of a 16-bit image, None of others.
@@ -182,7 +182,7 @@ def _content_of(samples: Sequence[Sample]) -> str:
     Raises:
         UserError: a file is unreadable.
     """
-    with ThreadPoolExecutor(_THREADS) as pool:
+    with ThreadPoolExecutor(THREADS) as pool:
         return _digest(list(pool.map(lambda sample: sample.content(), samples)))
 
 
@@ -195,7 +195,7 @@ def _list(samples: Sequence[Sample], path: Path) -> str:
     """
     content = _content_of(samples)
     if all(sample.settled() for sample in samples):
-        with _whole_file(path) as file:
+        with whole_file(path) as file:
             file.write(json.dumps({"content": content}).encode())
     return content
 
@@ -243,8 +243,8 @@ def _write(
     paths = _paths(directory, key)
     with (
         closing(_decoded(samples, geometry)) as decoded,
-        _whole_file(paths[0]) as images,
-        _whole_file(paths[1]) as masks,
+        whole_file(paths[0]) as images,
+        whole_file(paths[1]) as masks,
     ):
         size: tuple[int, ...] | None = None
         for number, (sample, (image, mask, largest)) in enumerate(zip(samples, decoded, strict=True)):
@@ -267,7 +267,7 @@ def _write(
     of_all = hashlib.sha256(
         json.dumps([len(samples), size, *(each.hexdigest() for each in digests)]).encode()
     )
-    with _whole_file(directory / f"{key}.json") as file:
+    with whole_file(directory / f"{key}.json") as file:
         file.write(json.dumps(asdict(Contents(of_all.hexdigest(), peak, marked))).encode())
 
 
@@ -283,11 +283,11 @@ def _decoded(samples: list[Sample], geometry: Geometry) -> Generator[AtSize, Non
             raise UserError(f"{sample.name}: {error}") from error
 
     pending: deque[Future[AtSize]] = deque()
-    with ThreadPoolExecutor(_THREADS) as pool:
+    with ThreadPoolExecutor(THREADS) as pool:
         try:
             for sample in samples:
                 pending.append(pool.submit(decode, sample))
-                if len(pending) > 2 * _THREADS:
+                if len(pending) > 2 * THREADS:
                     yield pending.popleft().result()
             while pending:
                 yield pending.popleft().result()
@@ -302,7 +302,7 @@ def _write_header(file: BinaryIO, dtype: np.dtype, shape: tuple[int, ...]) -> No
 
 
 @contextmanager
-def _whole_file(path: Path) -> Iterator[BinaryIO]:
+def whole_file(path: Path) -> Iterator[BinaryIO]:
     """A file that appears under its name only when it is complete and on the disk."""
     # Not `tempfile`, whose files only their owner may read: a cache is often shared by a group.
     part = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")

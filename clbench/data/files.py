@@ -126,6 +126,25 @@ class FileSample(Sample):
         object.__setattr__(sample, "least", geometry.resize)
         return sample
 
+    def outlines(self) -> list[tuple[np.ndarray, int]]:
+        """Each mask by itself: bool [H, W] at the file's size, and the value of the pixels that it marks.
+
+        Raises:
+            UserError: as `read`, or a mask marks pixels with several values.
+        """
+        found = []
+        for path in self.masks:
+            mask, levels = _read_levels(path)
+            values = np.unique(levels[mask])
+            if len(values) > 1:
+                raise UserError(
+                    f"mask {path} marks with {len(values)} values, {values[0]} to {values[-1]}, where one defect has one: "
+                    "copy it again from its source"
+                )
+            found.append((mask, int(values[0])))
+        self._check_unchanged()
+        return found
+
     def read(self) -> tuple[np.ndarray, np.ndarray | None]:
         image = decode(self.image, self.least)
         merged = None
@@ -176,6 +195,11 @@ def read_mask(path: Path) -> np.ndarray:
     Raises:
         UserError: as `decode`, or the mask marks no pixel, or it cannot be told which.
     """
+    return _read_levels(path)[0]
+
+
+def _read_levels(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """As `read_mask`, and the level of each pixel: the largest of its channels, uint8 or uint16 [H, W]."""
     decoded = decode(path, look_at_alpha=True)
     try:
         mask = marked(decoded.pixels, decoded.lossy, decoded.alpha)
@@ -183,7 +207,7 @@ def read_mask(path: Path) -> np.ndarray:
         raise UserError(f"mask {path} {doubt}") from doubt
     if not mask.any():
         raise UserError(f"mask {path} marks no pixel: draw the defect in it, or move its image to {GOOD}")
-    return mask
+    return mask, decoded.pixels.max(axis=2)
 
 
 def read_mask_of(image: Path, path: Path, size: tuple[int, ...] | None) -> np.ndarray:

@@ -1,7 +1,7 @@
 """Images as tensors: where they lie, what is known about them, and how they come to the device."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any, Union
 
@@ -12,7 +12,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from clbench import digests
 from clbench.data.cache import Contents
-from clbench.data.samples import GOOD, different_sizes
+from clbench.data.samples import GOOD, Defect, different_sizes
 
 Identity = str  # the SHA-256 of an image's pixels
 
@@ -236,6 +236,7 @@ class ImageSet:
         names: names to show to people, one for each image.
         unknown: indices of the defective images whose defect was not outlined: their masks mean nothing.
         contents: what was found when they were decoded; nothing where they come from elsewhere.
+        defects: each defect by itself, where saturation areas are asked for; else none.
     """
 
     images: Tensor | Images
@@ -244,6 +245,7 @@ class ImageSet:
     names: list[str]
     unknown: list[int] = field(default_factory=list)
     contents: Contents = field(default_factory=lambda: Contents("", None, []))
+    defects: Sequence[Defect] = ()
 
     def __len__(self) -> int:
         return len(self.images)
@@ -273,11 +275,16 @@ class ImageSet:
             return sets[0]
         for other in sets[1:]:
             sets[0].same_size(other)
-        begins = accumulate((len(part) for part in sets), initial=0)
+        begins = list(accumulate((len(part) for part in sets), initial=0))
         return ImageSet(
             images=Images.concatenate([part.images for part in sets]),
             masks=torch.cat([part.masks for part in sets]),
             kinds=[kind for part in sets for kind in part.kinds],
             names=[name for part in sets for name in part.names],
             unknown=[begin + at for begin, part in zip(begins, sets, strict=False) for at in part.unknown],
+            defects=[
+                replace(defect, image=begin + defect.image)
+                for begin, part in zip(begins, sets, strict=False)
+                for defect in part.defects
+            ],
         )

@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import cv2
@@ -58,6 +59,21 @@ class Sample(ABC):
         """
 
 
+@dataclass(frozen=True, eq=False)
+class Defect:
+    """One outlined defect of a test image, where a dataset tells the defects of an image apart.
+
+    Attributes:
+        image: index of its image in the test set.
+        pixels: where it is, in the image's mask at the run's size, flattened: int32 [at least 1].
+        saturation: how many of its pixels must be found for it to count as found whole.
+    """
+
+    image: int
+    pixels: np.ndarray
+    saturation: int
+
+
 class Dataset(ABC):
     """Product categories with normal training images and labelled test images.
 
@@ -78,6 +94,20 @@ class Dataset(ABC):
         Raises:
             UserError: the category is unknown, or has no image for the split.
         """
+
+    def defects(self, category: str, geometry: "Geometry", directory: Path) -> list[Defect]:
+        """The defects of a category's test images; those of which no pixel is left at the run's size are left out.
+
+        Only datasets that list saturation areas have this: the default is never called.
+
+        Args:
+            geometry: what masks are brought to.
+            directory: folder of the cache of decoded images.
+
+        Raises:
+            UserError: a file is missing or unreadable, or masks and saturation areas do not go together.
+        """
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -150,6 +180,10 @@ class Geometry:
             size = (self.resize, self.resize)
             mask = _resized(mask.astype(np.uint8), size, cv2.INTER_NEAREST_EXACT).astype(bool)
         return self._cropped(mask)
+
+    def enlargement(self, size: tuple[int, int]) -> float:
+        """How many pixels of the resized image there are for one of a file of size (H, W)."""
+        return 1.0 if self.resize is None else self.resize**2 / (size[0] * size[1])
 
     def restore(self, grid: np.ndarray, size: tuple[int, int]) -> np.ndarray:
         """Bring a map of an image that `image` resized and cropped back to the original image's pixels.

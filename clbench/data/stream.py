@@ -2,13 +2,14 @@
 
 import unicodedata
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
 from clbench.config.schema import BY_RESULTS
 from clbench.data import cache
+from clbench.data import defects as outlined
 from clbench.data import doubts as doubtful
 from clbench.data.images import ImageSet
 from clbench.data.protocols import protocol_of
@@ -29,7 +30,8 @@ class Category:
     Attributes:
         name: its name in the dataset.
         test: the images that it is evaluated on.
-        fingerprints: of its training images and of its test images; empty where they are not known.
+        fingerprints: of its training images and of its test images, and of their defects where they were asked for;
+            empty where they are not known.
         peak: the largest value of its 16-bit images; None where it has none.
         nearly_all: the names of the test images whose masks mark nearly all of them.
     """
@@ -144,6 +146,7 @@ def load_tasks(
     geometry: Geometry,
     directory: Path,
     progress: Callable[[str, int, int], None],
+    defects: bool = False,
 ) -> list[Task]:
     """The tasks of a stream. Every file is read now, so that a bad one is found before training.
 
@@ -152,6 +155,7 @@ def load_tasks(
         geometry: the size that images and masks are brought to.
         directory: folder of the cache of decoded images.
         progress: called with the phase, the number of images read, and of all.
+        defects: whether test sets need each defect by itself; only where the dataset has `defects`.
 
     Raises:
         UserError: a file is unreadable, images differ in size, or the cache cannot be written.
@@ -161,6 +165,12 @@ def load_tasks(
         for group in categories
         for name in group
         for split in SPLITS
+    }
+    # First, as it is quickly known whether they are all there.
+    each_defect = {
+        name: dataset.defects(name, geometry, directory)
+        for name, split in found
+        if defects and split == "test"
     }
     total = sum(len(samples) for samples in found.values())
     done = 0
@@ -177,12 +187,12 @@ def load_tasks(
 
     def category(name: str) -> Category:
         known = [sets[name, split].contents for split in SPLITS]
+        of_images = [each.fingerprint(found[name, split]) for split, each in zip(SPLITS, known, strict=True)]
+        outlines = each_defect.get(name, [])
         return Category(
             name,
-            test=sets[name, "test"],
-            fingerprints=[
-                each.fingerprint(found[name, split]) for split, each in zip(SPLITS, known, strict=True)
-            ],
+            test=replace(sets[name, "test"], defects=outlines),
+            fingerprints=[*of_images, *([outlined.fingerprint(outlines)] if defects else [])],
             peak=max((each.peak for each in known if each.peak is not None), default=None),
             nearly_all=[sets[name, "test"].names[index] for index in known[1].nearly_all],
         )

@@ -4,16 +4,17 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from clbench.data.cache import contents_of
+from clbench.data.defects import fingerprint
 from clbench.data.samples import Dataset, Geometry, Split
 
 SPLITS: tuple[Split, Split] = ("train", "test")
 
-# A category's name -> the fingerprints of its training images and of its test images.
+# A category's name -> the fingerprints of its training images, of its test images, and of their defects where asked for.
 Fingerprints = dict[str, list[str]]
 
 
 def fingerprints(
-    dataset: Dataset, categories: Iterable[str], geometry: Geometry, directory: Path
+    dataset: Dataset, categories: Iterable[str], geometry: Geometry, directory: Path, defects: bool = False
 ) -> Fingerprints:
     """The fingerprints of a dataset's images as they are now, in the order of the categories.
 
@@ -22,6 +23,7 @@ def fingerprints(
     Args:
         geometry: what images are brought to.
         directory: folder of the cache of decoded images.
+        defects: whether each defect was asked for by itself.
 
     Raises:
         UserError: a category is unknown or incomplete, a file is unreadable, or the cache cannot be written.
@@ -32,6 +34,8 @@ def fingerprints(
         found[category] = [
             contents_of(samples, geometry, directory).fingerprint(samples) for samples in given
         ]
+        if defects:
+            found[category].append(fingerprint(dataset.defects(category, geometry, directory)))
     return found
 
 
@@ -48,9 +52,8 @@ def changes(before: Mapping[str, list[str]], now: Mapping[str, list[str]]) -> st
         *(f"'{name}' is gone" for name in before if name not in now),
     ]
     for name in before:
-        for split, old, new in zip(
-            ("training", "test"), before[name], now.get(name, before[name]), strict=True
-        ):
+        parts = ("training images", "test images", "defects or saturation areas")
+        for part, old, new in zip(parts, before[name], now.get(name, before[name]), strict=False):
             if old != new:
-                changed.append(f"{split} images of '{name}' changed")
+                changed.append(f"{part} of '{name}' changed")
     return ", ".join(changed) or "in another order"

@@ -11,6 +11,7 @@ from clbench.data.on_disk import NoRoot
 from clbench.data.samples import Dataset
 from clbench.data.unchanged import Fingerprints, changes, fingerprints
 from clbench.errors import UserError
+from clbench.metrics.names import need
 from clbench.paths import expanded
 from clbench.recording.run_directory import RunDirectory
 
@@ -74,7 +75,8 @@ class FinishedImages:
             UserError: the dataset is incomplete, a file is unreadable, or the cache cannot be written.
         """
         tasks = None if config.task_order.by_results else config.task_order.tasks  # None: all that there are
-        about = json.dumps([config.plain()["dataset"], tasks, before])
+        defects = need(config.metrics.further, "saturations")
+        about = json.dumps([config.plain()["dataset"], tasks, before, defects])
         if about not in self._now:
             self._now[about] = None
             try:
@@ -86,5 +88,5 @@ class FinishedImages:
             joined = [name for name in dataset.categories if name not in before] if tasks is None else []
             names = [*(name for name in before if name in dataset.categories), *joined]
             cache = expanded(self._cache, "cache")
-            self._now[about] = fingerprints(dataset, names, config.dataset.geometry(), cache)
+            self._now[about] = fingerprints(dataset, names, config.dataset.geometry(), cache, defects)
         return self._now[about]
