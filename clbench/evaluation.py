@@ -1,7 +1,8 @@
 """Anomaly maps of test images, the metrics of these maps, and the time that they take."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from clbench.data.images import Images, ImageSet
 from clbench.energy import Meter
 from clbench.methods.base import Prediction, Progress
 from clbench.metrics.curves import image_metrics, pixel_metrics
+from clbench.metrics.pimo import aupimo
 from clbench.metrics.stored import Decisions, image_decisions, pixel_decisions
 from clbench.strategies.base import Strategy
 from clbench.training import Diverged, advice_on_divergence
@@ -105,24 +107,30 @@ def _finite(prediction: Prediction, strategy: Strategy) -> Prediction:
 def metrics_of(
     prediction: Prediction,
     images: ImageSet,
+    further: Sequence[str] = (),
     decisions: Decisions | None = None,
 ) -> dict[str, float | None]:
     """The metrics of a category's predictions: name -> value in [0, 1]; None where one is undefined.
 
-    The seven usual ones, and with decisions those at stored thresholds. Pixel metrics leave out images whose defect was
-    not outlined.
+    The seven usual ones, further ones, and with decisions those at stored thresholds. Pixel metrics leave out images whose
+    defect was not outlined.
 
     Args:
         prediction: maps [N, H, W] and scores [N], on the CPU.
         images: the N test images that they are of.
+        further: names of metrics beside the seven; those that need thresholds are measured where there are decisions.
         decisions: the thresholds of each image.
     """
     scores, labels = prediction.scores.numpy().astype(np.float64), images.labels.numpy()
-    maps, masks = prediction.maps.numpy(), images.masks.numpy()
+    maps, masks, defects = prediction.maps.numpy(), images.masks.numpy(), images.defects
     outlined = np.delete(np.arange(len(images)), images.unknown)
     if images.unknown:
         maps, masks = maps[outlined], masks[outlined]
-    found = {**image_metrics(scores, labels), **pixel_metrics(maps, masks)}
+        defects = [replace(each, image=int(np.searchsorted(outlined, each.image))) for each in defects]
+    found = {**image_metrics(scores, labels), **pixel_metrics(maps, masks, further=further, defects=defects)}
+    if "aupimo" in further:
+        areas = aupimo(maps, masks, labels[outlined])
+        found["aupimo"] = float(areas.mean()) if areas is not None and len(areas) else None
     if decisions is not None:
         found |= image_decisions(scores, labels, decisions.image)
         of_outlined = Decisions(*(each[outlined] for each in decisions))

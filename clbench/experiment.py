@@ -210,7 +210,7 @@ class Course:
             so_far = [self.history.thresholds[earlier] for earlier in range(stage + 1)]
             rates = self.assembly.config.metrics.pixel_rate, self.assembly.config.metrics.image_rate
             decided = decisions.by_stage(so_far, own, len(test), rates)
-        values = evaluation.metrics_of(prediction, test, decided)
+        values = evaluation.metrics_of(prediction, test, self.assembly.config.metrics.further, decided)
         if self.strategy.routes:
             assert prediction.chosen is not None
             chosen = torch.bincount(prediction.chosen, minlength=stage + 1).tolist()
