@@ -62,7 +62,7 @@ def pixel_metrics(
     pixels outside every defect.
 
     Memory beyond the arguments: 8 bytes a pixel (the sort keys, sorted in place), about 40 bytes for
-    each pixel of one image while the keys are made, then about 8 MB; for AU-sPRO, about 100 bytes for each
+    each pixel of one image while the keys are made, then about 8 MB; for AU-sPRO, up to 140 bytes for each
     pixel of a defect instead.
 
     Args:
