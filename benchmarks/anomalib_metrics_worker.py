@@ -1,8 +1,8 @@
 """AUPIMO and AU-PRO by anomalib: run by `metrics` with the Python that has anomalib.
 
 Imports nothing of clbench. Reads maps and masks from the first argument, and writes to the second: the values, the shortest
-of a few times in seconds, the number of points of its curve between AUPIMO's two rates, and for each image how far that
-curve, which is of thresholds on a grid, may leave AUPIMO off.
+of a few times in seconds, the number of points of its curve between AUPIMO's two rates, which it takes from its grid of
+thresholds, and for each image how far AUPIMO between the same rates may be from it.
 """
 
 import logging
@@ -40,11 +40,11 @@ def timed(call, *arguments):
     return result, min(seconds)
 
 
-def grid_error(rates: np.ndarray, overlaps: np.ndarray) -> np.ndarray:
-    """How far AUPIMO may be from another one through the same points, and through exact bounds: float64 [images].
+def grid_error(rates: np.ndarray, overlaps: np.ndarray) -> tuple[np.ndarray, float, float]:
+    """How far AUPIMO may be from another one through the same points, float64 [images], and the two rates that it is between.
 
     The overlap rises with the rate: between one rate and the next it lies between its lowest value at the first, as several
-    thresholds have one rate, and its highest at the second. And the bounds are those of the rates that are nearest.
+    thresholds have one rate, and its highest at the second. The two rates are those of the grid that are nearest.
 
     Args:
         rates: the false-positive rate at each threshold, descending.
@@ -55,8 +55,7 @@ def grid_error(rates: np.ndarray, overlaps: np.ndarray) -> np.ndarray:
     changes = np.flatnonzero(np.diff(x)) + 1
     first, last = np.append(0, changes), np.append(changes, len(x)) - 1
     between = (-np.diff(x[first]) * (y[:, first[:-1]] - y[:, last[1:]])).sum(axis=1)
-    moved = abs(x[0] - math.log(HIGH)) + abs(x[-1] - math.log(LOW)) * y[:, first[-1]]
-    return (between + moved) / math.log(HIGH / LOW)
+    return between / math.log(HIGH / LOW), rates[end], rates[begin]
 
 
 def main() -> None:
@@ -66,11 +65,14 @@ def main() -> None:
     maps, masks = torch.from_numpy(given["maps"]), torch.from_numpy(given["masks"])
     (_, rates, overlaps, _, areas, points), pimo_seconds = timed(aupimo, maps, masks)
     defective = ~torch.isnan(areas)
+    error, low, high = grid_error(rates.double().numpy(), overlaps[defective].double().numpy())
     pro, pro_seconds = timed(aupro, maps, masks.float(), 0.3)
     np.savez(
         sys.argv[2],
         aupimo=areas[defective].numpy(),
-        error=grid_error(rates.double().numpy(), overlaps[defective].double().numpy()),
+        error=error,
+        low=low,
+        high=high,
         points=points,
         aupimo_seconds=pimo_seconds,
         aupro=pro,

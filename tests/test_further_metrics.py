@@ -1,12 +1,14 @@
 """Metrics beside the seven: worked examples, direct versions of AUPIMO and AU-sPRO, and MVTec LOCO's saturation areas."""
 
 import json
+import re
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from scipy import ndimage
 
 from clbench.config import check, composed
@@ -21,7 +23,7 @@ from clbench.evaluation import metrics_of
 from clbench.methods.base import Prediction
 from clbench.metrics import curves
 from clbench.metrics.curves import image_metrics, pixel_metrics
-from clbench.metrics.names import USUAL
+from clbench.metrics.names import METRICS, USUAL
 from clbench.metrics.pimo import aupimo
 from clbench.results import Results
 
@@ -394,3 +396,11 @@ def test_saturated_overlap_is_refused_where_a_dataset_has_no_saturation_areas() 
         check(composed("metrics=loco"))
     given = check(composed("metrics=loco", "dataset=mvtec_loco", "dataset.root=/data"))
     assert given.metrics.further == ["auspro_5", "auspro_30"]
+
+
+def test_every_metric_has_a_heading_to_link_to() -> None:
+    headings = re.findall(
+        r"^### (\w+)$", (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8"), re.MULTILINE
+    )
+    summaries = Results([["a"]], [[0]]).summary()
+    assert sorted(headings) == sorted([*METRICS, *summaries])
