@@ -134,8 +134,7 @@ def load_defects(
     """
     saturations = read_saturations(config)
     outlines = _cached(samples, geometry, directory)
-    found = []
-    begin = 0
+    found, begin = [], 0
     for image, number, value, enlargement, end in zip(
         outlines.image,
         outlines.number,
@@ -159,9 +158,8 @@ def load_defects(
 def fingerprint(defects: Sequence[Defect]) -> str:
     """A text that changes where a defect joins, leaves or changes, or its saturation area does."""
     numbers = [(defect.image, defect.saturation, len(defect.pixels)) for defect in defects]
-    return digests.of_bytes(np.array(numbers, np.int64).data, *(defect.pixels.data for defect in defects))[
-        :16
-    ]
+    places = (defect.pixels.data for defect in defects)
+    return digests.of_bytes(np.array(numbers, np.int64).data, *places)[:16]
 
 
 def _cached(samples: Sequence[FileSample], geometry: Geometry, directory: Path) -> Outlines:

@@ -14,7 +14,7 @@ REGION_BITS = np.uint64(32)
 REGION_MASK = np.uint64(0xFFFFFFFF)
 # Further metrics that are areas up to a false-positive rate: name -> that rate.
 OVERLAPS = {"aupro_5": 0.05}
-SATURATED = {name: int(name[7:]) / 100 for name in FURTHER if name.startswith("auspro_")}
+SATURATED = {name: int(name.removeprefix("auspro_")) / 100 for name in FURTHER if name.startswith("auspro_")}
 
 
 def image_metrics(scores: np.ndarray, labels: np.ndarray) -> dict[str, float | None]:
