@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from clbench.data.protocols import protocols
+from clbench.data.protocols import protocol_of, protocols
+from clbench.metrics.names import METRICS
 from clbench.report import titles
-from clbench.report.reading import FoundRun
-from clbench.report.rows import Row, Variant, published, rows_of
+from clbench.report.reading import REPORTED, FoundRun
+from clbench.report.rows import Quantity, Row, Variant, published, quantities_of, rows_of
 
 _GEOMETRY = ("dataset.resize", "dataset.crop")  # see _image_size
 
@@ -47,6 +48,13 @@ class Group:
         return self.benchmark, self.dataset, self.tasks, self.categories, self.pooled, apart
 
     @property
+    def protocol(self) -> str | None:
+        """The field's protocol that all of its runs follow, task by task; None where they follow none."""
+        runs = self.finished
+        names = {protocol_of(self.dataset, run.categories_by_task) for run in runs}
+        return names.pop() if len(names) == 1 else None
+
+    @property
     def finished(self) -> list[FoundRun]:
         """Its runs that are complete and counted."""
         return [run for run in self.runs if run.state == "finished"]
@@ -55,6 +63,16 @@ class Group:
     def rows(self) -> list[Row]:
         """A row for each variant with finished runs; below it the published one, where there is one."""
         return [shown for row in rows_of(self.finished) for shown in (row, *self._published(row))]
+
+    @cached_property
+    def quantities(self) -> tuple[Quantity, ...]:
+        """The columns of its comparison."""
+        return quantities_of(self.finished)
+
+    @property
+    def metrics(self) -> list[str]:
+        """The metrics that any of its runs has: first those that every run has."""
+        return [*REPORTED, *(q.key for q in self.quantities if q.key in METRICS and q.key not in REPORTED)]
 
     @property
     def found(self) -> list[Row]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from importlib import resources
@@ -14,7 +14,7 @@ import jinja2
 
 from clbench.errors import UserError
 from clbench.recording.files import write_whole
-from clbench.report import tables, titles
+from clbench.report import published, tables, titles
 from clbench.report.comparison import Group, grouped
 from clbench.report.figures import Figure, figures, png
 from clbench.report.gallery import gallery
@@ -23,10 +23,14 @@ from clbench.report.tables import Table
 
 _MOST_FIGURES = 12  # groups that get figures: each group's take about three seconds
 _MOST_PICTURES = 24_000_000  # bytes in the page
-_LOCAL_TABLES = (tables.comparison, tables.forgetting_table)  # in the page; the others are files alone
+_LOCAL_TABLES = (
+    tables.comparison,
+    published.table,
+    tables.forgetting_table,
+)  # in the page; the others are files alone
 _TABLES = tuple(
     f"{name}.{kind}"
-    for name in ("runs", "comparison", "forgetting", "stages", "r-matrices")
+    for name in ("runs", "comparison", "published", "forgetting", "stages", "r-matrices")
     for kind in ("csv", "md", "tex")
 )
 
@@ -52,6 +56,7 @@ class _Section:
 
     group: Group
     comparison: Table
+    published: Table | None
     forgetting: Table
     figures: list[Figure] = field(default_factory=list)
 
@@ -77,14 +82,17 @@ def write_page(runs: Sequence[FoundRun], folder: Path, title: str) -> Report:
     with_runs = [group for group in groups if group.found]
     sections: list[_Section] = []
     for group in with_runs:
-        section = _Section(group, tables.comparison(group), tables.forgetting_table(group))
+        section = _Section(
+            group, tables.comparison(group), published.table(group), tables.forgetting_table(group)
+        )
         if len(sections) < _MOST_FIGURES:
             section.figures = figures(group)
         sections.append(section)
     run_list = tables.run_list(runs, groups)
     text("tables/runs.csv", tables.as_csv([(0, run_list)]))
-    for make in (tables.comparison, tables.forgetting_table, tables.stages, tables.matrices):
-        made = [(group.number, make(group)) for group in with_runs]
+    makers: tuple[Callable[[Group], Table | None], ...] = (*_LOCAL_TABLES, tables.stages, tables.matrices)
+    for make in makers:
+        made = [(group.number, table) for group in with_runs if (table := make(group))]
         if not made:
             continue
         name = made[0][1].name
@@ -122,6 +130,8 @@ def _page(report: Report, sections: Sequence[_Section], run_list: Table, title: 
         runs=report.runs,
         groups=report.groups,
         sections=sections,
+        kinds=published.KINDS,
+        published_note=published.note,
         not_counted=[run for run in report.runs if run.state != "finished"],
         run_list=run_list,
         gallery=gallery([section.group for section in sections], _MOST_PICTURES),

@@ -15,11 +15,12 @@ from typing import Any, Literal
 from clbench.errors import UserError
 from clbench.metrics import continual
 from clbench.metrics.continual import Matrix
+from clbench.metrics.names import METRICS
 from clbench.recording.run_directory import RunDirectory
 from clbench.report.settings import Departures, Flags, read_departures
 from clbench.results import Results, Values
 
-# In the order of the paper's table.
+# What every run has, in the order of the paper's table.
 REPORTED = ("image_auroc", "image_f1", "pixel_auroc", "pixel_f1", "pixel_ap", "aupro", "image_ap")
 
 FoundState = Literal["finished", "failed", "unfinished", "damaged", "repeated"]
@@ -65,9 +66,14 @@ class FoundRun:
         return list(self.summary.get("tasks", []))
 
     @property
+    def categories_by_task(self) -> list[list[str]]:
+        """The names of the categories of each task; a pooled task counts as one category."""
+        return _categories(self.summary)
+
+    @property
     def task_of(self) -> dict[str, int]:
         """Category -> index of its task, in the order of R's columns."""
-        return {name: task for task, names in enumerate(_categories(self.summary)) for name in names}
+        return {name: task for task, names in enumerate(self.categories_by_task) for name in names}
 
     @property
     def categories(self) -> list[str]:
@@ -85,7 +91,14 @@ class FoundRun:
     @cached_property
     def R(self) -> Mapping[str, Matrix]:
         """Metric -> [stage][category], of the stages that were written."""
-        return {} if self.results is None else {m: self.results.matrix(m)[: self.stages] for m in REPORTED}
+        return (
+            {m: self.results.matrix(m)[: self.stages] for m in self.results.metrics} if self.results else {}
+        )
+
+    @property
+    def further(self) -> list[str]:
+        """The metrics that it has beyond those that every run has, in the order of their list."""
+        return [metric for metric in METRICS if metric in self.R and metric not in REPORTED]
 
     @cached_property
     def flags(self) -> Flags:
@@ -113,8 +126,10 @@ class FoundRun:
         return str((self.config.get("made_by") or {}).get("device", "unknown"))
 
     def over_stages(self, metric: str) -> list[float | None]:
-        """The mean of a metric over the categories seen, for each stage."""
-        return [] if self.results is None else [self.results.mean_seen(metric, s) for s in range(self.stages)]
+        """The mean of a metric over the categories seen, for each stage; None where the run does not have it."""
+        if self.results is None or metric not in self.R:
+            return [None] * self.stages
+        return [self.results.mean_seen(metric, stage) for stage in range(self.stages)]
 
 
 def read(folders: Sequence[Path]) -> list[FoundRun]:
@@ -215,7 +230,9 @@ def _check_summary(summary: Mapping[str, Any]) -> None:
         memory, time = summary["memory"], summary["time"]
         spent = [memory["architecture_mb"], memory["additional_mb"], memory["peak_mb"]]
         spent += [time["train_s"], time["eval_s"], time["inference_ms_per_image"]]
-        values = [*spent, *(summary["final"][m] for m in REPORTED if summary["final"][m] is not None)]
+        final = {metric: summary["final"][metric] for metric in REPORTED}
+        final |= {metric: value for metric, value in summary["final"].items() if metric in METRICS}
+        values = [*spent, *(value for value in final.values() if value is not None)]
         if not all(isinstance(value, int | float) and math.isfinite(value) for value in values):
             raise TypeError("a number in summary.json is none")
         if min(spent) < 0:
@@ -255,7 +272,10 @@ def _results(text: str, run: FoundRun) -> tuple[Results, int]:
     columns = {name: column for column, name in enumerate(run.categories)}
     found: dict[tuple[int, int], Values] = {}
     last, values = None, {}
-    for *where, metric, value in list(csv.reader(io.StringIO(text)))[1:]:
+    rows = list(csv.reader(io.StringIO(text)))[1:]
+    there = {row[-2] for row in rows}
+    metrics = (*REPORTED, *(name for name in METRICS if name in there and name not in REPORTED))
+    for *where, metric, value in rows:
         if where != last:  # the metrics of a category stand together
             last = where
             stage, task, name = int(where[0]), int(where[1]), where[-1]
@@ -263,7 +283,7 @@ def _results(text: str, run: FoundRun) -> tuple[Results, int]:
                 raise ValueError(
                     f"a row of metrics.csv is of stage {stage}, task {task} '{where[2]}' and '{name}'"
                 )
-            values = found.setdefault((stage, columns[name]), dict.fromkeys(REPORTED))
+            values = found.setdefault((stage, columns[name]), dict.fromkeys(metrics))
         if metric in values and value != "undefined":
             number = float(value)
             if not math.isfinite(number):
@@ -272,7 +292,7 @@ def _results(text: str, run: FoundRun) -> tuple[Results, int]:
     stages = 1 + max((stage for stage, _ in found), default=-1)
     every = range(len(tasks))
     learning: list[list[int]] = [list(every)] if run.flags.joint else [[task] for task in every]
-    results = Results(categories, learning + [[]] * (stages - len(learning)))
+    results = Results(categories, learning + [[]] * (stages - len(learning)), metrics)
     for (stage, column), one in found.items():
         results.add(stage, column, one)
     return results, stages

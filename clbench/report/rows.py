@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from clbench.metrics import continual
+from clbench.metrics.names import METRICS
 from clbench.report import titles
 from clbench.report.reading import FoundRun
 from clbench.report.settings import Flags
@@ -70,6 +71,20 @@ QUANTITIES = (
         "that is lost at the end",
     ),
 )
+
+
+_FIRST = next(place for place, q in enumerate(QUANTITIES) if q.key == "training_time_min")
+
+
+def quantities_of(runs: Iterable[FoundRun]) -> tuple[Quantity, ...]:
+    """The columns for these runs: the usual ones, and each further metric that any of them has, behind the metrics."""
+    there = {metric for run in runs for metric in run.further}
+    further = [
+        Quantity(name, metric.title, 3, metric.better, f"{metric.about}; {_LAST}")
+        for name, metric in METRICS.items()
+        if name in there
+    ]
+    return (*QUANTITIES[:_FIRST], *further, *QUANTITIES[_FIRST:])
 
 
 @dataclass(frozen=True)
@@ -179,6 +194,10 @@ class Row:
         """The variant's title, marked where it is published."""
         return self.variant.title + (", published" if self.published else "")
 
+    def value(self, quantity: str) -> Spread:
+        """A quantity over seeds; without a mean where its runs do not have it."""
+        return self.values.get(quantity, Spread(None))
+
     @property
     def seeds(self) -> list[int]:
         """The seeds of its runs, ascending."""
@@ -233,9 +252,9 @@ def _values(runs: Sequence[FoundRun], joint: Mapping[int, float | None]) -> dict
     }
     return {
         q.key: Spread.of(
-            measures[q.key](run) if q.key in measures else run.summary["final"][q.key] for run in runs
+            measures[q.key](run) if q.key in measures else run.summary["final"].get(q.key) for run in runs
         )
-        for q in QUANTITIES
+        for q in quantities_of(runs)
     }
 
 
@@ -257,19 +276,21 @@ def published() -> list[Row]:
         ]
 
 
-def marks(rows: Sequence[Row]) -> dict[tuple[int, str], Literal["best", "worst"]]:
+def marks(
+    rows: Sequence[Row], quantities: Sequence[Quantity] = QUANTITIES
+) -> dict[tuple[int, str], Literal["best", "worst"]]:
     """The best and worst of each quantity, as (row's index, quantity's key).
 
     Among the rows that learn task by task and are not told the task; other strategies are bounds to compare
     with, and published rows too. Values that print alike share a mark; where all do, there is none.
     """
     marked: dict[tuple[int, str], Literal["best", "worst"]] = {}
-    for quantity in QUANTITIES:
+    for quantity in quantities:
         values = {
             index: round(mean, quantity.digits)
             for index, row in enumerate(rows)
             if not row.published and row.flags.continual
-            if (mean := row.values[quantity.key].mean) is not None
+            if (mean := row.value(quantity.key).mean) is not None
         }
         if len(set(values.values())) < 2:
             continue

@@ -15,8 +15,8 @@ from rich.table import Table as RichTable
 from clbench.metrics.names import METRICS
 from clbench.report import titles
 from clbench.report.comparison import Group
-from clbench.report.reading import REPORTED, FoundRun
-from clbench.report.rows import QUANTITIES, Row, Spread, marks
+from clbench.report.reading import FoundRun
+from clbench.report.rows import Row, Spread, marks
 
 NOTHING = "–"
 
@@ -30,12 +30,14 @@ class Column:
         title: its name for people.
         numbers: whether its values are numbers.
         about: a word for the reader who points at the title.
+        wide: whether its values are sentences, which need several lines.
     """
 
     key: str
     title: str
     numbers: bool = False
     about: str = ""
+    wide: bool = False
 
 
 @dataclass(frozen=True)
@@ -93,14 +95,15 @@ def _spread(spread: Spread, digits: int, mark: Literal["best", "worst"] | None =
     return Cell(spread_text(spread, digits), spread.mean, spread.deviation, mark)
 
 
-def _words(text: str) -> Cell:
+def words(text: str) -> Cell:
+    """A cell that holds words."""
     return Cell(text, text)
 
 
 def _line(row: Row, *cells: Cell, given: str = "") -> Line:
     """A line that begins with the row's method and strategy."""
     variant = row.variant
-    who = [_words(variant.method_title + given), _words(variant.strategy_title)]
+    who = [words(variant.method_title + given), words(variant.strategy_title)]
     return Line([*who, *cells], variant.method, variant.strategy, row.published)
 
 
@@ -109,15 +112,15 @@ def comparison(group: Group) -> Table:
     columns = [
         *_WHO,
         Column("seeds", "seeds", numbers=True, about="runs that the means and deviations are over"),
-        *(Column(q.key, q.title, numbers=True, about=q.about) for q in QUANTITIES),
+        *(Column(q.key, q.title, numbers=True, about=q.about) for q in group.quantities),
     ]
     rows = group.rows
-    marked = marks(rows)
+    marked = marks(rows, group.quantities)
     table = Table("comparison", f"{group.title}: means over seeds, ± their sample deviation", columns)
     for index, row in enumerate(rows):
         given = f" ({', '.join(row.variant.given)})" if len(_givens(rows, row)) > 1 else ""
         seeds = Cell("published" if row.published else str(len(row.runs)), len(row.runs) or None)
-        cells = (_spread(row.values[q.key], q.digits, marked.get((index, q.key))) for q in QUANTITIES)
+        cells = (_spread(row.value(q.key), q.digits, marked.get((index, q.key))) for q in group.quantities)
         table.lines.append(_line(row, seeds, *cells, given=given))
     return table
 
@@ -135,7 +138,7 @@ def _category_columns(group: Group) -> list[Column]:
 
 def _category_cells(group: Group, row: Row, category: str) -> list[Cell]:
     run = row.runs[0]
-    cells = [_words(run.tasks[run.task_of[category]]), _words(category)]
+    cells = [words(run.tasks[run.task_of[category]]), words(category)]
     return cells if group.categories != group.tasks else cells[:1]
 
 
@@ -202,7 +205,7 @@ def matrices(group: Group) -> Table:
         "r-matrices", f"{group.title}: each metric on each task's test set after each stage", columns
     )
     for row in group.found:
-        for metric in REPORTED:
+        for metric in group.metrics:
             for stage, category, spread in matrix(row, metric):
                 where = [Cell(METRICS[metric].title, metric), Cell(str(stage + 1), stage + 1)]
                 cells = [*where, *_category_cells(group, row, category), _spread(spread, 3)]
@@ -214,7 +217,7 @@ def matrix(row: Row, metric: str) -> list[tuple[int, str, Spread]]:
     """The entries of R that were evaluated, over seeds: stage from 0, category, value."""
     found: dict[tuple[int, str], list[float | None]] = {}
     for run in row.runs:
-        for stage, values in enumerate(run.R[metric]):
+        for stage, values in enumerate(run.R.get(metric, [])):
             for category, value in zip(run.categories, values, strict=True):
                 found.setdefault((stage, category), []).append(value)
     entries = [(stage, category, Spread.of(values)) for (stage, category), values in found.items()]
@@ -224,10 +227,10 @@ def matrix(row: Row, metric: str) -> list[tuple[int, str, Spread]]:
 def stages(group: Group) -> Table:
     """Every metric's mean over the categories seen after each stage, over seeds: for other programs."""
     columns = [*_WHO, Column("stage", "stage", numbers=True)]
-    columns += [Column(metric, METRICS[metric].title, numbers=True) for metric in REPORTED]
+    columns += [Column(metric, METRICS[metric].title, numbers=True) for metric in group.metrics]
     table = Table("stages", f"{group.title}: means over the tasks seen after each stage", columns)
     for row in group.found:
-        curves = zip(*(curve(row, metric) for metric in REPORTED), strict=True)
+        curves = zip(*(curve(row, metric) for metric in group.metrics), strict=True)
         for stage, spreads in enumerate(curves, 1):
             cells = (_spread(spread, 3) for spread in spreads)
             table.lines.append(_line(row, Cell(str(stage), stage), *cells))
@@ -259,14 +262,14 @@ def run_list(runs: Sequence[FoundRun], groups: Sequence[Group]) -> Table:
         about, group_number = run.summary, numbers.get(id(run))
         method, strategy, seed = about.get("method", ""), about.get("strategy", ""), about.get("seed")
         cells = [
-            _words(run.name),
-            _words(run.state),
+            words(run.name),
+            words(run.state),
             Cell(str(group_number or NOTHING), group_number),
-            _words(titles.method_title(method)),
-            _words(titles.strategy_title(strategy, about.get("replay_size"))),
+            words(titles.method_title(method)),
+            words(titles.strategy_title(strategy, about.get("replay_size"))),
             Cell(NOTHING if seed is None else str(seed), seed),
             *_results(run),
-            _words(run.reason),
+            words(run.reason),
         ]
         table.lines.append(Line(cells, method, strategy))
     return table
@@ -290,7 +293,7 @@ def as_csv(tables: Sequence[tuple[int, Table]]) -> str:
 
     A column that only some of the tables have, as the category, is empty in the others.
     """
-    columns = max((table.columns for _, table in tables), key=len)
+    columns = _of_any([table.columns for _, table in tables])
     lines = [
         (group, dict(zip((column.key for column in table.columns), line.cells, strict=True)))
         for group, table in tables
@@ -312,6 +315,19 @@ def as_csv(tables: Sequence[tuple[int, Table]]) -> str:
         # The list of runs has a column of its own for the group.
         writer.writerow({**({"group": str(group)} if group else {}), **values, **deviations})
     return text.getvalue()
+
+
+def _of_any(several: Sequence[Sequence[Column]]) -> list[Column]:
+    """The columns of several tables, each once: one that the first lacks stands behind the one that it followed."""
+    found: list[Column] = []
+    for columns in several:
+        place = 0
+        for column in columns:
+            keys = [other.key for other in found]
+            if column.key not in keys:
+                found.insert(place, column)
+            place = (keys.index(column.key) if column.key in keys else place) + 1
+    return found
 
 
 def _plain(value: float | str | None) -> str:
