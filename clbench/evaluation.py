@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from clbench import digests
 from clbench.data.images import Images, ImageSet
 from clbench.energy import Meter
 from clbench.methods.base import Prediction, Progress
 from clbench.metrics.curves import image_metrics, pixel_metrics
 from clbench.metrics.pimo import aupimo
 from clbench.metrics.stored import Decisions, image_decisions, pixel_decisions
+from clbench.metrics.resampling import Evidence
 from clbench.strategies.base import Strategy
 from clbench.training import Diverged, advice_on_divergence
 
@@ -136,6 +138,23 @@ def metrics_of(
         of_outlined = Decisions(*(each[outlined] for each in decisions))
         found |= pixel_decisions(maps, masks, ~labels[outlined], of_outlined)
     return found
+
+
+def evidence_of(prediction: Prediction, images: ImageSet) -> Evidence:
+    """What each test image contributes to a category's metrics, for `clbench.metrics.resampling`.
+
+    Args:
+        prediction: maps [N, H, W] and scores [N], on the CPU.
+        images: the N test images that they are of.
+    """
+    return Evidence.of(
+        prediction.scores.numpy(),
+        images.labels.numpy(),
+        prediction.maps.numpy(),
+        images.masks.numpy(),
+        images.unknown,
+        digests.of_text("\n".join(images.names)),
+    )
 
 
 @torch.no_grad()

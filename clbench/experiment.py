@@ -195,13 +195,21 @@ class Course:
             heat_maps.write_few(prediction.maps, test, pictures / "few", stage)
         if maps is True and stage in (self.results.learned[category], len(self.stages) - 1):
             heat_maps.write_all(prediction.maps, test, pictures, stage)
+        last = len(self.stages) - 1
+        final = stage == last or self.strategy.unchanged(last, self.results.learned[category])
         if self.assembly.device.type != "cpu":
-            return self._thread.submit(self._evaluation, stage, category, prediction)
-        return _there(self._evaluation(stage, category, prediction))
+            return self._thread.submit(self._evaluation, stage, category, prediction, final)
+        return _there(self._evaluation(stage, category, prediction, final))
 
-    def _evaluation(self, stage: int, category: int, prediction: Prediction) -> Evaluation:
-        """What a category's prediction after a stage says: its metrics, and which models were chosen."""
+    def _evaluation(self, stage: int, category: int, prediction: Prediction, final: bool) -> Evaluation:
+        """What a category's prediction after a stage says: its metrics, and which models were chosen.
+
+        What the metrics rest on is written where they may be the category's final ones.
+        """
         test, learned = self.categories[category].test, self.results.learned[category]
+        if final:
+            evidence = evaluation.evidence_of(prediction, test)
+            self.directory.write_evidence(self.categories[category].name, evidence.arrays())
         decided = chosen = None
         if self.history.thresholds:
             # Only what a user would know: the model that was chosen, or the task where images come with theirs.

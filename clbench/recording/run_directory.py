@@ -11,6 +11,8 @@ import os
 import shutil
 import socket
 import sys
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import lru_cache
@@ -18,6 +20,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import yaml
 
 from clbench.config.differences import differences
@@ -45,8 +48,8 @@ _OF_STATUS: dict[str, dict[str, _Kind]] = {
 class RunDirectory:
     """The folder of a run, outputs/<experiment>/<run>.
 
-    It holds config.yaml, journal.jsonl, metrics.csv, summary.json, thresholds.json, checkpoint/, maps/ and
-    wandb/; and job.json where a job of a cluster was submitted.
+    It holds config.yaml, journal.jsonl, metrics.csv, summary.json, thresholds.json, checkpoint/, evidence/, maps/
+    and wandb/; and job.json where a job of a cluster was submitted.
 
     Args:
         path: the folder, which need not exist.
@@ -233,7 +236,7 @@ class RunDirectory:
                 (self.path / name).unlink(missing_ok=True)
         except OSError as error:
             raise cannot_write(self.path, error) from error
-        for name in ("maps", "wandb"):
+        for name in ("maps", "wandb", "evidence"):
             shutil.rmtree(self.path / name, ignore_errors=True)
 
     @contextmanager
@@ -332,6 +335,35 @@ class RunDirectory:
             UserError: the disk is full or may not be written.
         """
         self._write("thresholds.json", json.dumps(dict(thresholds)) + "\n")
+
+    def evidence(self, category: str) -> dict[str, np.ndarray] | None:
+        """The arrays that `write_evidence` wrote; None where they are missing or damaged.
+
+        Raises:
+            UserError: the file may not be read.
+        """
+        content = self._read_bytes(f"evidence/{category}.npz")
+        if content is None:
+            return None
+        try:
+            with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+                return {name: arrays[name] for name in arrays.files}
+        except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error):
+            return None
+
+    def write_evidence(self, category: str, arrays: Mapping[str, np.ndarray]) -> None:
+        """Write evidence/<category>.npz: what each test image contributes to the category's final metrics.
+
+        Args:
+            arrays: name -> array, see `clbench.metrics.resampling.Evidence`.
+
+        Raises:
+            UserError: the disk is full or may not be written.
+        """
+        content = io.BytesIO()
+        np.savez_compressed(content, **arrays)  # type: ignore[arg-type]
+        path = self.path / "evidence" / f"{category}.npz"
+        write_whole(path, lambda part: part.write_bytes(content.getbuffer()))
 
     def write_config(
         self, config: Mapping[str, Any], departures: Mapping[str, Any], made_by: Mapping[str, Any]
