@@ -10,9 +10,9 @@ from typing import Any
 
 from clbench.data.protocols import protocol_of, protocols
 from clbench.metrics.names import METRICS
-from clbench.report import titles
+from clbench.report import titles, uncertainty
 from clbench.report.reading import REPORTED, FoundRun
-from clbench.report.rows import Quantity, Row, Variant, published, quantities_of, rows_of
+from clbench.report.rows import Mark, Quantity, Row, Variant, marks, published, quantities_of, rows_of
 
 _GEOMETRY = ("dataset.resize", "dataset.crop")  # see _image_size
 
@@ -68,6 +68,24 @@ class Group:
     def quantities(self) -> tuple[Quantity, ...]:
         """The columns of its comparison."""
         return quantities_of(self.finished)
+
+    @cached_property
+    def differences(self) -> uncertainty.Differences:
+        """How its rows differ from the best ones, with intervals over test images."""
+        return uncertainty.differences(self.rows)
+
+    @property
+    def marks(self) -> dict[tuple[int, str], Mark]:
+        """The best, worst and level values: index of a row and quantity -> mark.
+
+        A value is level where it is within noise of the best; it is not the worst then.
+        """
+        found = marks(self.rows, self.quantities)
+        for (index, metric), difference in self.differences.found.items():
+            other = self.rows[index].flags.continual and found.get((index, metric)) != "best"
+            if other and difference.level:
+                found[index, metric] = "level"
+        return found
 
     @property
     def metrics(self) -> list[str]:
@@ -134,6 +152,11 @@ class Group:
     def _notes_on_runs(self) -> Iterator[str]:
         if any(row.published for row in self.rows):
             yield "where a row's setting is the paper's, what its authors published stands below it"
+        if any(run.config["task_order"]["kind"] == "random" for run in self.finished):
+            yield "each seed has a task order of its own: deviations are over both"
+        if self.differences.without:
+            why = "; ".join(f"{title}: {reason}" for title, reason in self.differences.without.items())
+            yield f"rows without intervals over test images, which are marked level with none: {why}"
         devices = {run.device for run in self.finished}
         if len(devices) > 1:
             yield f"times were taken on {', '.join(sorted(devices))}, and do not compare"

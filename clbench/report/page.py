@@ -25,12 +25,13 @@ _MOST_FIGURES = 12  # groups that get figures: each group's take about three sec
 _MOST_PICTURES = 24_000_000  # bytes in the page
 _LOCAL_TABLES = (
     tables.comparison,
+    tables.differences,
     published.table,
     tables.forgetting_table,
 )  # in the page; the others are files alone
 _TABLES = tuple(
     f"{name}.{kind}"
-    for name in ("runs", "comparison", "published", "forgetting", "stages", "r-matrices")
+    for name in ("runs", "comparison", "differences", "published", "forgetting", "stages", "r-matrices")
     for kind in ("csv", "md", "tex")
 )
 
@@ -56,6 +57,7 @@ class _Section:
 
     group: Group
     comparison: Table
+    differences: Table | None
     published: Table | None
     forgetting: Table
     figures: list[Figure] = field(default_factory=list)
@@ -83,7 +85,11 @@ def write_page(runs: Sequence[FoundRun], folder: Path, title: str) -> Report:
     sections: list[_Section] = []
     for group in with_runs:
         section = _Section(
-            group, tables.comparison(group), published.table(group), tables.forgetting_table(group)
+            group,
+            tables.comparison(group),
+            tables.differences(group),
+            published.table(group),
+            tables.forgetting_table(group),
         )
         if len(sections) < _MOST_FIGURES:
             section.figures = figures(group)

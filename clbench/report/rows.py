@@ -276,15 +276,16 @@ def published() -> list[Row]:
         ]
 
 
-def marks(
-    rows: Sequence[Row], quantities: Sequence[Quantity] = QUANTITIES
-) -> dict[tuple[int, str], Literal["best", "worst"]]:
+Mark = Literal["best", "level", "worst"]
+
+
+def marks(rows: Sequence[Row], quantities: Sequence[Quantity] = QUANTITIES) -> dict[tuple[int, str], Mark]:
     """The best and worst of each quantity, as (row's index, quantity's key).
 
     Among the rows that learn task by task and are not told the task; other strategies are bounds to compare
     with, and published rows too. Values that print alike share a mark; where all do, there is none.
     """
-    marked: dict[tuple[int, str], Literal["best", "worst"]] = {}
+    marked: dict[tuple[int, str], Mark] = {}
     for quantity in quantities:
         values = {
             index: round(mean, quantity.digits)

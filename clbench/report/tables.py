@@ -7,7 +7,6 @@ import io
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
 from rich.markup import escape
 from rich.table import Table as RichTable
@@ -16,7 +15,8 @@ from clbench.metrics.names import METRICS
 from clbench.report import titles
 from clbench.report.comparison import Group
 from clbench.report.reading import FoundRun
-from clbench.report.rows import Row, Spread, marks
+from clbench.report.rows import Mark, Quantity, Row, Spread
+from clbench.report.uncertainty import RESAMPLES
 
 NOTHING = "–"
 
@@ -47,12 +47,14 @@ class Cell:
     Attributes:
         value: to sort by, and for CSV; None is no value.
         deviation: sample deviation over seeds; None where there is one seed.
+        interval: both ends of the interval over test images; None where there is none.
     """
 
     text: str
     value: float | str | None
     deviation: float | None = None
-    mark: Literal["best", "worst"] | None = None
+    mark: Mark | None = None
+    interval: tuple[float, float] | None = None
 
 
 @dataclass
@@ -91,7 +93,7 @@ def spread_text(spread: Spread, digits: int) -> str:
     return f"{text} ± {spread.deviation:.{digits}f}" if spread.deviation else text
 
 
-def _spread(spread: Spread, digits: int, mark: Literal["best", "worst"] | None = None) -> Cell:
+def _spread(spread: Spread, digits: int, mark: Mark | None = None) -> Cell:
     return Cell(spread_text(spread, digits), spread.mean, spread.deviation, mark)
 
 
@@ -115,7 +117,7 @@ def comparison(group: Group) -> Table:
         *(Column(q.key, q.title, numbers=True, about=q.about) for q in group.quantities),
     ]
     rows = group.rows
-    marked = marks(rows, group.quantities)
+    marked = group.marks
     table = Table("comparison", f"{group.title}: means over seeds, ± their sample deviation", columns)
     for index, row in enumerate(rows):
         given = f" ({', '.join(row.variant.given)})" if len(_givens(rows, row)) > 1 else ""
@@ -123,6 +125,40 @@ def comparison(group: Group) -> Table:
         cells = (_spread(row.value(q.key), q.digits, marked.get((index, q.key))) for q in group.quantities)
         table.lines.append(_line(row, seeds, *cells, given=given))
     return table
+
+
+def differences(group: Group) -> Table | None:
+    """Each row's metrics minus the best row's, with intervals over test images; None where there is nothing to compare."""
+    found, rows = group.differences, group.rows
+    if not found.found:
+        return None
+    quantities = [quantity for quantity in group.quantities if quantity.key in found.best]
+    columns = [
+        *_WHO,
+        *(Column(q.key, q.title, numbers=True, about="this row minus the best one") for q in quantities),
+    ]
+    table = Table(
+        "differences",
+        f"{group.title}: minus the best row of each column, with the 95 % interval over {RESAMPLES} resamples of the test "
+        "images",
+        columns,
+    )
+    for index, row in enumerate(rows):
+        if not row.published:
+            table.lines.append(_line(row, *(_difference(group, index, quantity) for quantity in quantities)))
+    return table
+
+
+def _difference(group: Group, index: int, quantity: Quantity) -> Cell:
+    """What sets a row apart from the best one."""
+    if group.differences.best[quantity.key] == index:
+        return Cell("best", 0.0, mark="best")
+    found = group.differences.found.get((index, quantity.key))
+    if found is None:
+        return Cell(NOTHING, None)
+    value, low, high = (f"{number:+.{quantity.digits}f}" for number in (found.value, found.low, found.high))
+    mark: Mark | None = "level" if found.level else None
+    return Cell(f"{value} [{low}, {high}]", found.value, mark=mark, interval=(found.low, found.high))
 
 
 def _givens(rows: Sequence[Row], row: Row) -> set[tuple[str, ...]]:
@@ -300,9 +336,11 @@ def as_csv(tables: Sequence[tuple[int, Table]]) -> str:
         for line in table.lines
     ]
     deviates = {key for _, cells in lines for key, cell in cells.items() if cell.deviation is not None}
+    spans = {key for _, cells in lines for key, cell in cells.items() if cell.interval is not None}
     header = ["group"] if any(group for group, _ in tables) else []
     for column in columns:
-        header += [column.key, f"{column.key}_deviation"] if column.key in deviates else [column.key]
+        header += [column.key, *([f"{column.key}_deviation"] if column.key in deviates else [])]
+        header += [f"{column.key}_low", f"{column.key}_high"] if column.key in spans else []
     text = io.StringIO()
     writer = csv.DictWriter(text, header, lineterminator="\n", extrasaction="ignore")
     writer.writeheader()
@@ -312,8 +350,13 @@ def as_csv(tables: Sequence[tuple[int, Table]]) -> str:
             for key, cell in cells.items()
         }
         deviations = {f"{key}_deviation": _plain(cell.deviation) for key, cell in cells.items()}
+        ends = {
+            f"{key}_{end}": _plain(number)
+            for key, cell in cells.items()
+            for end, number in zip(("low", "high"), cell.interval or (), strict=False)
+        }
         # The list of runs has a column of its own for the group.
-        writer.writerow({**({"group": str(group)} if group else {}), **values, **deviations})
+        writer.writerow({**({"group": str(group)} if group else {}), **values, **deviations, **ends})
     return text.getvalue()
 
 
@@ -335,12 +378,12 @@ def _plain(value: float | str | None) -> str:
 
 
 def as_markdown(table: Table) -> str:
-    """A table of GitHub's Markdown; the best is bold, the worst in italics."""
+    """A table of GitHub's Markdown; the best is bold, the worst in italics, and ≈ is level with the best."""
     rules = ["---:" if column.numbers else "---" for column in table.columns]
     rows = [[_markdown(column.title) for column in table.columns], rules]
     for line in table.lines:
-        around = [{"best": "**", "worst": "*", None: ""}[cell.mark] for cell in line.cells]
-        rows.append([f"{a}{_markdown(c.text)}{a}" for a, c in zip(around, line.cells, strict=True)])
+        around = {"best": "**%s**", "level": "%s ≈", "worst": "*%s*", None: "%s"}
+        rows.append([around[cell.mark].replace("%s", _markdown(cell.text)) for cell in line.cells])
     return f"{_markdown(table.caption)}\n\n" + "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
@@ -354,13 +397,14 @@ _LATEX = {
     "^": r"\textasciicircum{}",
     "±": r"$\pm$",
     "–": "--",
+    "−": "$-$",
     "⁶": r"$^6$",
     **{sign: f"\\{sign}" for sign in "&%$#_{}"},
 }
 
 
 def as_latex(table: Table) -> str:
-    """A `table` with booktabs; the best is bold, the worst underlined."""
+    r"""A `table` with booktabs; the best is bold, the worst underlined, and $\approx$ is level with the best."""
     lines = [
         "% \\usepackage{booktabs,graphicx}",
         r"\begin{table}",
@@ -371,7 +415,7 @@ def as_latex(table: Table) -> str:
         " & ".join(_latex(column.title) for column in table.columns) + r" \\",
         r"\midrule",
     ]
-    around = {"best": r"\textbf{%s}", "worst": r"\underline{%s}", None: "%s"}
+    around = {"best": r"\textbf{%s}", "level": r"%s $\approx$", "worst": r"\underline{%s}", None: "%s"}
     for line in table.lines:
         lines.append(" & ".join(around[cell.mark] % _latex(cell.text) for cell in line.cells) + r" \\")
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}}", r"\end{table}"]) + "\n"
@@ -387,9 +431,9 @@ def for_terminal(group: Group) -> RichTable:
     built = RichTable(title=escape(f"{group.number}. {table.caption}"), title_justify="left")
     for column in table.columns:
         built.add_column(column.title, justify="right" if column.numbers else "left")
-    styles = {"best": "bold green", "worst": "yellow", None: ""}
+    styles = {"best": "bold green", "level": "green", "worst": "yellow", None: ""}
     for line in table.lines:
-        cells = [escape(cell.text) for cell in line.cells]
+        cells = [escape(cell.text) + (" ≈" if cell.mark == "level" else "") for cell in line.cells]
         styled = [(cell, styles[c.mark]) for cell, c in zip(cells, line.cells, strict=True)]
         built.add_row(*(f"[{style}]{text}[/]" if style else text for text, style in styled))
     return built

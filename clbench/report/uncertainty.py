@@ -1,0 +1,147 @@
+"""How sure the differences between the rows of a group are, as far as their test images go.
+
+Test images are drawn anew, with replacement, good and defective ones apart in each category; both rows of a difference
+see the same draws. The mean over seeds, and over categories, is taken within a draw. What seeds or task orders change
+is not in these intervals: the deviations over them say that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from clbench.errors import UserError
+from clbench.metrics import resampling
+from clbench.metrics.names import USUAL
+from clbench.metrics.resampling import Evidence
+from clbench.recording.run_directory import RunDirectory
+from clbench.report.reading import FoundRun
+from clbench.report.rows import Row
+
+RESAMPLES = 1000
+CONFIDENCE = 0.95
+_IMAGE_BLUR, _PIXEL_BLUR = 1e-5, 5e-3  # metrics of evidence and of metrics.csv differ by less
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A row's value minus the best one, and the interval that holds the middle 95 % of the resamples."""
+
+    value: float
+    low: float
+    high: float
+
+    @property
+    def level(self) -> bool:
+        """Whether the difference is within the noise of the test images."""
+        return self.low <= 0 <= self.high
+
+
+@dataclass
+class Differences:
+    """What sets the rows of a group apart from the best of each metric.
+
+    Attributes:
+        best: metric -> index of the row that the others are compared with.
+        found: index of a row and metric -> its difference from the best.
+        without: titles of the rows that have no evidence -> why.
+    """
+
+    best: dict[str, int] = field(default_factory=dict)
+    found: dict[tuple[int, str], Difference] = field(default_factory=dict)
+    without: dict[str, str] = field(default_factory=dict)
+
+
+def differences(rows: Sequence[Row]) -> Differences:
+    """Compare rows with the best of those that learn task by task; published ones are left out."""
+    made = Differences()
+    ours = [index for index, row in enumerate(rows) if not row.published]
+    values: dict[int, dict[str, np.ndarray]] = {}
+    images: dict[int, dict[str, str]] = {}
+    for index in ours if len(ours) > 1 else []:
+        evidence = _evidence(rows[index])
+        if isinstance(evidence, str):
+            made.without[rows[index].title] = evidence
+        else:
+            values[index] = resampled(evidence)
+            images[index] = {name: found[0].images for name, found in evidence.items()}
+    for metric in USUAL:
+        means = {index: mean for index in ours if (mean := rows[index].value(metric).mean) is not None}
+        continual = [index for index in means if rows[index].flags.continual]
+        best = max(continual, key=means.__getitem__, default=None)
+        if best is None or best not in values:
+            continue
+        made.best[metric] = best
+        for index in means.keys() & values.keys() - {best}:
+            if images[index] == images[best]:
+                low, high = interval(values[index][metric] - values[best][metric])
+                made.found[index, metric] = Difference(means[index] - means[best], low, high)
+            else:
+                made.without[rows[index].title] = "they have other test images than the best row"
+    return made
+
+
+def resampled(evidence: Mapping[str, Sequence[Evidence]], count: int = RESAMPLES) -> dict[str, np.ndarray]:
+    """The metrics of a row in each of `count` resamples of its test images: name -> float64 [count].
+
+    The same test images give the same draws, whatever was found on them.
+
+    Args:
+        evidence: category -> that of each seed.
+    """
+    means: dict[str, list[np.ndarray]] = {name: [] for name in USUAL}
+    for of_seeds in evidence.values():
+        seed = int(of_seeds[0].images[:16], 16)
+        weights = resampling.weights(of_seeds[0].labels, count, seed)
+        found = [resampling.metrics(one, weights) for one in of_seeds]
+        for name in USUAL:
+            means[name].append(np.mean([one[name] for one in found], axis=0))
+    return {name: _mean_of_defined(np.array(values)) for name, values in means.items()}
+
+
+def interval(values: np.ndarray) -> tuple[float, float]:
+    """The ends of the middle 95 % of values [R]; those that are undefined are left out."""
+    tail = (1 - CONFIDENCE) / 2
+    low, high = np.nanquantile(values, [tail, 1 - tail])
+    return float(low), float(high)
+
+
+def _mean_of_defined(values: np.ndarray) -> np.ndarray:
+    """Mean over categories [C, R] -> [R]; NaN where it is defined for none."""
+    defined = ~np.isnan(values)
+    count = defined.sum(axis=0)
+    return np.where(count > 0, np.where(defined, values, 0).sum(axis=0) / np.maximum(count, 1), np.nan)
+
+
+def _evidence(row: Row) -> dict[str, list[Evidence]] | str:
+    """The evidence of a row's runs, category -> that of each seed; or why there is none, in words."""
+    found: dict[str, list[Evidence]] = {}
+    for run in row.runs:
+        for column, category in enumerate(run.categories):
+            one = _of_category(run, column, category)
+            if isinstance(one, str):
+                return one
+            found.setdefault(category, []).append(one)
+    if any(len({one.images for one in of_seeds}) > 1 for of_seeds in found.values()):
+        return "its seeds have different test images"
+    return found
+
+
+def _of_category(run: FoundRun, column: int, category: str) -> Evidence | str:
+    """A run's evidence of a category, or why there is none."""
+    try:
+        arrays = RunDirectory(run.path).evidence(category)
+        evidence = None if arrays is None else Evidence.from_arrays(arrays)
+    except (UserError, KeyError, ValueError, TypeError):
+        evidence = None
+    if evidence is None:
+        return "evidence/ is missing or damaged, or of an earlier version"
+    whole = resampling.metrics(evidence, np.ones((1, len(evidence.labels))))
+    for name in USUAL:
+        blur = _IMAGE_BLUR if name.startswith("image") else _PIXEL_BLUR
+        written, here = run.R[name][-1][column], float(whole[name][0])
+        if (written is None) != bool(np.isnan(here)) or (written is not None and abs(written - here) > blur):
+            return "evidence/ is not what metrics.csv was made of"
+    return evidence

@@ -1,0 +1,161 @@
+"""Rows that differ by noise alone are level, rows that differ are not: with known truth, and in the report."""
+
+import csv
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy.stats import binom
+from test_report import make, only_group
+
+from clbench.metrics import curves
+from clbench.metrics.names import USUAL
+from clbench.metrics.resampling import Evidence
+from clbench.recording.run_directory import RunDirectory
+from clbench.report import tables
+from clbench.report.comparison import grouped
+from clbench.report.reading import read
+from clbench.report.uncertainty import interval, resampled
+
+GOOD, DEFECTIVE, SIDE = 30, 30, 4
+
+
+def predictions(
+    images: np.random.Generator, detector: np.random.Generator, signal: float
+) -> tuple[np.ndarray, ...]:
+    """What a detector says of test images, some of which are harder than others: scores, labels, maps, masks.
+
+    Args:
+        images: draws the images; detectors that are given it in the same state see the same ones.
+        detector: draws the detector's own noise.
+        signal: how far defects stand out: what makes a detector good.
+    """
+    count = GOOD + DEFECTIVE
+    labels = np.arange(count) >= GOOD
+    masks = np.zeros((count, SIDE, SIDE), bool)
+    masks[GOOD:, :2, : SIDE - 1] = True
+    hard = images.normal(size=(count, 1, 1))
+    maps = hard + signal * masks + detector.normal(size=(count, SIDE, SIDE))
+    scores = hard[:, 0, 0] + signal * labels + detector.normal(size=count)
+    return scores, labels, (np.round(3 * maps) / 3).astype(np.float32), masks
+
+
+def evidence(seed: int, detector: int, signal: float) -> Evidence:
+    given = predictions(np.random.default_rng(seed), np.random.default_rng([seed, detector]), signal)
+    return Evidence.of(*given, [], f"{seed:064x}")
+
+
+def level(seed: int, first: list[float], second: list[float]) -> dict[str, bool]:
+    """Whether two rows of two categories are level, by metric; a row is the signals of its detectors, one a seed."""
+    rows = [
+        resampled(
+            {
+                str(category): [
+                    evidence(2 * seed + category, 10 * row + number, signal)
+                    for number, signal in enumerate(signals)
+                ]
+                for category in range(2)
+            },
+            count=200,
+        )
+        for row, signals in enumerate((first, second))
+    ]
+    ends = {name: interval(rows[0][name] - rows[1][name]) for name in USUAL}
+    return {name: low <= 0 <= high for name, (low, high) in ends.items()}
+
+
+def test_two_rows_that_differ_by_noise_alone_are_level_in_about_95_of_100_simulations() -> None:
+    count = 120
+    found = [level(seed, [1.0, 1.0], [1.0]) for seed in range(count)]
+    least, most = binom.ppf([0.0005, 0.9995], count, 0.95)
+    for name in ("image_auroc", "pixel_auroc", "pixel_ap", "aupro"):
+        # Percentile intervals of some dozens of images hold a little less than they say.
+        assert least - 2 <= sum(one[name] for one in found) <= most, name
+
+
+def test_two_rows_that_differ_are_not_level() -> None:
+    found = [level(seed, [0.5], [3.0]) for seed in range(20)]
+    for name in ("image_auroc", "pixel_auroc", "pixel_ap", "pixel_f1", "aupro"):
+        assert sum(one[name] for one in found) <= 1, name
+
+
+def measured(path: Path, detector: int, signal: float, shift: int = 0) -> Path:
+    """Give a run the metrics, and the evidence, of a detector on the test images of its categories."""
+    table = list(csv.DictReader(io.StringIO((path / "metrics.csv").read_text())))
+    categories = list(dict.fromkeys(row["category"] for row in table))
+    found = {}
+    for number, category in enumerate(categories):
+        seed = number + shift
+        given = predictions(np.random.default_rng(seed), np.random.default_rng([seed, detector]), signal)
+        found[category] = {**curves.image_metrics(*given[:2]), **curves.pixel_metrics(*given[2:])}
+        RunDirectory(path).write_evidence(category, Evidence.of(*given, [], f"{seed:064x}").arrays())
+    lines = [",".join(table[0])]
+    for row in table:
+        value = found[row["category"]][row["metric"]]
+        lines.append(",".join([*list(row.values())[:-1], f"{value:.6f}"]))
+    (path / "metrics.csv").write_text("\n".join(lines) + "\n")
+    summary = json.loads((path / "summary.json").read_text())
+    summary["final"] = {name: float(np.mean([one[name] for one in found.values()])) for name in USUAL}  # type: ignore[arg-type]
+    (path / "summary.json").write_text(json.dumps(summary))
+    return path
+
+
+@pytest.fixture
+def experiment(tmp_path: Path) -> Path:
+    """CFA twice, by two seeds; STFPM, which differs from it by noise alone; PaDiM, which is worse; a joint bound."""
+    for seed in (0, 1):
+        measured(make(tmp_path, "method=cfa", "strategy=finetune", f"seed={seed}"), seed, 2.0)
+    measured(make(tmp_path, "method=stfpm", "strategy=finetune"), 2, 1.97)
+    measured(make(tmp_path, "method=padim", "strategy=finetune"), 3, 0.7)
+    measured(make(tmp_path, "method=padim", "strategy=joint", R=[[0.5, 0.5, 0.5]]), 4, 5.0)
+    return tmp_path
+
+
+def test_the_report_marks_what_is_level_with_the_best(experiment: Path) -> None:
+    group = only_group(experiment)
+    table = tables.comparison(group)
+    place = [column.key for column in table.columns].index("pixel_ap")
+    marks = {f"{line.method} {line.strategy}": line.cells[place].mark for line in table.lines}
+    assert sorted([marks["cfa finetune"] or "", marks["stfpm finetune"] or ""]) == ["best", "level"]
+    assert (marks["padim finetune"], marks["padim joint"]) == ("worst", None)
+    assert " ≈ |" in tables.as_markdown(table) and r" $\approx$" in tables.as_latex(table)
+
+    shown = tables.differences(group)
+    assert shown is not None
+    lines = {
+        (row["method"], row["strategy"]): row
+        for row in csv.DictReader(io.StringIO(tables.as_csv([(1, shown)])))
+    }
+    bound, worst = lines["PaDiM", "joint"], lines["PaDiM", "finetune"]
+    assert float(bound["pixel_ap_low"]) > 0 > float(worst["pixel_ap_high"])
+    assert float(worst["pixel_ap_low"]) < float(worst["pixel_ap"]) < float(worst["pixel_ap_high"])
+    best = next(row for row in lines.values() if row["pixel_ap"] == "0")
+    assert best["pixel_ap_low"] == "" and best["method"] in ("CFA", "STFPM")
+    # The same report again, of the same runs: the same intervals.
+    assert tables.as_csv([(1, shown)]) == tables.as_csv([(1, tables.differences(only_group(experiment)))])  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize("fault", ["missing", "damaged", "another evaluation", "other images"])
+def test_a_row_without_evidence_is_marked_level_with_none_which_is_said(fault: str, experiment: Path) -> None:
+    path = experiment / "method=stfpm,strategy=finetune"
+    file = path / "evidence" / "nut.npz"
+    said = "evidence/ is missing or damaged"
+    if fault == "missing":
+        file.unlink()
+    elif fault == "damaged":
+        file.write_bytes(file.read_bytes()[:-40])
+    elif fault == "another evaluation":
+        said = "is not what metrics.csv was made of"
+        file.write_bytes(
+            (experiment / "method=padim,strategy=finetune" / "evidence" / "nut.npz").read_bytes()
+        )
+    else:
+        said = "other test images than the best"
+        measured(path, 2, 1.0, shift=50)
+    (group,) = grouped(read([experiment]))
+    row = next(index for index, row in enumerate(group.rows) if row.variant.method == "stfpm")
+    assert not any(index == row and mark == "level" for (index, _), mark in group.marks.items())
+    assert not any(index == row for index, _ in group.differences.found)
+    assert any("STFPM, finetune" in note and said in note for note in group.notes)
