@@ -16,8 +16,9 @@ from clbench.metrics.resampling import Evidence
 from clbench.recording.run_directory import RunDirectory
 from clbench.report import tables
 from clbench.report.comparison import grouped
+from clbench.report.figures import figures
 from clbench.report.reading import read
-from clbench.report.uncertainty import interval, resampled
+from clbench.report.uncertainty import critical_difference, interval, ranks, resampled
 
 GOOD, DEFECTIVE, SIDE = 30, 30, 4
 
@@ -137,6 +138,30 @@ def test_the_report_marks_what_is_level_with_the_best(experiment: Path) -> None:
     assert tables.as_csv([(1, shown)]) == tables.as_csv([(1, tables.differences(only_group(experiment)))])  # type: ignore[list-item]
 
 
+def test_ranks_and_critical_difference_are_those_of_the_paper(tmp_path: Path) -> None:
+    # Demšar (2006): quantiles of table 5, and the example of four classifiers on 14 data sets.
+    for count, quantile in enumerate((1.960, 2.343, 2.569, 2.728, 2.850, 2.949, 3.031, 3.102, 3.164), 2):
+        expected = quantile * np.sqrt(count * (count + 1) / (6 * 14))
+        assert critical_difference(count, 14) == pytest.approx(expected, abs=2e-3)
+    assert critical_difference(4, 14) == pytest.approx(1.25, abs=5e-3)
+    # By hand: the rows' ranks in the three categories are 1 1 1, 2 2.5 2 and 3 2.5 3.
+    finals = {"cfa": [0.9, 0.8, 0.7], "stfpm": [0.8, 0.5, 0.6], "padim": [0.1, 0.5, 0.2]}
+    for method, final in finals.items():
+        make(tmp_path, f"method={method}", "strategy=finetune", R=[[0.5], [0.5, 0.5], final])
+    make(tmp_path, "method=padim", "strategy=joint", R=[[1.0, 1.0, 1.0]])  # a bound, which has no rank
+    group = only_group(tmp_path)
+    found = ranks(group.rows, "pixel_ap")
+    assert found is not None and found.categories == 3
+    means = {row.variant.method: mean for row, mean in zip(found.rows, found.means, strict=True)}
+    assert means == pytest.approx({"cfa": 1, "stfpm": 6.5 / 3, "padim": 8.5 / 3})
+    # Friedman's statistic with its correction for ties: 12 / (N k (k + 1)) sum R^2 - 3 N (k + 1), over 1 - 6 / (N k (k^2 - 1)).
+    statistic = (12 / 36 * (3**2 + 6.5**2 + 8.5**2) - 36) / (1 - 6 / 72)
+    assert found.p == pytest.approx(np.exp(-statistic / 2))  # chi squared of two degrees of freedom
+    drawn = next(figure for figure in figures(group) if figure.name == "ranks")
+    assert f"critical difference {critical_difference(3, 3):.2f}" in drawn.about
+    assert ranks(group.rows[:2], "pixel_ap") is None
+
+
 @pytest.mark.parametrize("fault", ["missing", "damaged", "another evaluation", "other images"])
 def test_a_row_without_evidence_is_marked_level_with_none_which_is_said(fault: str, experiment: Path) -> None:
     path = experiment / "method=stfpm,strategy=finetune"
@@ -159,3 +184,11 @@ def test_a_row_without_evidence_is_marked_level_with_none_which_is_said(fault: s
     assert not any(index == row and mark == "level" for (index, _), mark in group.marks.items())
     assert not any(index == row for index, _ in group.differences.found)
     assert any("STFPM, finetune" in note and said in note for note in group.notes)
+
+
+def test_where_all_rows_print_alike_none_is_marked(tmp_path: Path) -> None:
+    for method in ("cfa", "stfpm", "padim"):
+        measured(make(tmp_path, f"method={method}", "strategy=finetune"), 0, 2.0)
+    group = only_group(tmp_path)
+    assert all(found.level for found in group.differences.found.values()) and group.differences.found
+    assert group.marks == {}

@@ -78,12 +78,14 @@ class Group:
     def marks(self) -> dict[tuple[int, str], Mark]:
         """The best, worst and level values: index of a row and quantity -> mark.
 
-        A value is level where it is within noise of the best; it is not the worst then.
+        A value is level where it is within noise of the best; it is not the worst then. Where all values print alike,
+        there is no best.
         """
         found = marks(self.rows, self.quantities)
+        with_best = {metric for (_, metric), mark in found.items() if mark == "best"}
         for (index, metric), difference in self.differences.found.items():
             other = self.rows[index].flags.continual and found.get((index, metric)) != "best"
-            if other and difference.level:
+            if other and difference.level and metric in with_best:
                 found[index, metric] = "level"
         return found
 

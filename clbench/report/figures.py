@@ -14,6 +14,8 @@ from typing import Any, Literal
 
 import altair as alt
 
+from clbench.metrics.names import METRICS
+from clbench.report import uncertainty
 from clbench.report.comparison import Group
 from clbench.report.rows import Row
 from clbench.report.tables import category_forgetting, curve, matrix
@@ -37,6 +39,7 @@ _TIPS = {
     "just": alt.Tooltip("just:Q", title="just learned", format=".3f"),
     "final": alt.Tooltip("final:Q", title="final", format=".3f"),
     "lost": alt.Tooltip("lost:Q", title="forgotten, %", format=".1f"),
+    "rank": alt.Tooltip("rank:Q", title="mean rank", format=".2f"),
     "phase": alt.Tooltip("phase:N"),
     "minutes": alt.Tooltip("minutes:Q", format=".2f"),
     "seeds": alt.Tooltip("seeds:Q"),
@@ -88,6 +91,7 @@ def figures(group: Group) -> list[Figure]:
         _against_memory,
         _matrix_charts,
         _forgetting,
+        _rank_charts,
         _time,
     )
     return [figure for make in makers if (figure := make(group, rows)) is not None]
@@ -421,6 +425,74 @@ def _forgetting_entries(row: Row) -> list[dict[str, Any]]:
             values = {"just": just.mean, "final": final.mean, "lost": lost.mean}
             entries.append({**_about(row), "category": category, **_all_short(values)})
     return entries
+
+
+def _rank_charts(group: Group, rows: list[Row]) -> Figure | None:
+    found = {
+        metric: ranks for metric in ("pixel_ap", "image_auroc") if (ranks := uncertainty.ranks(rows, metric))
+    }
+    if not found:
+        return None
+    data = [
+        {
+            **_about(row),
+            "metric": METRICS[metric].title,
+            **_all_short({"rank": mean, "low": mean - ranks.critical / 2, "high": mean + ranks.critical / 2}),
+        }
+        for metric, ranks in found.items()
+        for row, mean in zip(ranks.rows, ranks.means, strict=True)
+    ]
+    count = max(len(ranks.rows) for ranks in found.values())
+    scale = alt.Scale(
+        domain=[min(1.0, *(entry["low"] for entry in data)), max(count, *(entry["high"] for entry in data))],
+        nice=False,
+    )
+    x = alt.X(
+        "rank:Q", title="mean rank over categories", scale=scale, axis=alt.Axis(tickMinStep=1, format="d")
+    )
+    by_rank = alt.EncodingSortField("rank", order="ascending")
+    y = alt.Y("row:N", title=None, sort=by_rank, axis=alt.Axis(domain=False, ticks=False))
+    colour = _by_strategy(group, alt.Color, "colour")
+    bars = (
+        alt.Chart()
+        .mark_rule(strokeWidth=3, opacity=0.45)
+        .encode(x=alt.X("low:Q", scale=scale), x2="high:Q", y=y, color=colour)
+    )
+    points = (
+        alt.Chart()
+        .mark_point(filled=True, size=90, opacity=1)
+        .encode(
+            x=x,
+            y=y,
+            color=colour,
+            shape=_by_strategy(group, alt.Shape, "shape"),
+            tooltip=_tooltip("row", "rank", "seeds"),
+        )
+    )
+    chart = (
+        alt.layer(bars, points)
+        .properties(width=330, height=24 * count)
+        .facet(
+            alt.Facet("metric:N", title=None, sort=[METRICS[metric].title for metric in found]),
+            columns=2,
+            data=alt.Data(values=data),
+        )
+        .transform_filter(_FILTER)
+        .resolve_scale(y="independent")
+    )
+    tests = "; ".join(
+        f"{METRICS[metric].title}: Friedman's p = {ranks.p:.2g} over {ranks.categories} categories, critical difference "
+        f"{ranks.critical:.2f}" + ("" if ranks.p < 0.05 else ", so that no difference is shown at all")
+        for metric, ranks in found.items()
+    )
+    return Figure(
+        "ranks",
+        "Ranks over categories",
+        "Mean ranks of the rows that learn task by task, 1 is the best; bars are as long as Nemenyi's critical difference: "
+        f"rows whose bars do not overlap differ at the 5 % level (Demšar, 2006). {tests}. Ranks are among all rows, those "
+        f"that are not shown too. {_holds(next(iter(found.values())).rows)}.",
+        _finished(chart),
+    )
 
 
 def _time(group: Group, rows: list[Row]) -> Figure | None:

@@ -7,6 +7,7 @@ is not in these intervals: the deviations over them say that.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -18,7 +19,7 @@ from clbench.metrics.names import USUAL
 from clbench.metrics.resampling import Evidence
 from clbench.recording.run_directory import RunDirectory
 from clbench.report.reading import FoundRun
-from clbench.report.rows import Row
+from clbench.report.rows import Row, Spread
 
 RESAMPLES = 1000
 CONFIDENCE = 0.95
@@ -81,6 +82,63 @@ def differences(rows: Sequence[Row]) -> Differences:
             else:
                 made.without[rows[index].title] = "they have other test images than the best row"
     return made
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """How rows rank over categories, after Demšar (Statistical comparisons of classifiers over multiple data sets, 2006).
+
+    Attributes:
+        rows: the rows that are ranked.
+        means: the mean rank of each over categories; 1 is the best, and rows that are alike share their ranks.
+        categories: how many categories there are.
+        p: of Friedman's test that all rows are alike.
+        critical: two rows whose mean ranks differ by at least so much differ at the 5 % level, by Nemenyi's test.
+    """
+
+    rows: list[Row]
+    means: list[float]
+    categories: int
+    p: float
+    critical: float
+
+
+def ranks(rows: Sequence[Row], metric: str) -> Ranks | None:
+    """Rank the rows that learn task by task by a metric's final values, means over seeds, in each category.
+
+    Categories in which it is undefined for a row are left out. None where there are fewer than three rows or two
+    categories.
+    """
+    shown = [row for row in rows if not row.published and row.flags.continual]
+    if len(shown) < 3:
+        return None
+    values = np.array([_finals(row, metric) for row in shown], float)
+    values = values[:, ~np.isnan(values).any(axis=0)]
+    if values.shape[1] < 2:
+        return None
+    from scipy import stats  # takes a while, and most reports of two rows do without
+
+    ranked = stats.rankdata(-values, axis=0)
+    alike = bool((ranked == ranked[0]).all())  # the test has no value then
+    p = 1.0 if alike else float(stats.friedmanchisquare(*values).pvalue)
+    return Ranks(shown, ranked.mean(axis=1).tolist(), values.shape[1], p, critical_difference(*values.shape))
+
+
+def critical_difference(rows: int, categories: int) -> float:
+    """Nemenyi's critical difference of mean ranks at the 5 % level."""
+    from scipy import stats
+
+    quantile = stats.studentized_range.ppf(CONFIDENCE, rows, np.inf) / math.sqrt(2)
+    return float(quantile * math.sqrt(rows * (rows + 1) / (6 * categories)))
+
+
+def _finals(row: Row, metric: str) -> list[float | None]:
+    """A row's final values in each category, means over seeds, in the order of the categories' names."""
+    found = []
+    for category in sorted(row.runs[0].categories):
+        final = (run.R[metric][-1][run.categories.index(category)] for run in row.runs)
+        found.append(Spread.of(final).mean)
+    return found
 
 
 def resampled(evidence: Mapping[str, Sequence[Evidence]], count: int = RESAMPLES) -> dict[str, np.ndarray]:
