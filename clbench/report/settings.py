@@ -22,7 +22,7 @@ _COMPARED = (
     "departures",
 )
 # How a run is computed, not what: figures differ by rounding at most.
-_COMPUTED = (
+COMPUTED = (
     "gpu.device",
     "gpu.threads",
     "gpu.compile",
@@ -109,7 +109,7 @@ def read_departures(config: Mapping[str, Any]) -> Departures:
 def _is_compared(key: str) -> bool:
     return (
         key.split(".")[0] not in NOT_IN_RESULTS
-        and not key.startswith(_COMPUTED)
+        and not key.startswith(COMPUTED)
         and not any(key == name or key.startswith(f"{name}.") for name in _COMPARED)
     )
 

@@ -408,20 +408,21 @@ def as_latex(table: Table) -> str:
     lines = [
         "% \\usepackage{booktabs,graphicx}",
         r"\begin{table}",
-        f"\\caption{{{_latex(table.caption)}}}",
+        f"\\caption{{{latex(table.caption)}}}",
         r"\resizebox{\linewidth}{!}{%",
         rf"\begin{{tabular}}{{{''.join('r' if column.numbers else 'l' for column in table.columns)}}}",
         r"\toprule",
-        " & ".join(_latex(column.title) for column in table.columns) + r" \\",
+        " & ".join(latex(column.title) for column in table.columns) + r" \\",
         r"\midrule",
     ]
     around = {"best": r"\textbf{%s}", "level": r"%s $\approx$", "worst": r"\underline{%s}", None: "%s"}
     for line in table.lines:
-        lines.append(" & ".join(around[cell.mark] % _latex(cell.text) for cell in line.cells) + r" \\")
+        lines.append(" & ".join(around[cell.mark] % latex(cell.text) for cell in line.cells) + r" \\")
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}}", r"\end{table}"]) + "\n"
 
 
-def _latex(text: str) -> str:
+def latex(text: str) -> str:
+    """A text with LaTeX's own signs escaped."""
     return "".join(_LATEX.get(sign, sign) for sign in " ".join(text.split()))
 
 

@@ -1,0 +1,220 @@
+"""One table over experiments: a row for each variant and protocol, with the command that makes it."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra.errors import HydraException
+
+from clbench import digests
+from clbench.config import NOT_IN_RESULTS, differences, flat, sources
+from clbench.config.checking import resolved
+from clbench.config.departures import ABSENT
+from clbench.config.words import written
+from clbench.errors import UserError
+from clbench.metrics import continual
+from clbench.metrics.names import METRICS
+from clbench.recording.files import write_whole
+from clbench.report.comparison import Group
+from clbench.report.reading import REPORTED, FoundRun
+from clbench.report.rows import Row, Spread
+from clbench.report.settings import COMPUTED
+from clbench.report.tables import (
+    NOTHING,
+    Cell,
+    Column,
+    Line,
+    Table,
+    as_csv,
+    as_latex,
+    as_markdown,
+    latex,
+    spread_text,
+    words,
+)
+
+_FORGETTING_OF = ("image_auroc", "pixel_ap", "pixel_f1")
+_DIGEST = 12  # hexadecimal digits that are shown
+
+
+def table(groups: Sequence[Group]) -> Table:
+    """The rows of all groups, by protocol: means over seeds with their sample deviations."""
+    metrics = [
+        *REPORTED,
+        *(
+            name
+            for name in METRICS
+            if name not in REPORTED and any(name in group.metrics for group in groups)
+        ),
+    ]
+    measures = _measures(metrics)
+    columns = [
+        Column("protocol", "protocol"),
+        Column("method", "method"),
+        Column("strategy", "strategy"),
+        Column("settings", "settings"),
+        Column("seeds", "seeds", numbers=True),
+        *(Column(key, title, numbers=True) for key, (title, _, _) in measures.items()),
+        Column("config", "config"),
+        Column("command", "command"),
+    ]
+    made = Table("leaderboard", "Means over seeds, ± their sample deviation", columns)
+    for group in sorted(groups, key=lambda group: (group.protocol or "~", group.number)):
+        for row in group.found:
+            spreads = [
+                (Spread.of(map(measure, row.runs)), digits) for _, digits, measure in measures.values()
+            ]
+            made.lines.append(
+                Line(
+                    [
+                        words(group.protocol or group.title),
+                        words(row.variant.method_title),
+                        words(row.variant.strategy_title),
+                        words(_settings(group, row)),
+                        Cell(str(len(row.runs)), len(row.runs)),
+                        *(
+                            Cell(spread_text(spread, digits), spread.mean, spread.deviation)
+                            for spread, digits in spreads
+                        ),
+                        words(config_digest(row.runs[0])),
+                        words(command(row) or NOTHING),
+                    ],
+                    row.variant.method,
+                    row.variant.strategy,
+                )
+            )
+    return made
+
+
+def write(groups: Sequence[Group], folder: Path) -> list[Path]:
+    """Write leaderboard.csv, .md and .tex into a folder; in the last two, commands stand below the table.
+
+    Returns:
+        The paths of the files.
+
+    Raises:
+        UserError: a file cannot be written.
+    """
+    whole = table(groups)
+    short = Table(
+        whole.name, whole.caption, whole.columns[:-1], [Line(line.cells[:-1]) for line in whole.lines]
+    )
+    commands = {line.cells[-2].text: line.cells[-1].text for line in whole.lines}
+    markdown = "\n".join(f"`{digest}`\n\n```sh\n{text}\n```\n" for digest, text in commands.items())
+    listed = "\n".join(
+        rf"\item[\texttt{{{digest}}}] \texttt{{{latex(text)}}}" for digest, text in commands.items()
+    )
+    texts = {
+        "csv": as_csv([(0, whole)]),
+        "md": f"{as_markdown(short)}\n{markdown}",
+        "tex": f"{as_latex(short)}\n\\begin{{description}}\n{listed}\n\\end{{description}}\n",
+    }
+    paths = []
+    for kind, text in texts.items():
+        path = folder / f"leaderboard.{kind}"
+        write_whole(path, lambda part, text=text: part.write_text(text, encoding="utf-8"))  # type: ignore[misc]
+        paths.append(path)
+    return paths
+
+
+_Measure = tuple[str, int, Callable[[FoundRun], float | None]]  # title, digits, value of a run
+
+
+def _measures(metrics: Sequence[str]) -> dict[str, _Measure]:
+    """What is shown of each run: key -> its title, digits and value."""
+
+    def final(metric: str) -> Callable[[FoundRun], float | None]:
+        return lambda run: run.summary["final"].get(metric)
+
+    def forgetting(metric: str) -> Callable[[FoundRun], float | None]:
+        return lambda run: continual.forgetting(run.R[metric], run.learned)
+
+    return {
+        "kept_mb": ("kept, MB", 1, lambda run: run.summary["memory"]["additional_mb"]),
+        "training_min": ("training, min", 2, lambda run: run.summary["time"]["train_s"] / 60),
+        **{metric: (METRICS[metric].title, 3, final(metric)) for metric in metrics},
+        **{
+            f"fm_best_minus_final_{metric}": (
+                f"FM of {METRICS[metric].title} (best since learned − final)",
+                3,
+                forgetting(metric),
+            )
+            for metric in _FORGETTING_OF
+        },
+        "relative_forgetting_pixel_f1_pct": (
+            "relative forgetting of pixel F1, % of just learned",
+            2,
+            lambda run: continual.average_forgetting_pct(run.R["pixel_f1"], run.learned),
+        ),
+    }
+
+
+def _settings(group: Group, row: Row) -> str:
+    """What sets a row apart from its benchmark's defaults, beside what method and strategy are titled with."""
+    apart = {"benchmark": group.benchmark, **group.apart}
+    return ", ".join([*(f"{key}={value}" for key, value in apart.items()), *row.variant.given])
+
+
+def command(row: Row) -> str | None:
+    """The command that makes a row's runs; None where none is known, as for choices that conf/ does not have.
+
+    It is composed again, and gives the config that the first of them stored, or is not given.
+    """
+    run, seeds = row.runs[0], row.seeds
+    stored = run.config.get("departures")
+    if stored is None:  # of an earlier version
+        return None
+    config = dict(flat({key: value for key, value in run.config.items() if key != "departures"}))
+    given = [
+        f"benchmark={written(config['benchmark'])}",
+        *(f"{part}={written(config[f'{part}.name'])}" for part in ("method", "dataset", "strategy")),
+    ]
+    for key, usual in stored.items():
+        if key in config and key not in ("replay.size", "seed"):
+            given.append(f"{'+' if usual == ABSENT else ''}{key}={written(config[key])}")
+    if config.get("replay.size") is not None:
+        given.append(f"replay.size={config['replay.size']}")
+    if further := config.get("metrics.further"):
+        given.append(f"metrics.further={written(further)}")
+    complete = _completed(given, run.config)
+    several = ["-m"] if len(seeds) > 1 else []
+    seed = f"seed={','.join(map(str, seeds))}"
+    return None if complete is None else shlex.join(["clbench", "run", *several, *complete, seed])
+
+
+def _completed(given: list[str], config: Mapping[str, Any]) -> list[str] | None:
+    """Overrides that compose to a run's config: those given, without settings that the run does not have."""
+    stored = {key: value for key, value in config.items() if key != "departures"}
+    for _ in range(2):
+        try:
+            with_seed = [*given, f"seed={config['seed']}"]
+            found = resolved(sources.composed(*with_seed, local=False))
+        except (HydraException, UserError):
+            return None
+        if not differences(stored, found):
+            return given
+        there = {key for key, _ in flat(stored)}
+        given = [*given, *(f"~{key}" for key, _ in flat(found) if key not in there)]
+    return None
+
+
+def config_digest(run: FoundRun) -> str:
+    """The digest of everything in a run's config that changes its results, but for the seed: of 12 digits.
+
+    Images, and files that settings name, count by their content and not by where they lie.
+    """
+    config = {key: value for key, value in run.config.items() if key not in NOT_IN_RESULTS}
+    files = run.summary.get("files") or {}
+    settings = {
+        key: files.get(key, value)
+        for key, value in flat(config)
+        if key not in ("seed", "dataset.root")
+        and not (key.endswith(".seed") and value == run.seed)
+        and not key.startswith(COMPUTED)
+    }
+    counted = {"settings": settings, "images": run.summary.get("images") or {}}
+    return digests.of_text(json.dumps(counted, sort_keys=True))[:_DIGEST]
