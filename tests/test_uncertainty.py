@@ -4,17 +4,19 @@ import csv
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from scipy.stats import binom
-from test_report import make, only_group
+from test_published import visa
+from test_report import browser, make, only_group  # noqa: F401
 
 from clbench.metrics import curves
 from clbench.metrics.names import USUAL
 from clbench.metrics.resampling import Evidence
 from clbench.recording.run_directory import RunDirectory
-from clbench.report import tables
+from clbench.report import page, published, tables
 from clbench.report.comparison import grouped
 from clbench.report.figures import figures
 from clbench.report.reading import read
@@ -192,3 +194,40 @@ def test_where_all_rows_print_alike_none_is_marked(tmp_path: Path) -> None:
     group = only_group(tmp_path)
     assert all(found.level for found in group.differences.found.values()) and group.differences.found
     assert group.marks == {}
+
+
+def test_the_page_has_level_marks_and_published_rows_without_any(
+    browser: Any,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(page, "_MOST_FIGURES", 0)  # they take seconds
+    for detector, (strategy, signal) in enumerate({"native": 2.0, "finetune": 1.97}.items()):
+        measured(visa(tmp_path, f"strategy={strategy}"), detector, signal)
+    report = page.write_page(read([tmp_path]), tmp_path / "report", "published")
+    browser.get(report.page.as_uri())
+
+    def find(selector: str) -> list[Any]:
+        return browser.find_elements("css selector", selector)
+
+    (mark, *_) = find("#group-1 > .table td.level .mark")
+    assert (
+        mark.is_displayed()
+        and "the interval of their difference over test images holds 0" in mark.get_attribute("title")
+    )
+    rows = find("#published-1 + .table tr.published")
+    assert len(rows) == sum(row["protocol"] == "visa_1x12" for row in published.rows())
+    assert (
+        not find("#published-1 + .table .mark") and "selected on test images" in rows[-2].text + rows[10].text
+    )
+    # Sorted by a kind of forgetting: rows that have none of this kind stay last.
+    titles = [button.get_attribute("textContent") for button in find("#published-1 + .table th")]
+    place = titles.index("image AUROC, UCAD: large − small bank")
+    find("#published-1 + .table th button")[place].send_keys("\n")
+    cells = [row.find_elements("css selector", "td") for row in find("#published-1 + .table tbody tr")]
+    assert cells[0][0].text == "UCAD" and cells[0][place].text == "0.039" and cells[1][place].text == "–"
+    find('a[href="#published-words"]')[0].send_keys("\n")
+    assert browser.current_url.endswith("#published-words")
+    words = find("#published-words")[0]
+    assert words.is_displayed() and "no later task plays a part" in words.text
+    assert [entry for entry in browser.get_log("browser") if entry["level"] != "INFO"] == []

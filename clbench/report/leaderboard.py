@@ -156,7 +156,10 @@ def _measures(metrics: Sequence[str]) -> dict[str, _Measure]:
 def _settings(group: Group, row: Row) -> str:
     """What sets a row apart from its benchmark's defaults, beside what method and strategy are titled with."""
     apart = {"benchmark": group.benchmark, **group.apart}
-    return ", ".join([*(f"{key}={value}" for key, value in apart.items()), *row.variant.given])
+    shown = [
+        f"{key}={value}" for key, value in apart.items() if key != "dataset.root"
+    ]  # the command has the place
+    return ", ".join([*shown, *row.variant.given])
 
 
 def command(row: Row) -> str | None:
