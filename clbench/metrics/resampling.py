@@ -16,6 +16,7 @@ from clbench.metrics.names import USUAL
 # and shares of the normal ones that shrink by the same factor towards the top, where precision is decided.
 _ANOMALOUS, _NORMAL, _TAIL = 320, 64, 256
 _LEAST_SHARE = 1e-6  # of the normal pixels, in the highest bin of the tail
+_CHUNK = 128  # resamples at a time
 _LIMIT = 0.3  # false-positive rate that AU-PRO is integrated to
 
 
@@ -138,6 +139,12 @@ def metrics(evidence: Evidence, weights: np.ndarray) -> dict[str, np.ndarray]:
         weights: how often each image was drawn, [R, N]; ones give the metrics of the test set itself, within what
             bins blur.
     """
+    parts = [_metrics(evidence, weights[begin : begin + _CHUNK]) for begin in range(0, len(weights), _CHUNK)]
+    return {name: np.concatenate([part[name] for part in parts]) for name in USUAL}
+
+
+def _metrics(evidence: Evidence, weights: np.ndarray) -> dict[str, np.ndarray]:
+    """What `metrics` gives, of so few resamples that temporaries stay in the cache."""
     order = np.argsort(-evidence.scores, kind="stable")
     ends = np.flatnonzero(np.append(np.diff(evidence.scores[order]) != 0, True))
     chosen, defective = weights[:, order].astype(np.float64), evidence.labels[order]
