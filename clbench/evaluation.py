@@ -15,8 +15,8 @@ from clbench.energy import Meter
 from clbench.methods.base import Prediction, Progress
 from clbench.metrics.curves import image_metrics, pixel_metrics
 from clbench.metrics.pimo import aupimo
-from clbench.metrics.stored import Decisions, image_decisions, pixel_decisions
 from clbench.metrics.resampling import Evidence
+from clbench.metrics.stored import Decisions, image_decisions, pixel_decisions
 from clbench.strategies.base import Strategy
 from clbench.training import Diverged, advice_on_divergence
 
