@@ -17,6 +17,7 @@ import altair as alt
 from clbench.metrics.names import METRICS
 from clbench.report import uncertainty
 from clbench.report.comparison import Group
+from clbench.report.deployed import chosen_shares
 from clbench.report.rows import Row
 from clbench.report.tables import category_forgetting, curve, matrix
 from clbench.report.titles import method_colours, strategy_styles
@@ -92,6 +93,7 @@ def figures(group: Group) -> list[Figure]:
         _matrix_charts,
         _forgetting,
         _rank_charts,
+        _routing_charts,
         _time,
     )
     return [figure for make in makers if (figure := make(group, rows)) is not None]
@@ -385,6 +387,43 @@ def _matrix_charts(group: Group, rows: list[Row]) -> Figure | None:
         f"column that darkens on its way down. {_holds(rows)}.",
         _finished(chart),
     )
+
+
+def _routing_charts(group: Group, rows: list[Row]) -> Figure | None:
+    data = [
+        {**_about(row), "category": category, "model": task, "share": _short(share)}
+        for row in rows
+        if all("routing" in run.summary for run in row.runs)
+        for category in row.runs[0].categories
+        for task, share in chosen_shares(row, category)
+    ]
+    if not data:
+        return None
+    side = 30 if len(group.categories) > 6 else 38  # pixels of a cell
+    tasks = alt.Scale(domain=list(dict.fromkeys(entry["model"] for entry in data)))
+    x = alt.X(
+        "model:N", title="judged by the model of", scale=tasks, axis=alt.Axis(labelAngle=-40, domain=False)
+    )
+    y = alt.Y(
+        "category:N", title="image of", sort=list(group.categories), axis=alt.Axis(domain=False, ticks=False)
+    )
+    colour = alt.Color("share:Q", title="share", scale=alt.Scale(scheme="cividis", domain=[0, 1]))
+    tooltip = [*_tooltip("row", "category"), alt.Tooltip("model:N"), alt.Tooltip("share:Q", format=".1%")]
+    cells = alt.Chart().mark_rect(cornerRadius=2).encode(x=x, y=y, color=colour, tooltip=tooltip)
+    dark = alt.condition("datum.share > 0.5", alt.value("#111"), alt.value("#fff"))
+    shown = alt.Chart().mark_text(fontSize=10).transform_filter("datum.share > 0")
+    shown = shown.encode(x=x, y=y, text=alt.Text("share:Q", format=".2f"), color=dark)
+    chart = (
+        alt.layer(cells, shown)
+        .properties(width=alt.Step(side), height=alt.Step(side - 10))
+        .facet(alt.Facet("row:N", title=None), columns=3, data=alt.Data(values=data))
+        .transform_filter(_FILTER)
+    )
+    about = (
+        "Shares of each category's test images that the model of each task was chosen for after the last stage, over seeds. "
+        f"{_holds([row for row in rows if all('routing' in run.summary for run in row.runs)])}."
+    )
+    return Figure("routing", "Which task's model judges an image", about, _finished(chart))
 
 
 def _forgetting(group: Group, rows: list[Row]) -> Figure | None:

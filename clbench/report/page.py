@@ -14,7 +14,7 @@ import jinja2
 
 from clbench.errors import UserError
 from clbench.recording.files import write_whole
-from clbench.report import published, tables, titles
+from clbench.report import deployed, published, tables, titles
 from clbench.report.comparison import Group, grouped
 from clbench.report.figures import Figure, figures, png
 from clbench.report.gallery import gallery
@@ -28,10 +28,22 @@ _LOCAL_TABLES = (
     tables.differences,
     published.table,
     tables.forgetting_table,
+    deployed.thresholds,
+    deployed.routing,
 )  # in the page; the others are files alone
 _TABLES = tuple(
     f"{name}.{kind}"
-    for name in ("runs", "comparison", "differences", "published", "forgetting", "stages", "r-matrices")
+    for name in (
+        "runs",
+        "comparison",
+        "differences",
+        "published",
+        "forgetting",
+        "thresholds",
+        "routing",
+        "stages",
+        "r-matrices",
+    )
     for kind in ("csv", "md", "tex")
 )
 
@@ -60,6 +72,8 @@ class _Section:
     differences: Table | None
     published: Table | None
     forgetting: Table
+    thresholds: Table | None
+    routing: Table | None
     figures: list[Figure] = field(default_factory=list)
 
 
@@ -90,6 +104,8 @@ def write_page(runs: Sequence[FoundRun], folder: Path, title: str) -> Report:
             tables.differences(group),
             published.table(group),
             tables.forgetting_table(group),
+            deployed.thresholds(group),
+            deployed.routing(group),
         )
         if len(sections) < _MOST_FIGURES:
             section.figures = figures(group)

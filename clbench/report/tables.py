@@ -81,7 +81,7 @@ class Table:
     lines: list[Line] = field(default_factory=list)
 
 
-_WHO = (Column("method", "method"), Column("strategy", "strategy"))
+WHO = (Column("method", "method"), Column("strategy", "strategy"))
 
 
 def spread_text(spread: Spread, digits: int) -> str:
@@ -102,7 +102,7 @@ def words(text: str) -> Cell:
     return Cell(text, text)
 
 
-def _line(row: Row, *cells: Cell, given: str = "") -> Line:
+def line(row: Row, *cells: Cell, given: str = "") -> Line:
     """A line that begins with the row's method and strategy."""
     variant = row.variant
     who = [words(variant.method_title + given), words(variant.strategy_title)]
@@ -112,7 +112,7 @@ def _line(row: Row, *cells: Cell, given: str = "") -> Line:
 def comparison(group: Group) -> Table:
     """The paper's table: a row a method and strategy."""
     columns = [
-        *_WHO,
+        *WHO,
         Column("seeds", "seeds", numbers=True, about="runs that the means and deviations are over"),
         *(Column(q.key, q.title, numbers=True, about=q.about) for q in group.quantities),
     ]
@@ -123,7 +123,7 @@ def comparison(group: Group) -> Table:
         given = f" ({', '.join(row.variant.given)})" if len(_givens(rows, row)) > 1 else ""
         seeds = Cell("published" if row.published else str(len(row.runs)), len(row.runs) or None)
         cells = (_spread(row.value(q.key), q.digits, marked.get((index, q.key))) for q in group.quantities)
-        table.lines.append(_line(row, seeds, *cells, given=given))
+        table.lines.append(line(row, seeds, *cells, given=given))
     return table
 
 
@@ -134,7 +134,7 @@ def differences(group: Group) -> Table | None:
         return None
     quantities = [quantity for quantity in group.quantities if quantity.key in found.best]
     columns = [
-        *_WHO,
+        *WHO,
         *(Column(q.key, q.title, numbers=True, about="this row minus the best one") for q in quantities),
     ]
     table = Table(
@@ -145,7 +145,7 @@ def differences(group: Group) -> Table | None:
     )
     for index, row in enumerate(rows):
         if not row.published:
-            table.lines.append(_line(row, *(_difference(group, index, quantity) for quantity in quantities)))
+            table.lines.append(line(row, *(_difference(group, index, quantity) for quantity in quantities)))
     return table
 
 
@@ -166,13 +166,13 @@ def _givens(rows: Sequence[Row], row: Row) -> set[tuple[str, ...]]:
     return {other.variant.given for other in rows if other.variant.method == row.variant.method}
 
 
-def _category_columns(group: Group) -> list[Column]:
+def category_columns(group: Group) -> list[Column]:
     """Columns for the task and, where tasks are of several categories, for the category."""
     columns = [Column("task", "task"), Column("category", "category")]
     return columns if group.categories != group.tasks else columns[:1]
 
 
-def _category_cells(group: Group, row: Row, category: str) -> list[Cell]:
+def category_cells(group: Group, row: Row, category: str) -> list[Cell]:
     run = row.runs[0]
     cells = [words(run.tasks[run.task_of[category]]), words(category)]
     return cells if group.categories != group.tasks else cells[:1]
@@ -181,8 +181,8 @@ def _category_cells(group: Group, row: Row, category: str) -> list[Cell]:
 def forgetting_table(group: Group) -> Table:
     """Pixel F1 of every category, just learned and after the last stage, over seeds."""
     columns = [
-        *_WHO,
-        *_category_columns(group),
+        *WHO,
+        *category_columns(group),
         Column("learned_at", "learned at stage", numbers=True),
         Column(
             "just_learned",
@@ -200,7 +200,7 @@ def forgetting_table(group: Group) -> Table:
         for category in row.runs[0].categories:
             spreads = zip(category_forgetting(row, category), (0, 3, 3, 1), strict=True)
             cells = (_spread(spread, digits) for spread, digits in spreads)
-            table.lines.append(_line(row, *_category_cells(group, row, category), *cells))
+            table.lines.append(line(row, *category_cells(group, row, category), *cells))
     return table
 
 
@@ -231,10 +231,10 @@ def category_forgetting(row: Row, category: str) -> tuple[Spread, Spread, Spread
 def matrices(group: Group) -> Table:
     """R of every metric over seeds, an entry a line: for other programs."""
     columns = [
-        *_WHO,
+        *WHO,
         Column("metric", "metric"),
         Column("stage", "stage", numbers=True),
-        *_category_columns(group),
+        *category_columns(group),
         Column("value", "value", numbers=True),
     ]
     table = Table(
@@ -244,8 +244,8 @@ def matrices(group: Group) -> Table:
         for metric in group.metrics:
             for stage, category, spread in matrix(row, metric):
                 where = [Cell(METRICS[metric].title, metric), Cell(str(stage + 1), stage + 1)]
-                cells = [*where, *_category_cells(group, row, category), _spread(spread, 3)]
-                table.lines.append(_line(row, *cells))
+                cells = [*where, *category_cells(group, row, category), _spread(spread, 3)]
+                table.lines.append(line(row, *cells))
     return table
 
 
@@ -262,14 +262,14 @@ def matrix(row: Row, metric: str) -> list[tuple[int, str, Spread]]:
 
 def stages(group: Group) -> Table:
     """Every metric's mean over the categories seen after each stage, over seeds: for other programs."""
-    columns = [*_WHO, Column("stage", "stage", numbers=True)]
+    columns = [*WHO, Column("stage", "stage", numbers=True)]
     columns += [Column(metric, METRICS[metric].title, numbers=True) for metric in group.metrics]
     table = Table("stages", f"{group.title}: means over the tasks seen after each stage", columns)
     for row in group.found:
         curves = zip(*(curve(row, metric) for metric in group.metrics), strict=True)
         for stage, spreads in enumerate(curves, 1):
             cells = (_spread(spread, 3) for spread in spreads)
-            table.lines.append(_line(row, Cell(str(stage), stage), *cells))
+            table.lines.append(line(row, Cell(str(stage), stage), *cells))
     return table
 
 
@@ -284,7 +284,7 @@ def run_list(runs: Sequence[FoundRun], groups: Sequence[Group]) -> Table:
         Column("run", "run"),
         Column("state", "state"),
         Column("group", "group", numbers=True),
-        *_WHO,
+        *WHO,
         Column("seed", "seed", numbers=True),
         Column("pixel_f1", "pixel F1", numbers=True),
         Column("minutes", "minutes", numbers=True, about="training and evaluation"),
