@@ -13,7 +13,7 @@ from torch import Tensor
 
 from clbench.methods import bounds as narrow
 from clbench.methods import nearest as searching
-from clbench.methods.bounds import TINY, Bounds, gamma
+from clbench.methods.bounds import GROUP, TINY, Bounds, gamma
 from clbench.methods.nearest import Search, k_nearest, nearest
 
 # Name -> the type of few bits and the number of directions (None: all features); None for plain products.
@@ -392,6 +392,7 @@ def test_pairs_are_looked_at_in_parts_where_nearly_all_are_candidates(
         return look(groups, some, limit)
 
     monkeypatch.setattr(searching, "_not_above", noted)
+    monkeypatch.setattr(searching, "_LOOKED", GROUP)
     found, expected = Search()(queries, bank, [500]), by_differences(queries, bank, [500])
     assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
     assert len(shares) > 16 and max(shares) <= 1 / 16

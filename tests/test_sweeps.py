@@ -25,7 +25,7 @@ from rich.console import Console
 from clbench import assembly, cli
 from clbench.commands.run import main
 from clbench.config import sources
-from clbench.methods.tables import table
+from clbench.methods import tables
 from clbench.recording.run_directory import RunDirectory
 from clbench.sweeps.launchers import LocalLauncher
 from clbench.sweeps.runs import SweepRun, suited
@@ -521,7 +521,7 @@ def test_runs_in_one_process_leave_no_tensor_to_those_after_them(
     assemble = assembly.assemble
 
     def counted(*arguments: object) -> assembly.Assembly:
-        table.cache_clear()  # at most 32 of them, which are kept on purpose
+        tables._kept.cache_clear()  # at most 32 of them, which are kept on purpose
         tensors = [one for one in gc.get_objects() if type(one) in (torch.Tensor, torch.nn.Parameter)]
         alive.append(len({one.untyped_storage().data_ptr() for one in tensors}))
         return assemble(*arguments)  # type: ignore[arg-type]

@@ -57,7 +57,9 @@ class Images:
         places = [images._places + begin for images, begin in zip(each, begins, strict=False)]
         found = Images([part for images in each for part in images._parts], each[0].device, torch.cat(places))
         if any(images._origin is not None for images in each):
-            found._origin = Images.concatenate([images._origin or images for images in each])
+            found._origin = Images.concatenate(
+                [images if images._origin is None else images._origin for images in each]
+            )
         return found
 
     def on(self, device: torch.device) -> "Images":

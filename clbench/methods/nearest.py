@@ -38,7 +38,7 @@ _WORTH = 2  # bounds are prepared for a bank that was asked for so many queries 
 _LEAST = 512  # entries of a bank, on average, from which on bounds are tried
 _TRIALS = 2  # blocks of queries that bounds are timed on
 _CROWDED = 8  # where bounds leave more than one pair in so many, plain products are quicker
-_PARTS = 16  # pairs of a query and an entry are looked at in so many parts of a block, at most
+_LOOKED = 1 << 18  # values that are looked at one by one at a time, or a sixteenth of a block
 _FAR = 2.0**100  # more than any distance
 _LAST = torch.iinfo(torch.int64).max
 
@@ -296,7 +296,7 @@ class _Banks:
         limits = rest if bounds is None else bounds.limit(limit)
         some = (minima <= limits[:, None]).view(-1).nonzero()[:, 0]
         pairs = 0
-        for part in some.split(max(1, minima.numel() // _PARTS)):
+        for part in some.split(max(_LOOKED, values.numel() // 16) // GROUP):
             query, columns = _not_above(groups, part, limits)
             pairs += len(query)
             if bounds is not None and _CROWDED * pairs > values.numel():
