@@ -1,73 +1,90 @@
 """The thresholds that a user would judge test images by: those that were set when tasks were learned."""
 
 import bisect
+import functools
+import itertools
 import math
 import operator
 from collections.abc import Sequence
-from typing import Literal
+from typing import NamedTuple
 
 import numpy as np
 from torch import Tensor
 
 from clbench.data.stream import Task
 from clbench.errors import UserError
-from clbench.metrics.names import FURTHER, METRICS
+from clbench.metrics.names import FURTHER, METRICS, RATES
 from clbench.metrics.stored import Decisions
 from clbench.strategies.base import Strategy
-from clbench.thresholds import RATES, Moments, Thresholds
+from clbench.thresholds import Moments, Thresholds, rank
 from clbench.training import held_out
 
 
-def by_stage(
-    learned: Sequence[Thresholds], models: Tensor | int | None, images: int, rates: tuple[float, float]
-) -> Decisions:
-    """The thresholds that a user would judge test images by: those that were set when tasks were learned.
+class Learned(NamedTuple):
+    """What was measured on a stage's held-out images when it was learned: thresholds, and the images' scores."""
+
+    thresholds: Thresholds
+    scores: list[float]
+
+
+class Judge:
+    """Judges test images by the thresholds that were set when stages were learned.
 
     Args:
-        learned: of each stage so far, as set when it was learned.
-        models: the stage whose model judged each image, int64 [N], or all of them; None where one model has learned all
-            stages: then thresholds are those of all stages together.
-        images: N.
+        learned: of each stage so far.
         rates: false-positive rates of pixels and of images.
     """
-    if models is None:
-        one = [
-            [together(learned, "pixel", rates[0])],
-            [together(learned, "image", rates[1])],
-            [_wide(learned)],
-        ]
-        return Decisions(*(np.repeat(np.array(value), images) for value in one))
-    chosen = np.broadcast_to(np.asarray(models), images)
-    pixel, image = zip(*(each.at(*rates) for each in learned), strict=True)
-    wide = [_wide([each]) for each in learned]
-    return Decisions(*(np.array(values)[chosen] for values in (pixel, image, wide)))
+
+    def __init__(self, learned: Sequence[Learned], rates: tuple[float, float]):
+        self._learned, self._rates = learned, rates
+
+    def by_model(self, models: Tensor | int, images: int) -> Decisions:
+        """The thresholds of the models that judged images.
+
+        Args:
+            models: the stage whose model judged each image, int64 [N], or all of them.
+            images: N.
+        """
+        chosen = np.broadcast_to(np.asarray(models), images)
+        pixel, image, wide = (np.empty(images) for _ in range(3))
+        for stage in np.unique(chosen):
+            of_stage, here = self._learned[stage].thresholds, chosen == stage
+            pixel[here], image[here] = of_stage.at(*self._rates)
+            wide[here] = _wide([of_stage])
+        return Decisions(pixel, image, wide)
+
+    def together(self, images: int) -> Decisions:
+        """The thresholds of all stages together, for images that one model judges, as many as `images`."""
+        return Decisions(*(np.full(images, value) for value in self._together))
+
+    @functools.cached_property
+    def _together(self) -> tuple[float, float, float]:
+        learned = [each.thresholds for each in self._learned]
+        scores = sorted(itertools.chain(*(each.scores for each in self._learned)), reverse=True)
+        image = scores[max(rank(self._rates[1], len(scores)), 1) - 1]
+        return pixels_together(learned, self._rates[0]), image, _wide(learned)
 
 
-def together(learned: Sequence[Thresholds], kind: Literal["pixel", "image"], rate: float) -> float:
-    """The lowest stored threshold that at most a share `rate` of all normal pixels or images is above.
+def pixels_together(learned: Sequence[Thresholds], rate: float) -> float:
+    """The lowest stored threshold of pixels that at most a share `rate` of those of all stages is above.
 
     A stage's share above a value is known where that is one of its thresholds, and in between is at most the share at
-    the next lower one. Stages count by the number of pixels or images that theirs were set on. Where even the highest
-    is exceeded too often, it is the highest.
+    the next lower one. Where even the highest is exceeded too often, it is the highest.
     """
-    counts = [each.pixels if kind == "pixel" else each.images for each in learned]
-    tables = [each.pixel if kind == "pixel" else each.image for each in learned]
+    total = sum(each.pixels for each in learned)
 
     def exceeded(value: float) -> float:
-        shares = [_share_above(table, count, value) for table, count in zip(tables, counts, strict=True)]
-        return sum(map(operator.mul, shares, counts)) / sum(counts)
+        return sum(_share_above(each.pixel, value) * each.pixels for each in learned) / total
 
-    values = sorted({value for table in tables for value in table})
+    values = sorted({value for each in learned for value in each.pixel})
     first = bisect.bisect_left(values, -rate - 1e-12, key=lambda value: -exceeded(value))
     return values[min(first, len(values) - 1)]
 
 
-def _share_above(table: list[float], count: int, value: float) -> float:
-    """What share of new normal values is above one, at most, by the thresholds for `RATES` that so many have set."""
-    lower = bisect.bisect_left(
-        table, -value, key=operator.neg
-    )  # the first of the thresholds that is not above it
-    return 1.0 if lower == len(table) else max(RATES[lower], 1 / (count + 1))
+def _share_above(table: list[float], value: float) -> float:
+    """What share of values is above one, at most, by the thresholds for `RATES`."""
+    lower = bisect.bisect_left(table, -value, key=operator.neg)  # the first threshold that is not above it
+    return 1.0 if lower == len(table) else RATES[lower]
 
 
 def _wide(learned: Sequence[Thresholds]) -> float:
@@ -107,7 +124,7 @@ def check_enough(
     ways = [f"method.held_out={math.ceil(100 * fewest / count - 1e-9) / 100:g}"] if fewest < count else []
     if held:
         others = [metric for metric in metrics if metric in FURTHER and metric not in of_images]
-        ways += [f"metrics.image_rate={math.ceil(1000 / (held + 1)) / 1000:g}"]
+        ways += [f"metrics.image_rate={rate:g}" for rate in RATES if rank(rate, held)][:1]
         ways += [f"'metrics.further=[{','.join(others)}]'"]
     raise UserError(
         f"{', '.join(of_images or stored)} need{'s' * (len(of_images or stored) == 1)} {fewest} held-out image"

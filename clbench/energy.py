@@ -3,6 +3,7 @@
 Both count all that runs there, other processes too.
 """
 
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -10,6 +11,8 @@ from pathlib import Path
 import torch
 
 POWERCAP = Path("/sys/class/powercap")
+
+_EVERY_S = 60  # 65 kJ, as small as the range of a counter can be, last five minutes at 200 W
 
 Counter = Callable[[], float]  # joules since some moment
 
@@ -45,13 +48,20 @@ class Meter:
         self.source = ", ".join(counters) if self.available else "; ".join(filter(None, missing))
         self._counters = list(counters.values()) if self.available else []
         self._begun = self._read()
+        self._read_at = time.monotonic()
 
     def _read(self) -> float:
         return sum(counter() for counter in self._counters)
 
     def joules(self) -> float:
-        """What was taken so far; to be asked every half hour at least, as RAPL's counters begin anew."""
+        """What was taken so far."""
+        self._read_at = time.monotonic()
         return self._read() - self._begun
+
+    def keep_up(self) -> None:
+        """Read the counters where that is due: RAPL's begin anew after some minutes. To be called often."""
+        if time.monotonic() - self._read_at > _EVERY_S:
+            self.joules()
 
 
 def _gpu(device: torch.device) -> tuple[Counter | None, str]:
@@ -77,11 +87,12 @@ def _gpu(device: torch.device) -> tuple[Counter | None, str]:
 
 def _packages() -> tuple[list[Counter], str]:
     """The counters of the CPU packages, or none and why."""
-    folders = sorted(POWERCAP.glob("intel-rapl:[0-9]*"))  # AMD's too; parts of a package have a second colon
+    folders = sorted(POWERCAP.glob("intel-rapl:[0-9]*"))  # AMD's too
     counters: list[Counter] = []
     for folder in folders:
-        if folder.name.count(":") == 1:
-            with suppress(OSError, ValueError):
+        with suppress(OSError, ValueError):
+            # Parts of a package are counted with it, and "psys" is of the whole machine, packages included.
+            if (folder / "name").read_text().startswith("package"):
                 counters.append(_Package(folder).joules)
     if counters:
         return counters, ""

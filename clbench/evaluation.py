@@ -1,7 +1,7 @@
 """Anomaly maps of test images, the metrics of these maps, and the time that they take."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from clbench import digests
 from clbench.data.images import Images, ImageSet
+from clbench.data.stream import Category
 from clbench.energy import Meter
 from clbench.methods.base import Prediction, Progress
 from clbench.metrics.curves import image_metrics, pixel_metrics
@@ -140,20 +141,23 @@ def metrics_of(
     return found
 
 
-def evidence_of(prediction: Prediction, images: ImageSet) -> Evidence:
+def evidence_of(prediction: Prediction, category: Category, values: Mapping[str, float | None]) -> Evidence:
     """What each test image contributes to a category's metrics, for `clbench.metrics.resampling`.
 
     Args:
-        prediction: maps [N, H, W] and scores [N], on the CPU.
-        images: the N test images that they are of.
+        prediction: maps [N, H, W] and scores [N] of its test images, on the CPU.
+        values: the metrics that they have.
     """
+    images = category.test
+    known_by = category.fingerprints[1] if category.fingerprints else "\n".join(images.names)
     return Evidence.of(
         prediction.scores.numpy(),
         images.labels.numpy(),
         prediction.maps.numpy(),
         images.masks.numpy(),
         images.unknown,
-        digests.of_text("\n".join(images.names)),
+        digests.of_text(known_by),
+        values,
     )
 
 

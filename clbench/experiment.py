@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
-from clbench import decisions, evaluation, footprint, thresholds
+from clbench import evaluation, footprint, thresholds
 from clbench.assembly import OF_FEATURES, Assembly, memory_for
 from clbench.data.images import Images
+from clbench.decisions import Judge, Learned
 from clbench.errors import UserError
 from clbench.history import History
 from clbench.interruption import Interruption
@@ -83,7 +84,7 @@ class Course:
         self.assembly, self.directory, self.display, self.recorder = assembly, directory, display, recorder
         self.strategy, self.tasks = assembly.strategy, assembly.tasks
         self.categories = [category for task in self.tasks for category in task.categories]
-        self.progress = interruption.watching(display.progress)
+        self._watching = interruption.watching(display.progress)
         with self._memory("what an earlier process learned"):
             self.history = History(assembly, directory, recorder, interruption)
         self.stages, self.results = self.history.stages, self.history.results
@@ -91,6 +92,7 @@ class Course:
         self.strategy.bookmark, self.strategy.on_epoch = self.history.checkpoints, self.history.add_epoch
         self.strategy.detector.progress = self.progress
         self._thread = ThreadPoolExecutor(1)
+        self._judge: tuple[int, Judge] | None = None  # the stage after which it judges
         self._measuring: tuple[int, int, Future[Evaluation]] | None = (
             None  # stage, category, and metrics to come
         )
@@ -98,6 +100,11 @@ class Course:
             display.line(f"note: {note}")
         if self.history.continued:
             display.line(f"continuing {self.history.continued}")
+
+    def progress(self, phase: str, done: int, total: int, note: str = "") -> None:
+        """A `Progress` that shows it, stops the run where that is asked for, and lets no counter of energy run round."""
+        self._watching(phase, done, total, note)
+        self.spent.meter.keep_up()
 
     def let_go(self) -> None:
         """End all calls back from the strategy, so that its tensors are freed as soon as the run is left."""
@@ -126,7 +133,7 @@ class Course:
                 found = thresholds.of_stages(
                     self.strategy, self.tasks, [stage], self.assembly.device, self.progress
                 )
-            self.history.add_thresholds(stage, found)
+            self.history.add_thresholds(stage, Learned(*found))
 
     def _learn(self, stage: int) -> None:
         """Learn a stage, and save what was learned."""
@@ -207,24 +214,32 @@ class Course:
         What the metrics rest on is written where they may be the category's final ones.
         """
         test, learned = self.categories[category].test, self.results.learned[category]
-        if final:
-            evidence = evaluation.evidence_of(prediction, test)
-            self.directory.write_evidence(self.categories[category].name, evidence.arrays())
         decided = chosen = None
         if self.history.thresholds:
             # Only what a user would know: the model that was chosen, or the task where images come with theirs.
             models = prediction.chosen if self.strategy.routes else None
             own = min(learned, stage) if self.strategy.task_known else models
-            so_far = [self.history.thresholds[earlier] for earlier in range(stage + 1)]
-            rates = self.assembly.config.metrics.pixel_rate, self.assembly.config.metrics.image_rate
-            decided = decisions.by_stage(so_far, own, len(test), rates)
+            judge = self._judge_after(stage)
+            decided = judge.together(len(test)) if own is None else judge.by_model(own, len(test))
         values = evaluation.metrics_of(prediction, test, self.assembly.config.metrics.further, decided)
         if self.strategy.routes:
             assert prediction.chosen is not None
-            chosen = torch.bincount(prediction.chosen, minlength=stage + 1).tolist()
-            values["routing_accuracy"] = chosen[learned] / len(test) if learned <= stage else None
+            counts = torch.bincount(prediction.chosen, minlength=stage + 1).tolist()
+            values["routing_accuracy"] = counts[learned] / len(test) if learned <= stage else None
+            chosen = counts if stage == len(self.stages) - 1 else None
+        if final:
+            evidence = evaluation.evidence_of(prediction, self.categories[category], values)
+            self.directory.write_evidence(self.categories[category].name, evidence.arrays())
         named = {metric: values[metric] for metric in self.results.metrics}
         return Evaluation(named, chosen, values.get("pixel_fpr_deviation"))
+
+    def _judge_after(self, stage: int) -> Judge:
+        """What judges by the thresholds that were stored until a stage, made once for it."""
+        if self._judge is None or self._judge[0] != stage:
+            so_far = [self.history.thresholds[earlier] for earlier in range(stage + 1)]
+            settings = self.assembly.config.metrics
+            self._judge = stage, Judge(so_far, (settings.pixel_rate, settings.image_rate))
+        return self._judge[1]
 
     def record(self, stage: int) -> None:
         """Give a stage's results to the recorder and show their means on the terminal."""
@@ -285,11 +300,18 @@ class Course:
     def _stored_thresholds(self) -> dict[str, Any]:
         """What the rates at stored thresholds rest on, for each category, where thresholds were stored."""
         last = len(self.stages) - 1
+        one_model = not (
+            self.strategy.routes or self.strategy.task_known
+        )  # whose thresholds are of all stages together
+        images = {stage: found.thresholds.images for stage, found in self.history.thresholds.items()}
         about = {}
-        for index, category in enumerate(self.categories if self.history.thresholds else []):
+        for index, category in enumerate(self.categories if images else []):
             learned = self.results.learned[index]
             about[category.name] = {
-                "set_on_images": self.history.thresholds[learned].images,
+                "set_on_images": {
+                    when: sum(images[stage] for stage in range(until + 1)) if one_model else images[learned]
+                    for when, until in (("just_learned", learned), ("final", last))
+                },
                 "normal_test_images": int((~category.test.labels).sum()),
                 "pixel_fpr_deviation": {
                     "just_learned": self.results.pixel_fpr_deviation(learned, index),

@@ -14,6 +14,7 @@ from clbench.assembly import Assembly
 from clbench.config.files import changed_files
 from clbench.data.stream import fingerprints
 from clbench.data.unchanged import changes
+from clbench.decisions import Learned
 from clbench.errors import UserError
 from clbench.interruption import Interruption
 from clbench.methods.base import check_frozen, frozen_digest
@@ -72,7 +73,7 @@ class History:
         self._stream, self._files = fingerprints(self.tasks), assembly.identity["files"]
         self._frozen = frozen_digest(self.strategy.detector)
         self._journal = directory.journal()
-        self.thresholds: dict[int, Thresholds] = {}
+        self.thresholds: dict[int, Learned] = {}
         self._needs_thresholds = need(assembly.metrics, "thresholds")
         self._epochs = [0] * (len(self.stages) + 1)  # of all stages before each
         self.last_learned = self._restore()
@@ -106,14 +107,15 @@ class History:
         """Whether thresholds are to be set for a stage that was learned, and were not yet."""
         return self._needs_thresholds and stage not in self.thresholds
 
-    def add_thresholds(self, stage: int, found: Thresholds) -> None:
+    def add_thresholds(self, stage: int, found: Learned) -> None:
         """Keep the thresholds that were set when a stage was learned.
 
         Raises:
             UserError: the disk is full or may not be written.
         """
         self.thresholds[stage] = found
-        self._journal.append({"kind": "thresholds", "stage": stage, "thresholds": asdict(found)})
+        about = {"thresholds": asdict(found.thresholds), "scores": found.scores}
+        self._journal.append({"kind": "thresholds", "stage": stage, **about})
 
     def add_evaluation(self, stage: int, category: int, found: Evaluation) -> None:
         """Keep what was measured of a category after a stage.
@@ -202,8 +204,10 @@ class History:
             if entry["kind"] == "epoch":
                 self._tell_epoch(entry["stage"], entry["epoch"], entry["loss"])
             elif entry["kind"] == "thresholds":
-                self.thresholds[entry["stage"]] = Thresholds(**entry["thresholds"])
-            else:
+                found = Learned(Thresholds(**entry["thresholds"]), entry["scores"])
+                self.thresholds[entry["stage"]] = found
+            elif entry["stage"] < len(self.stages) - 1 or set(self.results.metrics) <= set(entry["values"]):
+                # (An earlier version measured fewer, which stay undefined, but for the last stage's: they are measured anew.)
                 optional = entry.get("chosen"), entry.get("pixel_fpr_deviation")
                 self.results.add(entry["stage"], numbers[entry["category"]], entry["values"], *optional)
                 self.spent.restore(entry["spent"])

@@ -8,7 +8,7 @@ import numpy as np
 
 from clbench.metrics import continual
 from clbench.metrics.continual import Matrix
-from clbench.metrics.names import USUAL
+from clbench.metrics.names import METRICS, USUAL
 
 Values = dict[str, float | None]  # metric -> value; None where it is undefined
 
@@ -18,7 +18,8 @@ class Evaluation(NamedTuple):
 
     Attributes:
         values: its metrics.
-        chosen: for how many of its test images the model of each stage so far was chosen; None where none is.
+        chosen: for how many of its test images the model of each stage was chosen; None where none is, or before the last
+            stage.
         pixel_fpr_deviation: of the pixels' false-positive rate, from one normal test image to another; None where it is
             not measured.
     """
@@ -115,8 +116,8 @@ class Results:
         """The results of a stage: name -> metric -> value.
 
         Names are those of the categories evaluated after it; `mean`, over the categories learned so far; and
-        `forgetting`, what they have lost on average against their best of earlier stages. The best values so
-        far are remembered, so that asking stage after stage costs the same for each.
+        `forgetting`, what they have lost on average against their best of earlier stages, also where lower is better. The
+        best values so far are remembered, so that asking stage after stage costs the same for each.
         """
         found: dict[str, Values] = {}
         for category in np.flatnonzero(self._evaluated[stage]).tolist():
@@ -124,12 +125,18 @@ class Results:
         found["mean"] = {metric: self.mean_seen(metric, stage) for metric in self.metrics}
         best = self._best_before(stage)
         found["forgetting"] = {
-            metric: continual.mean(_plain(best[metric] - R[stage])) for metric, R in self._R.items()
+            metric: continual.mean(_plain(best[metric] - self._upwards(metric)[stage]))
+            for metric in self.metrics
         }
         return found
 
+    def _upwards(self, metric: str) -> np.ndarray:
+        """R of a metric, float64 [stages, categories], with the sign that makes greater values better."""
+        known = METRICS.get(metric)
+        return -self._R[metric] if known is not None and known.better == "lower" else self._R[metric]
+
     def _best_before(self, stage: int) -> dict[str, np.ndarray]:
-        """Metric -> float64 [categories]: the best value of each, since the stage that learned it.
+        """Metric -> float64 [categories]: the best value of each, see `_upwards`, since the stage that learned it.
 
         The stage itself does not count. NaN where a category was not learned before it.
         """
@@ -137,8 +144,9 @@ class Results:
             self._best, self._best_until = self._none_yet(), 0
         for earlier in range(self._best_until, stage):
             seen = self.seen(earlier)
-            for metric, R in self._R.items():
-                self._best[metric][seen] = np.fmax(self._best[metric][seen], R[earlier, seen])
+            for metric in self.metrics:
+                values = self._upwards(metric)[earlier, seen]
+                self._best[metric][seen] = np.fmax(self._best[metric][seen], values)
         self._best_until = stage
         return self._best
 
@@ -153,13 +161,18 @@ class Results:
     def summary(self) -> dict[str, Any]:
         """The means of R in summary.json: final values, forgetting and transfer, each over the categories."""
         R = {metric: self.matrix(metric) for metric in self.metrics}
+        upwards = {metric: list(map(_plain, self._upwards(metric))) for metric in self.metrics}
         last = len(R["pixel_f1"]) - 1
         chosen = {name: self.chosen(last, category) for category, name in enumerate(self.categories)}
         return {
             "final": {metric: continual.final_mean(R[metric]) for metric in self.metrics},
             "average_forgetting_pct": continual.average_forgetting_pct(R["pixel_f1"], self.learned),
-            "forgetting": {metric: continual.forgetting(R[metric], self.learned) for metric in self.metrics},
-            "backward_transfer": {m: continual.backward_transfer(R[m], self.learned) for m in self.metrics},
+            "forgetting": {
+                metric: continual.forgetting(upwards[metric], self.learned) for metric in self.metrics
+            },
+            "backward_transfer": {
+                m: continual.backward_transfer(upwards[m], self.learned) for m in self.metrics
+            },
             "forward_transfer": {m: continual.forward_transfer(R[m], self.learned) for m in self.metrics},
             # For how many test images of each category the model of each task was chosen, after the last stage.
             **({"routing": chosen} if "routing_accuracy" in self.metrics else {}),

@@ -21,12 +21,10 @@ from clbench.data.images import Images
 from clbench.data.stream import Task
 from clbench.errors import UserError
 from clbench.methods.base import Progress
+from clbench.metrics.names import RATES
 from clbench.randomness import generator
 from clbench.strategies.base import Strategy
 from clbench.training import split_rows
-
-# False-positive rates that thresholds are kept for: 0.00001, 0.00002, ..., 0.1, 0.2
-RATES = (*(digit / 10**places for places in (5, 4, 3, 2) for digit in range(1, 10)), 0.1, 0.2)
 
 _LEARNED_FROM = 100  # images that a model's thresholds are set on, at most, where none was held out
 
@@ -58,7 +56,7 @@ class Thresholds:
         Raises:
             UserError: a rate is lower than the lowest or higher than the highest of `RATES`.
         """
-        return self.pixel[_rate_index(rate)], self.image[_rate_index(image_rate)]
+        return self.pixel[rate_index(rate)], self.image[rate_index(image_rate)]
 
     def by_rate(self) -> dict[str, Any]:
         """Everything as plain data, with thresholds as false-positive rate -> threshold."""
@@ -75,7 +73,7 @@ class Thresholds:
         return 1 / (self.images + 1)
 
 
-def _rate_index(rate: float) -> int:
+def rate_index(rate: float) -> int:
     """The index in `RATES` of a rate, or of the next lower one.
 
     Raises:
@@ -93,7 +91,7 @@ class Tail:
 
     def __init__(self, count: int):
         self.count = count
-        self._size = max(_rank(RATES[-1], count), 1)
+        self._size = max(rank(RATES[-1], count), 1)
         self._kept = torch.empty(0)
         self._added: list[Tensor] = []
         self._least = -math.inf  # smaller values cannot be among the largest
@@ -121,10 +119,10 @@ class Tail:
         too many, n is too small for the rate, and the threshold is the largest value.
         """
         self._merge()
-        return [float(self._kept[max(_rank(rate, self.count), 1) - 1]) for rate in RATES]
+        return [float(self._kept[max(rank(rate, self.count), 1) - 1]) for rate in RATES]
 
 
-def _rank(rate: float, count: int) -> int:
+def rank(rate: float, count: int) -> int:
     """The largest k with k / (count + 1) <= rate."""
     return math.floor(rate * (count + 1) + 1e-9)
 
@@ -148,15 +146,17 @@ def calibrate(
     """
     stages = range(len(strategy.stages(len(tasks))))
     models = [[stage] for stage in stages] if strategy.task_known else [list(stages)]
-    found = [asdict(of_stages(strategy, tasks, model, device, progress)) for model in models]
+    found = [asdict(of_stages(strategy, tasks, model, device, progress)[0]) for model in models]
     size = list(tasks[0].train.images.shape[-2:])
     return {"image_size": size, "false_positive_rates": list(RATES), "models": found}
 
 
 def of_stages(
     strategy: Strategy, tasks: list[Task], stages: Sequence[int], device: torch.device, progress: Progress
-) -> Thresholds:
+) -> tuple[Thresholds, list[float]]:
     """The thresholds of a model for images of what it learned in these stages, 0-based, as the model is now.
+
+    With the image scores that they were set on.
 
     Args:
         tasks, device, progress: as for `calibrate`.
@@ -172,7 +172,7 @@ def of_stages(
         all_held = all_held and held
     count = sum(len(images) for _, images in sets)
     scores, pixels = Tail(count), Tail(count * math.prod(tasks[0].train.images.shape[-2:]))
-    moments = Moments()
+    moments, every = Moments(), list[float]()
     done = 0
     with strategy.detector.uncached():
         for task, images in sets:
@@ -180,9 +180,10 @@ def of_stages(
                 pixels.add(batch.maps)
                 moments.add(batch.maps)
                 scores.add(batch.scores)
+                every += batch.scores.tolist()
                 done += len(batch.scores)
                 progress("setting thresholds", done, count)
-    return Thresholds(
+    found = Thresholds(
         tasks=[tasks[task].name for stage in stages for task in learning[stage]],
         held_out=all_held,
         images=count,
@@ -192,6 +193,7 @@ def of_stages(
         mean=moments.mean,
         deviation=moments.deviation,
     )
+    return found, every
 
 
 class Moments:

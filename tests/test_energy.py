@@ -20,11 +20,13 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """The folders of two CPU packages, whose counters begin anew after 1,000,000 microjoules; and of a part of one."""
+    """The folders of two CPU packages, whose counters begin anew after 1,000,000 microjoules; of a part of one, and of the machine."""
     monkeypatch.setattr(energy, "POWERCAP", tmp_path)
-    for name in ("intel-rapl:0", "intel-rapl:1", "intel-rapl:0:0"):
+    for name in ("intel-rapl:0", "intel-rapl:1", "intel-rapl:0:0", "intel-rapl:2"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "max_energy_range_uj").write_text("999999\n")
+        kind = "package" if name.endswith((":0", ":1")) and name.count(":") == 1 else "part"
+        (tmp_path / name / "name").write_text("psys" if name.endswith(":2") else f"{kind}-{name[-1]}")
         turn(tmp_path / name, 900_000)
     return [tmp_path / "intel-rapl:0", tmp_path / "intel-rapl:1"]
 
@@ -33,7 +35,9 @@ def turn(package: Path, microjoules: int) -> None:
     (package / "energy_uj").write_text(f"{microjoules}\n")
 
 
-def test_packages_are_added_up_and_a_counter_that_begins_anew_goes_on(packages: list[Path]) -> None:
+def test_packages_are_added_up_and_a_counter_that_begins_anew_goes_on(
+    packages: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     meter = Meter(CPU)
     assert (meter.available, meter.source, meter.joules()) == (True, "2 CPU packages (RAPL)", 0)
     turn(packages[0], 950_000)
@@ -41,6 +45,12 @@ def test_packages_are_added_up_and_a_counter_that_begins_anew_goes_on(packages: 
     turn(packages[0], 10_000)  # 60,000 on
     turn(packages[1], 900_500)
     assert meter.joules() == pytest.approx(0.1105)
+    monkeypatch.setattr(energy, "_EVERY_S", -1)
+    for _ in range(3):  # as progress does: no round of the counter is lost
+        for reading in (800_000, 10_000):
+            turn(packages[0], reading)
+            meter.keep_up()
+    assert meter.joules() == pytest.approx(3.1105)
 
 
 def test_what_cannot_be_read_is_said_and_not_counted(

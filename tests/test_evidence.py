@@ -14,6 +14,8 @@ from clbench.report.reading import read
 
 SIDE = 96
 
+NONE = dict.fromkeys(USUAL)  # the exact metrics, which these tests do not look at
+
 
 def predictions(seed: int, shape: str, count: int = 30) -> tuple[np.ndarray, ...]:
     """Scores, labels, maps and masks of images of which a third is good; maps are noise that rises on defects."""
@@ -45,7 +47,7 @@ def exact(
 def test_metrics_of_evidence_are_those_of_the_images_within_a_thousandth(shape: str) -> None:
     for seed in range(3):
         given = predictions(seed, shape)
-        evidence = Evidence.of(*given, [], "these")
+        evidence = Evidence.of(*given, [], "these", NONE)
         drawn = weights(given[1], 2, seed)
         found = metrics(evidence, np.concatenate([np.ones((1, len(given[0])), np.float32), drawn]))
         assert evidence.normal.shape[1] <= 640
@@ -62,7 +64,7 @@ def test_images_without_an_outline_count_for_images_alone() -> None:
     scores, labels, maps, masks = predictions(0, "normal")
     maps[-1], masks[-1] = 1e6, True
     found = metrics(
-        Evidence.of(scores, labels, maps, masks, [len(maps) - 1], "these"), np.ones((1, len(maps)))
+        Evidence.of(scores, labels, maps, masks, [len(maps) - 1], "these", NONE), np.ones((1, len(maps)))
     )
     expected = {**curves.image_metrics(scores, labels), **curves.pixel_metrics(maps[:-1], masks[:-1])}
     assert {name: found[name][0] for name in USUAL} == pytest.approx(expected, abs=1e-3)
@@ -80,7 +82,7 @@ def test_what_is_undefined_of_the_images_is_undefined_of_evidence(missing: str) 
         unknown = np.flatnonzero(labels).tolist()
     else:
         unknown = list(range(9))
-    found = metrics(Evidence.of(scores, labels, maps, masks, unknown, "these"), np.ones((2, 9)))
+    found = metrics(Evidence.of(scores, labels, maps, masks, unknown, "these", NONE), np.ones((2, 9)))
     undefined = {name for name in USUAL if np.isnan(found[name]).all()}
     assert undefined == set(USUAL if missing in ("good", "defective") else USUAL[3:])
 
@@ -115,7 +117,7 @@ def test_a_run_keeps_evidence_that_its_final_metrics_follow_from(
 
 def test_damaged_evidence_is_none(tmp_path: Path) -> None:
     directory = RunDirectory(tmp_path)
-    arrays = Evidence.of(*predictions(0, "normal", 6), [], "these").arrays()
+    arrays = Evidence.of(*predictions(0, "normal", 6), [], "these", NONE).arrays()
     directory.write_evidence("nut", arrays)
     file = tmp_path / "evidence" / "nut.npz"
     whole = file.read_bytes()

@@ -20,7 +20,7 @@ from pydantic import (
 
 from clbench.data.samples import Geometry
 from clbench.errors import UserError
-from clbench.metrics.names import FURTHER, IMAGE_RATE, PIXEL_RATE, USUAL
+from clbench.metrics.names import FURTHER, IMAGE_RATE, PIXEL_RATE, RATES, USUAL
 from clbench.paths import PATH
 
 BY_RESULTS = ("easy_to_hard", "hard_to_easy")  # kinds of order that the results of a finished run decide on
@@ -56,7 +56,20 @@ def _further(names: list[str]) -> list[str]:
     return [name for name in FURTHER if name in names]
 
 
-Rate = Annotated[float, Field(ge=1e-5, le=0.2, strict=False, allow_inf_nan=False)]
+def _stored_rate(rate: float) -> float:
+    """A false-positive rate that thresholds are stored for.
+
+    Raises:
+        ValueError: they are not.
+    """
+    if rate not in RATES:
+        raise ValueError(
+            "thresholds are stored for 0.00001, 0.00002, ..., 0.09, 0.1 and 0.2, a digit each: give one of them"
+        )
+    return rate
+
+
+Rate = Annotated[float, Field(strict=False, allow_inf_nan=False), AfterValidator(_stored_rate)]
 
 
 class Closed(BaseModel):

@@ -7,6 +7,8 @@ from typing import Literal
 # False-positive rates that metrics at stored thresholds are measured at, unless `metrics` says others. So few held-out
 # images as a category has set no threshold of image scores for a lower rate: 19 images are enough for this one.
 PIXEL_RATE, IMAGE_RATE = 0.01, 0.05
+# False-positive rates that thresholds are kept for: 0.00001, 0.00002, ..., 0.1, 0.2
+RATES = (*(digit / 10**places for places in (5, 4, 3, 2) for digit in range(1, 10)), 0.1, 0.2)
 
 
 @dataclass(frozen=True)

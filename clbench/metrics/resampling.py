@@ -38,6 +38,8 @@ class Evidence:
         regions: numbers of defect regions, unsigned integers [N].
         tied: bool [B], True where all scores of a bin are the same: a tie, and not a stretch of the curve.
         images: digest of which images these are: evidence of the same ones can be paired.
+        exact: the seven metrics of them all, float64 [7], NaN where one is undefined: what bins blur, and what metrics.csv
+            has where it is of the same predictions.
     """
 
     scores: np.ndarray
@@ -48,6 +50,7 @@ class Evidence:
     regions: np.ndarray
     tied: np.ndarray
     images: str
+    exact: np.ndarray
 
     @staticmethod
     def of(
@@ -57,6 +60,7 @@ class Evidence:
         masks: np.ndarray,
         unknown: list[int],
         images: str,
+        values: Mapping[str, float | None],
     ) -> "Evidence":
         """The evidence of a category's predictions.
 
@@ -67,6 +71,7 @@ class Evidence:
             masks: bool [N, H, W].
             unknown: indices of the images whose masks mean nothing.
             images: digest of which images these are.
+            values: the seven metrics, None where one is undefined.
         """
         known = np.setdiff1d(np.arange(len(maps)), unknown)
         edges, tied = _bins(maps[known], masks[known])
@@ -92,6 +97,7 @@ class Evidence:
             _small(regions),
             tied,
             images,
+            np.array([np.nan if values[name] is None else values[name] for name in USUAL], np.float64),
         )
 
     def arrays(self) -> dict[str, np.ndarray]:
@@ -110,6 +116,8 @@ class Evidence:
         alike = {found[name].shape for name in ("normal", "anomalous", "overlap")}
         if len(bins) != 1 or len(alike) != 1 or found["tied"].shape != bins:
             raise ValueError("counts by bin differ in shape")
+        if found["exact"].shape != (len(USUAL),):
+            raise ValueError("there are not seven metrics")
         if {found[name].shape for name in ("scores", "labels", "regions")} != {found["normal"].shape[:1]}:
             raise ValueError("counts and scores are of other numbers of images")
         return Evidence(**found, images=str(arrays["images"]))

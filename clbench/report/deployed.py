@@ -11,6 +11,8 @@ from clbench.report.rows import Row, Spread
 from clbench.report.tables import WHO, Cell, Column, Table, category_cells, category_columns, line, words
 
 _CONFIDENCE = 0.95
+_WHEN = {"just_learned": "just learned", "final": "final"}
+_SET_ON = "held-out normal images; one model's thresholds are of those of all tasks so far"
 
 
 def thresholds(group: Group) -> Table | None:
@@ -21,8 +23,9 @@ def thresholds(group: Group) -> Table | None:
     columns = [
         *WHO,
         *category_columns(group),
-        Column(
-            "set_on", "set on", numbers=True, about="held-out normal images that the thresholds were set on"
+        *(
+            Column(f"set_on_{key}", f"set on, {when}", numbers=True, about=_SET_ON)
+            for key, when in _WHEN.items()
         ),
         Column("normal_tests", "measured on", numbers=True, about="normal test images"),
     ]
@@ -34,7 +37,7 @@ def thresholds(group: Group) -> Table | None:
         columns.append(
             Column(f"{kind}_asked", f"{what}, asked for", numbers=True, about="the rate of the threshold")
         )
-        for key, when in (("just_learned", "just learned"), ("final", "final")):
+        for key, when in _WHEN.items():
             about = f"share of normal {what} above it, and the interval for new test images, 95 %"
             columns.append(Column(f"{kind}_{key}", f"{what}, {when}", numbers=True, about=about))
     table = Table(
@@ -45,11 +48,11 @@ def thresholds(group: Group) -> Table | None:
     for row in rows:
         for category in row.runs[0].categories:
             rests = row.runs[0].summary["stored_thresholds"][category]
-            cells = [_count(rests["set_on_images"]), _count(rests["normal_test_images"])]
+            cells = [*map(_count, rests["set_on_images"].values()), _count(rests["normal_test_images"])]
             for kind in shown:
                 asked = row.runs[0].config["metrics"]["pixel_rate" if kind == "pixel_fpr" else "image_rate"]
                 cells.append(Cell(f"{asked:g}", asked))
-                cells += [_rate(row, category, kind, when) for when in ("just_learned", "final")]
+                cells += [_rate(row, category, kind, when) for when in _WHEN]
             table.lines.append(line(row, *category_cells(group, row, category), *cells))
     return table
 
@@ -89,8 +92,11 @@ def proportion(rate: float, count: int) -> tuple[float, float]:
 
 
 def mean(value: float, deviation: float | None, count: int) -> tuple[float, float] | None:
-    """The interval of a share's mean, 95 %, from `count` images that differ by a deviation (Student's); None for one."""
-    if deviation is None or count < 2:
+    """The interval of a share's mean, 95 %, from `count` images that differ by a deviation (Student's).
+
+    None where they do not differ or there is one: nothing is known then of images that would.
+    """
+    if not deviation or count < 2:
         return None
     off = float(stats.t.ppf((1 + _CONFIDENCE) / 2, count - 1)) * deviation / math.sqrt(count)
     return max(0.0, value - off), min(1.0, value + off)
@@ -98,7 +104,7 @@ def mean(value: float, deviation: float | None, count: int) -> tuple[float, floa
 
 def routing(group: Group) -> Table | None:
     """How often the model of an image's own task was chosen, and which others; None where nothing is chosen."""
-    rows = [row for row in group.found if all("routing" in run.summary for run in row.runs)]
+    rows = [row for row in group.found if routes(row)]
     if not rows:
         return None
     columns = [
@@ -135,6 +141,11 @@ def routing(group: Group) -> Table | None:
             others = ", ".join(f"{task} {share:.0%}" for task, share in shares if share and task != name)
             table.lines.append(line(row, *category_cells(group, row, category), *cells, words(others)))
     return table
+
+
+def routes(row: Row) -> bool:
+    """Whether all runs of a row chose models for images, and counted which after the last stage."""
+    return all(run.summary.get("routing") and all(run.summary["routing"].values()) for run in row.runs)
 
 
 def chosen_shares(row: Row, category: str) -> list[tuple[str, float]]:

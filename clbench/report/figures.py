@@ -17,7 +17,7 @@ import altair as alt
 from clbench.metrics.names import METRICS
 from clbench.report import uncertainty
 from clbench.report.comparison import Group
-from clbench.report.deployed import chosen_shares
+from clbench.report.deployed import chosen_shares, routes
 from clbench.report.rows import Row
 from clbench.report.tables import category_forgetting, curve, matrix
 from clbench.report.titles import method_colours, strategy_styles
@@ -393,7 +393,7 @@ def _routing_charts(group: Group, rows: list[Row]) -> Figure | None:
     data = [
         {**_about(row), "category": category, "model": task, "share": _short(share)}
         for row in rows
-        if all("routing" in run.summary for run in row.runs)
+        if routes(row)
         for category in row.runs[0].categories
         for task, share in chosen_shares(row, category)
     ]
@@ -421,7 +421,7 @@ def _routing_charts(group: Group, rows: list[Row]) -> Figure | None:
     )
     about = (
         "Shares of each category's test images that the model of each task was chosen for after the last stage, over seeds. "
-        f"{_holds([row for row in rows if all('routing' in run.summary for run in row.runs)])}."
+        f"{_holds([row for row in rows if routes(row)])}."
     )
     return Figure("routing", "Which task's model judges an image", about, _finished(chart))
 
