@@ -701,7 +701,7 @@ def test_the_page_sorts_filters_enlarges_and_asks_no_network(
     def find(selector: str) -> list[Any]:
         return browser.find_elements("css selector", selector)
 
-    assert len(find(".chart svg")) == 6
+    assert len(find(".chart svg")) == 7
     assert all(svg.size["width"] > 100 for svg in find(".chart svg"))
 
     def column(number: int) -> list[str]:
