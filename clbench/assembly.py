@@ -92,7 +92,8 @@ def assemble(config: Config, progress: Progress) -> Assembly:
         strategy.check(tasks)
     notes = [*dataset.notes, *stream.doubts(tasks, config.dataset.bit_depth)]
     assembly = Assembly(config, device, strategy, tasks, identity(config, tasks), notes)
-    decisions.check_enough(strategy, tasks, assembly.metrics, config.metrics.image_rate)
+    rates = config.metrics.pixel_rate, config.metrics.image_rate
+    decisions.check_enough(strategy, tasks, assembly.metrics, rates)
     return assembly
 
 

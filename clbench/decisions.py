@@ -97,13 +97,13 @@ def _wide(learned: Sequence[Thresholds]) -> float:
 
 
 def check_enough(
-    strategy: Strategy, tasks: Sequence[Task], metrics: Sequence[str], image_rate: float
+    strategy: Strategy, tasks: Sequence[Task], metrics: Sequence[str], rates: tuple[float, float]
 ) -> None:
     """Check that enough normal images are held out of each stage for the metrics at stored thresholds.
 
     Args:
         metrics: names of those that are measured.
-        image_rate: the false-positive rate of images that they are measured at.
+        rates: the false-positive rates of pixels and of images that they are measured at.
 
     Raises:
         UserError: there are too few.
@@ -111,6 +111,7 @@ def check_enough(
     stored = [metric for metric in metrics if METRICS[metric].needs == "thresholds"]
     if not stored:
         return
+    pixel_rate, image_rate = rates
     of_images = [metric for metric in stored if metric.startswith("image_")]
     fewest = math.ceil(1 / image_rate - 1 - 1e-9) if of_images else 1
     share = strategy.detector.held_out
@@ -118,6 +119,13 @@ def check_enough(
     counts = [sum(len(tasks[task].train) for task in stage) for stage in stages]
     count, stage = min(zip(counts, stages, strict=True))
     held = held_out(count, share)
+    pixels = held * math.prod(tasks[0].train.images.shape[-2:])
+    if held and set(stored) & {"pixel_f1_stored", "pixel_fpr"} and not rank(pixel_rate, pixels):
+        lowest = next(rate for rate in RATES if rank(rate, pixels))
+        raise UserError(
+            f"metrics.pixel_rate={pixel_rate:g} needs {math.ceil(1 / pixel_rate - 1 - 1e-9):,} held-out pixels of each task, and "
+            f"method.held_out={share:g} holds {pixels:,} out: give metrics.pixel_rate={lowest:g}, or hold out more"
+        )
     if held >= fewest:
         return
     name = "+".join(tasks[task].name for task in stage)

@@ -47,7 +47,7 @@ def exact(
 def test_metrics_of_evidence_are_those_of_the_images_within_a_thousandth(shape: str) -> None:
     for seed in range(3):
         given = predictions(seed, shape)
-        evidence = Evidence.of(*given, [], "these", NONE)
+        evidence = Evidence.of(*given, [], "7e5e", NONE)
         drawn = weights(given[1], 2, seed)
         found = metrics(evidence, np.concatenate([np.ones((1, len(given[0])), np.float32), drawn]))
         assert evidence.normal.shape[1] <= 640
@@ -64,7 +64,7 @@ def test_images_without_an_outline_count_for_images_alone() -> None:
     scores, labels, maps, masks = predictions(0, "normal")
     maps[-1], masks[-1] = 1e6, True
     found = metrics(
-        Evidence.of(scores, labels, maps, masks, [len(maps) - 1], "these", NONE), np.ones((1, len(maps)))
+        Evidence.of(scores, labels, maps, masks, [len(maps) - 1], "7e5e", NONE), np.ones((1, len(maps)))
     )
     expected = {**curves.image_metrics(scores, labels), **curves.pixel_metrics(maps[:-1], masks[:-1])}
     assert {name: found[name][0] for name in USUAL} == pytest.approx(expected, abs=1e-3)
@@ -82,7 +82,7 @@ def test_what_is_undefined_of_the_images_is_undefined_of_evidence(missing: str) 
         unknown = np.flatnonzero(labels).tolist()
     else:
         unknown = list(range(9))
-    found = metrics(Evidence.of(scores, labels, maps, masks, unknown, "these", NONE), np.ones((2, 9)))
+    found = metrics(Evidence.of(scores, labels, maps, masks, unknown, "7e5e", NONE), np.ones((2, 9)))
     undefined = {name for name in USUAL if np.isnan(found[name]).all()}
     assert undefined == set(USUAL if missing in ("good", "defective") else USUAL[3:])
 
@@ -117,7 +117,7 @@ def test_a_run_keeps_evidence_that_its_final_metrics_follow_from(
 
 def test_damaged_evidence_is_none(tmp_path: Path) -> None:
     directory = RunDirectory(tmp_path)
-    arrays = Evidence.of(*predictions(0, "normal", 6), [], "these", NONE).arrays()
+    arrays = Evidence.of(*predictions(0, "normal", 6), [], "7e5e", NONE).arrays()
     directory.write_evidence("nut", arrays)
     file = tmp_path / "evidence" / "nut.npz"
     whole = file.read_bytes()
@@ -125,5 +125,12 @@ def test_damaged_evidence_is_none(tmp_path: Path) -> None:
     for damaged in (b"", whole[:-30], whole[:100] + b"\xff" * 40 + whole[140:]):
         file.write_bytes(damaged)
         assert directory.evidence("nut") is None
+    for name, wrong in (
+        ("labels", np.zeros(6)),
+        ("scores", np.full(6, np.nan)),
+        ("images", np.array("no digest")),
+    ):
+        with pytest.raises(ValueError):
+            Evidence.from_arrays({**arrays, name: wrong})
     with pytest.raises(ValueError, match="other numbers of images"):
         Evidence.from_arrays({**arrays, "scores": np.zeros(3)})

@@ -122,9 +122,15 @@ def test_thresholds_are_of_the_model_that_was_chosen_or_known_or_of_all() -> Non
 def test_too_few_held_out_images_are_refused_with_what_would_be_enough() -> None:
     stream = [task("a", normal(40, 0)), task("b", normal(30, 1))]
 
-    def problem(held_out: float, *metrics: str, rate: float = 0.05, kind: type[Strategy] = Finetune) -> str:
+    def problem(
+        held_out: float,
+        *metrics: str,
+        rate: float = 0.05,
+        pixel_rate: float = 0.01,
+        kind: type[Strategy] = Finetune,
+    ) -> str:
         try:
-            check_enough(kind(SmallDetector(held_out=held_out)), stream, metrics, rate)
+            check_enough(kind(SmallDetector(held_out=held_out)), stream, metrics, (pixel_rate, rate))
         except UserError as error:
             return str(error)
         return ""
@@ -139,6 +145,10 @@ def test_too_few_held_out_images_are_refused_with_what_would_be_enough() -> None
     )  # 19 of 30 either way: shares round up
     assert problem(0.6, "image_fpr") != "" and problem(0.15, "image_f1_stored", rate=0.2) == ""
     assert problem(0.27, "image_fpr", kind=Joint) == "" != problem(0.25, "image_fpr", kind=Joint)
+    assert problem(0.1, "pixel_fpr", pixel_rate=1e-5) == (
+        "metrics.pixel_rate=1e-05 needs 99,999 held-out pixels of each task, and method.held_out=0.1 holds 1,728 out: give "
+        "metrics.pixel_rate=0.0006, or hold out more"
+    )
     assert problem(0.0, "aupimo") == "" == problem(0.01, "segf1")
     assert problem(0.0, "segf1", "pixel_fpr") == (
         "segf1, pixel_fpr need 1 held-out image of each task, and method.held_out=0 holds 0 of the 30 of 'b' out: give "

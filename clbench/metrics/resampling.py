@@ -116,6 +116,12 @@ class Evidence:
         alike = {found[name].shape for name in ("normal", "anomalous", "overlap")}
         if len(bins) != 1 or len(alike) != 1 or found["tied"].shape != bins:
             raise ValueError("counts by bin differ in shape")
+        kinds = {"labels": "b", "tied": "b", "scores": "f", "overlap": "f", "exact": "f"}
+        if any(array.dtype.kind not in kinds.get(name, "u") for name, array in found.items()):
+            raise ValueError("arrays are of other types")
+        if not np.isfinite(found["scores"]).all() or not np.isfinite(found["overlap"]).all():
+            raise ValueError("a score is not finite")
+        int(str(arrays["images"]), 16)  # a digest
         if found["exact"].shape != (len(USUAL),):
             raise ValueError("there are not seven metrics")
         if {found[name].shape for name in ("scores", "labels", "regions")} != {found["normal"].shape[:1]}:

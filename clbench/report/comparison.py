@@ -159,6 +159,9 @@ class Group:
         if self.differences.without:
             why = "; ".join(f"{title}: {reason}" for title, reason in self.differences.without.items())
             yield f"rows without intervals over test images, which are marked level with none: {why}"
+        mixed = [row.title for row in self.found if _on_other_images(row.runs)]
+        if mixed:
+            yield f"the seeds of a row were run on different images, which their means mix: {'; '.join(mixed)}"
         devices = {run.device for run in self.finished}
         if len(devices) > 1:
             yield f"times were taken on {', '.join(sorted(devices))}, and do not compare"
@@ -331,6 +334,12 @@ def _image_size(run: FoundRun) -> str:
     """What images are brought to, in pixels: `256 cropped to 224`."""
     resize, crop = run.config["dataset"]["resize"], run.config["dataset"]["crop"]
     return f"{resize or 'as in the files'}" + (f" cropped to {crop}" if crop else "")
+
+
+def _on_other_images(runs: Sequence[FoundRun]) -> bool:
+    """Whether runs of one row have different images, though these are not drawn by seed."""
+    found = [run.summary.get("images") for run in runs if "seed" not in run.config["dataset"]]
+    return any(images != found[0] for images in found)
 
 
 def _backbone(run: FoundRun) -> str:

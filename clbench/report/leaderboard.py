@@ -159,7 +159,9 @@ def _settings(group: Group, row: Row) -> str:
     shown = [
         f"{key}={value}" for key, value in apart.items() if key != "dataset.root"
     ]  # the command has the place
-    return ", ".join([*shown, *row.variant.given])
+    # Groups of no protocol may be called alike.
+    differing = [] if group.protocol else [text for text in group.differs_in if text not in shown]
+    return ", ".join([*shown, *differing, *row.variant.given])
 
 
 def command(row: Row) -> str | None:
