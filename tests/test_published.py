@@ -164,4 +164,4 @@ def test_tables_of_groups_with_other_metrics_share_a_file(tmp_path: Path) -> Non
     found = {(row["image_fpr"], row["aupimo"]) for row in csv.DictReader(io.StringIO(text))}
     assert found == {("0.02", ""), ("", "0.3")}
     header = text.splitlines()[0].split(",")
-    assert header.index("aupro") < header.index("image_fpr") < header.index("training_time_min")
+    assert header.index("aupro") < header.index("training_time_min") < header.index("image_fpr")

@@ -13,12 +13,14 @@ from typing import get_args
 import jinja2
 
 from clbench.errors import UserError
+from clbench.metrics.names import METRICS
 from clbench.recording.files import write_whole
 from clbench.report import deployed, published, tables, titles
 from clbench.report.comparison import Group, grouped
 from clbench.report.figures import Figure, figures, png
 from clbench.report.gallery import gallery
 from clbench.report.reading import FoundRun, FoundState
+from clbench.report.rows import quantities_of
 from clbench.report.tables import Table
 
 _MOST_FIGURES = 12  # groups that get figures: each group's take about three seconds
@@ -152,6 +154,7 @@ def _page(report: Report, sections: Sequence[_Section], run_list: Table, title: 
         runs=report.runs,
         groups=report.groups,
         sections=sections,
+        words=_words(report.runs),
         kinds=published.KINDS,
         published_note=published.note,
         not_counted=[run for run in report.runs if run.state != "finished"],
@@ -168,6 +171,14 @@ def _page(report: Report, sections: Sequence[_Section], run_list: Table, title: 
         script=_file("page.js"),
         vega=_vega() if drawn else "",
     )
+
+
+def _words(runs: Sequence[FoundRun]) -> dict[str, str]:
+    """What the columns of the comparison mean: title -> about."""
+    return {
+        quantity.title: METRICS[quantity.key].about if quantity.key in METRICS else quantity.about
+        for quantity in quantities_of(run for run in runs if run.state == "finished")
+    }
 
 
 def _file(name: str) -> str:

@@ -73,18 +73,15 @@ QUANTITIES = (
 )
 
 
-_FIRST = next(place for place, q in enumerate(QUANTITIES) if q.key == "training_time_min")
-
-
 def quantities_of(runs: Iterable[FoundRun]) -> tuple[Quantity, ...]:
-    """The columns for these runs: the usual ones, and each further metric that any of them has, behind the metrics."""
+    """The columns for these runs: the usual ones, and behind them each further metric that any of them has."""
     there = {metric for run in runs for metric in run.further}
     further = [
         Quantity(name, metric.title, 3, metric.better, f"{metric.about}; {_LAST}")
         for name, metric in METRICS.items()
         if name in there
     ]
-    return (*QUANTITIES[:_FIRST], *further, *QUANTITIES[_FIRST:])
+    return (*QUANTITIES, *further)
 
 
 @dataclass(frozen=True)
