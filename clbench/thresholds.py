@@ -56,7 +56,7 @@ class Thresholds:
         Raises:
             UserError: a rate is lower than the lowest or higher than the highest of `RATES`.
         """
-        return self.pixel[rate_index(rate)], self.image[rate_index(image_rate)]
+        return self.pixel[_rate_index(rate)], self.image[_rate_index(image_rate)]
 
     def by_rate(self) -> dict[str, Any]:
         """Everything as plain data, with thresholds as false-positive rate -> threshold."""
@@ -73,7 +73,7 @@ class Thresholds:
         return 1 / (self.images + 1)
 
 
-def rate_index(rate: float) -> int:
+def _rate_index(rate: float) -> int:
     """The index in `RATES` of a rate, or of the next lower one.
 
     Raises:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import math
 
-from scipy import stats
-
 from clbench.report.comparison import Group
 from clbench.report.rows import Row, Spread
 from clbench.report.tables import WHO, Cell, Column, Table, category_cells, category_columns, line, words
+from clbench.report.uncertainty import CONFIDENCE
 
-_CONFIDENCE = 0.95
 _WHEN = {"just_learned": "just learned", "final": "final"}
 _SET_ON = "held-out normal images; one model's thresholds are of those of all tasks so far"
 
@@ -85,7 +83,9 @@ def _rate(row: Row, category: str, kind: str, when: str) -> Cell:
 
 def proportion(rate: float, count: int) -> tuple[float, float]:
     """The exact interval of a probability, 95 %, of which `rate` was found in `count` trials (Clopper & Pearson, 1934)."""
-    hits, tail = rate * count, (1 - _CONFIDENCE) / 2
+    from scipy import stats  # takes a while, and most reports do without
+
+    hits, tail = rate * count, (1 - CONFIDENCE) / 2
     low = float(stats.beta.ppf(tail, hits, count - hits + 1)) if hits > 0 else 0.0
     high = float(stats.beta.ppf(1 - tail, hits + 1, count - hits)) if hits < count else 1.0
     return low, high
@@ -98,7 +98,9 @@ def mean(value: float, deviation: float | None, count: int) -> tuple[float, floa
     """
     if not deviation or count < 2:
         return None
-    off = float(stats.t.ppf((1 + _CONFIDENCE) / 2, count - 1)) * deviation / math.sqrt(count)
+    from scipy import stats
+
+    off = float(stats.t.ppf((1 + CONFIDENCE) / 2, count - 1)) * deviation / math.sqrt(count)
     return max(0.0, value - off), min(1.0, value + off)
 
 
