@@ -34,6 +34,7 @@ _OF_NETWORKS = (
     "method.hidden_ratio",
     "dataset.resize",
 )
+_OPEN = ("apache-2.0", "mit", "bsd-3-clause", "bsd-2-clause")  # licences of weights, as timm names them
 OF_FEATURES = ("method.feature_memory_mb", "backbone.feature_memory_mb")
 
 
@@ -47,7 +48,8 @@ class Assembly:
         strategy: the strategy with its detector, which have learned nothing yet.
         tasks: the stream, in its order.
         identity: what summary.json says of the run before it has results.
-        notes: a line for each thing about the images that is doubtful, or that was left out.
+        notes: a line for each thing about the images that is doubtful, or that was left out, and for weights that not
+            everybody may use.
         metrics: names of the metrics of each evaluation.
     """
 
@@ -90,11 +92,21 @@ def assemble(config: Config, progress: Progress) -> Assembly:
     strategy = build_strategy(config, detector)
     with memory_for("trying an image", config, device, "backbone.batch_size", *_OF_NETWORKS):
         strategy.check(tasks)
-    notes = [*dataset.notes, *stream.doubts(tasks, config.dataset.bit_depth)]
+    notes = [*dataset.notes, *stream.doubts(tasks, config.dataset.bit_depth), *licences(detector)]
     assembly = Assembly(config, device, strategy, tasks, identity(config, tasks), notes)
     rates = config.metrics.pixel_rate, config.metrics.image_rate
     decisions.check_enough(strategy, tasks, assembly.metrics, rates)
     return assembly
+
+
+def licences(detector: Detector) -> list[str]:
+    """A line for each frozen network whose weights are under another licence than the usual open-source ones."""
+    return [
+        f"{pyramid.name}: its weights are under {pyramid.licence}, which is not open source: read it before you use "
+        "them, or what is made with them"
+        for pyramid in detector.pyramids()
+        if pyramid.licence not in (None, *_OPEN)
+    ]
 
 
 def select_device(gpu: Gpu) -> torch.device:

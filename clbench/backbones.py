@@ -3,7 +3,7 @@
 import difflib
 import logging
 import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -27,6 +27,7 @@ from clbench.feature_store import FeatureStore
 from clbench.out_of_memory import is_out_of_memory
 from clbench.paths import PATH_FOR_USE, absolute_path, expanded
 from clbench.randomness import seed_for
+from clbench.tokens import Transformer, embed_as_trained, patch_side
 
 PACKAGED = "package:"  # a checkpoint that the package ships
 
@@ -89,6 +90,9 @@ class Backbone:
         pretrained: whether timm downloads its weights, where no checkpoint is given; else they are random.
         checkpoint: a file of weights, .safetensors or .pth (tensors only), or `package:NAME`, which the package has.
         arguments: further arguments of `timm.create_model`.
+        antialias: whether a transformer's position embedding is resized as timm does it, with antialiasing; else as
+            DINOv2's code does. It is resized for images of another size than it was trained with, where
+            `arguments={dynamic_img_size: true}`.
         seed: of random weights.
         batch_size: images the network sees at a time.
         feature_memory_mb: features that are kept in memory so that an image is seen once per run, 10^6 bytes.
@@ -105,6 +109,7 @@ class Backbone:
         pretrained: bool = True,
         checkpoint: Weights | None = None,
         arguments: Mapping[str, Any] | None = None,
+        antialias: bool = True,
         seed: int = 0,
         batch_size: PositiveInt = 16,
         feature_memory_mb: NonNegativeInt = 2000,
@@ -118,6 +123,7 @@ class Backbone:
         self.pretrained = pretrained
         self.checkpoint = checkpoint
         self.arguments = dict(arguments or {})
+        self.antialias = antialias
         self.seed = seed
         self.batch_size = batch_size
         self.store_limits = feature_memory_mb * 10**6, feature_disk_mb * 10**6
@@ -126,25 +132,68 @@ class Backbone:
         """The frozen network up to the last of `layers`, giving those levels.
 
         Args:
-            layers: numbers of levels from 0, ascending (timm's `out_indices`).
+            layers: numbers of levels from 0, ascending (timm's `out_indices`); a transformer's are its blocks.
 
         Raises:
             UserError: no such level, weights that cannot be downloaded, or weights that do not fit.
         """
+        return self._frozen(lambda pretrained: self._create(layers, pretrained))
+
+    def tokens(self, layers: list[int]) -> "FeaturePyramid":
+        """The frozen network giving levels, and for a transformer one vector for the image [B, d] after them.
+
+        `clbench.methods.patches.tokens` makes patches of them, and of any other network's levels the vector too.
+
+        Args:
+            layers: as for `pyramid`. A transformer's go through its last normalisation.
+
+        Raises:
+            UserError: as `pyramid`.
+        """
+        if not self._is_transformer():
+            return self.pyramid(layers)
+        return self._frozen(
+            lambda pretrained: self._transformer([[layer] for layer in layers], pretrained, normalised=True)
+        )
+
+    def blocks(self, groups: Sequence[Sequence[int]]) -> "FeaturePyramid":
+        """A frozen transformer giving all tokens as its blocks give them, [B, P + N, d] for each group: their mean.
+
+        Args:
+            groups: of blocks, numbered from 0.
+
+        Raises:
+            UserError: the network is no transformer; and as `pyramid`.
+        """
+        if not self._is_transformer():
+            raise UserError(
+                f"backbone.name={self.name} is no vision transformer, and the method takes a transformer's tokens: take "
+                "backbone=dinov2_small or another of conf/backbone that is one"
+            )
+        return self._frozen(
+            lambda pretrained: self._transformer(groups, pretrained, normalised=False, prefix=True)
+        )
+
+    def _frozen(self, create: Callable[[bool], nn.Module]) -> "FeaturePyramid":
+        """A frozen network, its weights loaded; `create` is told whether timm is to download them."""
         torch.manual_seed(seed_for(self.seed, "backbone weights"))
-        network = self._create(layers, pretrained=self.pretrained and self.checkpoint is None)
+        network = create(self.pretrained and self.checkpoint is None)
         if self.checkpoint is not None:
             self._load(network, self.checkpoint)
-        store = FeatureStore(*self.store_limits)
+        if isinstance(network, Transformer):
+            channels = [network.width] * len(network.groups)
+        else:
+            channels = _info(network).channels()
         return FeaturePyramid(
             network,
             name=f"backbone.name={self.name}",
-            channels=_info(network).channels(),
+            channels=channels,
             whole_parameters=self._whole_parameters(),
-            store=store,
+            store=FeatureStore(*self.store_limits),
             batch_size=self.batch_size,
             normalisation=self._normalisation(network),
             normalised=isinstance(network, FeatureGetterNet),
+            licence=self._licence(),
         )
 
     def student(self, layers: list[int]) -> "Student":
@@ -159,29 +208,65 @@ class Backbone:
 
     def _create(self, layers: list[int], pretrained: bool) -> nn.Module:
         """A network, images [B, 3, H, W] -> levels [B, C_l, H_l, W_l]; random weights are by torch's global seed."""
-        create: dict[str, Any] = {
-            "features_only": True,
-            "out_indices": tuple(layers),
-            "pretrained": pretrained,
-        }
+        with self._creating(f"method.layers={layers} are not all levels", pretrained):
+            if self._kind(layers) is FeatureGetterNet:
+                # A transformer: its last normalisation is for the tokens of any block.
+                whole = self._whole(pretrained)
+                network = FeatureGetterNet(whole, out_indices=tuple(layers), norm=True)
+                network.pretrained_cfg = whole.pretrained_cfg
+                return network
+            levels: nn.Module = timm.create_model(
+                self.name,
+                features_only=True,
+                out_indices=tuple(layers),
+                pretrained=pretrained,
+                **self.arguments,
+            )
+            if getattr(levels, "output_fmt", None) == Format.NHWC:  # swin
+                levels.register_forward_hook(_channels_first)
+            return levels
+
+    def _transformer(self, groups: Sequence[Sequence[int]], pretrained: bool, **forms: bool) -> Transformer:
+        """A transformer whose blocks give tokens; random weights are by torch's global seed."""
+        with self._creating(f"blocks {[list(group) for group in groups]} are not all blocks", pretrained):
+            whole = self._whole(pretrained)
+            network = Transformer(whole, groups, **forms)
+            network.pretrained_cfg = whole.pretrained_cfg
+            return network
+
+    def _whole(self, pretrained: bool) -> nn.Module:
+        whole: nn.Module = timm.create_model(self.name, pretrained=pretrained, **self.arguments)
+        if not self.antialias:
+            embed_as_trained(whole)
+        return whole
+
+    def _kind(self, layers: Sequence[int]) -> type[nn.Module]:
+        """What class gives the network's levels."""
+        with torch.device("meta"):
+            network = timm.create_model(
+                self.name, features_only=True, out_indices=tuple(layers), pretrained=False, **self.arguments
+            )
+        return type(network)
+
+    def _is_transformer(self) -> bool:
+        with self._creating("level 0 is none", pretrained=False):
+            return self._kind([0]) is FeatureGetterNet
+
+    @contextmanager
+    def _creating(self, misfit: str, pretrained: bool) -> Iterator[None]:
+        """Inside, timm makes a network; what it raises comes out as a UserError that says what to do.
+
+        Args:
+            misfit: what is wrong where the network has not all that is asked for, up to the "of".
+            pretrained: whether timm downloads its weights.
+        """
         unreachable = None
         try:
-            with torch.device("meta"):
-                kind = type(timm.create_model(self.name, **{**create, "pretrained": False}, **self.arguments))
             with _asking_hub() as unreachable:
-                if kind is FeatureGetterNet:
-                    # A transformer: its last normalisation is for the tokens of any block.
-                    whole = timm.create_model(self.name, pretrained=pretrained, **self.arguments)
-                    network = FeatureGetterNet(whole, out_indices=tuple(layers), norm=True)
-                    network.pretrained_cfg = whole.pretrained_cfg
-                    return network
-                levels: nn.Module = timm.create_model(self.name, **create, **self.arguments)
-                if getattr(levels, "output_fmt", None) == Format.NHWC:  # swin
-                    levels.register_forward_hook(_channels_first)
-                return levels
+                yield
         except (IndexError, AssertionError) as error:
             raise UserError(
-                f"method.layers={layers} are not all levels of backbone.name={self.name}: "
+                f"{misfit} of backbone.name={self.name}: "
                 f"it has {self._levels()}, numbered from 0; give others, or a backbone that has these, as benchmark=paper "
                 "does for methods that are made for one"
             ) from error
@@ -205,6 +290,12 @@ class Backbone:
                 "take backbone=small, which needs no download"
             ) from error
 
+    def _licence(self) -> str | None:
+        """The licence of the weights by timm's description; None for random ones, or where it has none."""
+        described = timm.get_pretrained_cfg(self.name, allow_unregistered=True)
+        named = self.pretrained or (self.checkpoint is not None and not self.checkpoint.startswith(PACKAGED))
+        return described.license if described and named else None
+
     def _normalisation(self, network: nn.Module) -> "Normalisation":
         """Mean and deviation from timm's description, ImageNet's where it has none."""
         described: Any = network.pretrained_cfg if hasattr(network, "pretrained_cfg") else network.default_cfg
@@ -215,9 +306,12 @@ class Backbone:
     def _levels(self) -> str:
         """How many levels there are, for an error message."""
         try:
+            if self._kind([0]) is FeatureGetterNet:
+                with torch.device("meta"):
+                    return f"{len(_info(timm.create_model(self.name, **self.arguments)))} blocks"
             with torch.device("meta"):
                 reductions = _info(timm.create_model(self.name, features_only=True)).reduction()
-        except (RuntimeError, AssertionError, AttributeError, TypeError):
+        except (RuntimeError, AssertionError, AttributeError, TypeError, IndexError):
             # These words are for an error that is on its way.
             return "other levels"
         return f"{len(reductions)} levels"
@@ -231,7 +325,7 @@ class Backbone:
     def _load(self, network: nn.Module, checkpoint: str) -> None:
         state = read_weights(weights_path(checkpoint), "backbone.checkpoint")
         # timm wraps a transformer to give levels; its weights are saved without the wrapper.
-        inner = network.model if isinstance(network, FeatureGetterNet) else network
+        inner = network.model if isinstance(network, FeatureGetterNet | Transformer) else network
         wanted = inner.state_dict()
         # Checkpoints of whole networks bring levels that nobody asked for, and their classifier.
         missing = [key for key in wanted if key not in state]
@@ -354,6 +448,7 @@ class FeaturePyramid(nn.Module):
         batch_size: images the network sees at a time.
         normalisation: of the images it takes; ImageNet's where none is given.
         normalised: whether the levels come from a transformer's normalisation of its tokens.
+        licence: of its weights; None where it is not known or they are random.
 
     Attributes:
         dtype: of mixed precision inside the network; None for single precision.
@@ -370,10 +465,12 @@ class FeaturePyramid(nn.Module):
         batch_size: int,
         normalisation: Normalisation | None = None,
         normalised: bool = False,
+        licence: str | None = None,
     ):
         super().__init__()
         self.network = network.requires_grad_(False).eval()
         self.normalised = normalised
+        self.licence = licence
         self.name = name
         self.channels = channels
         self.whole_parameters = whole_parameters
@@ -410,10 +507,7 @@ class FeaturePyramid(nn.Module):
                 self.store.put(name, one)
                 if name in found:
                     found[name] = one
-        return [
-            torch.stack([found[name][index] for name in names])  # type: ignore[index]
-            for index in range(len(self.channels))
-        ]
+        return [torch.stack(level) for level in zip(*(found[name] for name in names), strict=True)]  # type: ignore[arg-type]
 
     def _ahead(self, images: Tensor, names: list[Identity]) -> Tensor | None:
         """Images that will be asked for later, uint8 [M, 3, H, W], to fill up a batch that is not whole.
@@ -460,15 +554,21 @@ class FeaturePyramid(nn.Module):
         Raises:
             UserError: the network takes no images of this size.
         """
+        height, width = images.shape[-2:]
         try:
             return self.network(self.normalisation(images[:1]))
         except (RuntimeError, AssertionError, ValueError) as error:
             if is_out_of_memory(error, images.device):
                 raise
-            height, width = images.shape[-2:]
             own = (
                 f"{own_size}{height}" if height == width else f"'{own_size}[{height},{width}]'"
             )  # for the shell
+            side = patch_side(self.network)
+            if side and (height % side or width % side):
+                raise UserError(
+                    f"{self.name} has patches of {side}x{side} pixels, and {width}x{height} is no multiple of them: "
+                    f"{sizes} to one, e.g. {max(height // side, 1) * side} or {(height // side + 1) * side}"
+                ) from error
             raise UserError(
                 f"{self.name} takes no images of {width}x{height} ({first_line(error)}): {sizes}, or for a transformer {own}"
             ) from error

@@ -18,3 +18,15 @@ def neighbourhood_patches(levels: Sequence[Tensor]) -> Tensor:
         level if level.shape[-2:] == grid else F.interpolate(level, grid, mode="bilinear") for level in levels
     ]
     return torch.cat(levels, 1).permute(0, 2, 3, 1)
+
+
+def tokens(outputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """What `Backbone.tokens` gives -> patch features [B, h, w, D], and one vector for each image [B, d].
+
+    A transformer has both: its levels side by side, and its class token. Any other network's patches are
+    `neighbourhood_patches`, and the vector is the mean of its last level.
+    """
+    *levels, last = outputs
+    if last.dim() == 2:
+        return torch.cat(levels, 1).permute(0, 2, 3, 1), last
+    return neighbourhood_patches(outputs), last.mean((2, 3))
