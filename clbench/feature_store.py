@@ -44,6 +44,8 @@ class FeatureStore:
         disk_limit: bytes of temporary files for what memory has no room for, at most.
 
     Attributes:
+        memory_limit: as given, or what a GPU allows where that is less.
+        by_gpu: whether it is what a GPU allows.
         paused: True while nothing is to be found or kept.
         learning: True while training images are seen, whose features `release` drops after the stage.
         full: whether there was no room for the image that came last.
@@ -52,14 +54,14 @@ class FeatureStore:
     def __init__(self, memory_limit: int, disk_limit: int):
         self.memory_limit, self.disk_limit = memory_limit, disk_limit
         self.memory_used = self.disk_used = 0
-        self.paused = self.learning = self.full = False
+        self.paused = self.learning = self.full = self.by_gpu = False
         self._entries: dict[Identity, list[Tensor]] = {}
         self._places: dict[Identity, Tensor] = {}  # on disk
         self._free: dict[int, list[Tensor]] = {}  # places on disk that were released, by length
         self._segment = torch.empty(0)  # the free rest of the newest piece of disk
         self._learned: set[Identity] = set()
         self._tests: dict[Identity, None] = {}  # images in memory that no stage learns from
-        self._limited = False  # by what a GPU has free
+        self._limited = False  # whether a GPU was asked what it has free
 
     def get(self, image: Identity) -> list[Tensor] | None:
         """The levels [C_l, H_l, W_l] of an image; None where they are not kept."""
@@ -71,8 +73,9 @@ class FeatureStore:
             return
         device = levels[0].device
         if device.type == "cuda" and not self._limited:
-            self.memory_limit = min(self.memory_limit, free_on_gpu(device) // 2)
-            self._limited = True
+            allowed = free_on_gpu(device) // 2
+            self.by_gpu, self._limited = allowed < self.memory_limit, True
+            self.memory_limit = min(self.memory_limit, allowed)
         floats = sum(level.numel() for level in levels)
         kept = self._in_memory(image, levels, floats)
         while not kept and self.learning and self._tests:

@@ -97,22 +97,25 @@ class PatchCore(Detector):
     def _block(self, rows: int, like: Tensor) -> Tensor:
         """Room for so many patches like these [.., D]: float32 [rows, D], on their device, or on disk.
 
-        On disk where they are more than backbone.feature_memory_mb.
+        On disk where they are more than backbone.feature_memory_mb, or than half of what a GPU had free.
 
         Raises:
             UserError: the disk has no room either.
         """
-        limit = self.pyramid.store.memory_limit
+        store = self.pyramid.store
+        limit = store.memory_limit
         needed = 4 * rows * like.shape[1]
         if needed <= limit:
             return like.new_empty(rows, like.shape[1])
         try:
             return on_disk(rows * like.shape[1]).view(rows, -1)
         except OSError as error:
+            allowed, remedy = f"backbone.feature_memory_mb={limit // 10**6}", "raise the one"
+            if store.by_gpu:
+                allowed, remedy = f"half of what the GPU had free ({limit // 10**6:,} MB)", "free more of it"
             raise UserError(
-                f"the {rows:,} patches of this task take {needed / 1e6:,.0f} MB: more than "
-                f"backbone.feature_memory_mb={limit // 10**6} and than {tempfile.gettempdir()} has room for; "
-                "raise the one, or set TMPDIR to a folder with more room"
+                f"the {rows:,} patches of this task take {needed / 1e6:,.0f} MB: more than {allowed} and than "
+                f"{tempfile.gettempdir()} has room for; {remedy}, or set TMPDIR to a folder with more room"
             ) from error
 
     def finish_task(self, images: Images) -> None:
