@@ -1,7 +1,7 @@
 """What every detector is: images in, anomaly maps and image scores out."""
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
@@ -218,6 +218,17 @@ class Detector(nn.Module):
         """
         for pyramid in self.pyramids():
             pyramid.check(images)
+
+    def check_stages(self, counts: Sequence[int], kept: int) -> None:
+        """Check, before anything is learned, that what it keeps suits the stages.
+
+        Args:
+            counts: images that each stage learns from, without replayed ones.
+            kept: how many stages' banks it has at a time at most.
+
+        Raises:
+            UserError: a memory is too small for so many, or a stage for what is made of it.
+        """
 
     def pyramids(self) -> list[FeaturePyramid]:
         """Its frozen networks."""

@@ -95,16 +95,18 @@ class Strategy(Hooks):
         """
         detector = self.detector
         detector.check(tasks[0].train.images[:1].to(detector.device))
+        stages = self.stages(len(tasks))
+        counts = [sum(len(tasks[task].train) for task in stage) for stage in stages]
+        learned = [count - held_out(count, detector.held_out) for count in counts]
+        detector.check_stages(learned, len(stages) if self.needs_native_update else 1)
         if not detector.has_gradients():
             return
-        for stage in self.stages(len(tasks)):
-            count = sum(len(tasks[task].train) for task in stage)
-            learned = count - held_out(count, detector.held_out)
-            if detector.batch_size > learned:
+        for stage, count, rest in zip(stages, counts, learned, strict=True):
+            if detector.batch_size > rest:
                 name = "+".join(tasks[task].name for task in stage)
                 raise UserError(
-                    f"method.batch_size={detector.batch_size} is larger than the {learned} images of task '{name}' "
-                    f"that are learned from ({count - learned} are held out): give at most {learned}"
+                    f"method.batch_size={detector.batch_size} is larger than the {rest} images of task '{name}' "
+                    f"that are learned from ({count - rest} are held out): give at most {rest}"
                 )
 
     def learn(self, stage: int, images: Tensor | Images) -> None:
