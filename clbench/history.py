@@ -20,8 +20,9 @@ from clbench.interruption import Interruption
 from clbench.methods.base import check_frozen, frozen_digest
 from clbench.metrics.names import need
 from clbench.recording.checkpoint import Checkpoints
+from clbench.recording.metrics_file import MetricRow
 from clbench.recording.recorder import Recorder
-from clbench.recording.run_directory import MetricRow, RunDirectory
+from clbench.recording.run_directory import RunDirectory
 from clbench.results import Evaluation, Results
 from clbench.spent import Spent
 from clbench.thresholds import Thresholds
@@ -256,4 +257,4 @@ class History:
         task = self.results.task_of[category]
         where = (stage, task, self.tasks[task].name, self.results.categories[category])
         values = self.results.get(stage, category) or {}
-        return [(*where, metric, value) for metric, value in values.items()]
+        return [MetricRow(*where, metric, value) for metric, value in values.items()]

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
@@ -14,6 +12,7 @@ from clbench.config.schema import Config, TaskOrder
 from clbench.errors import UserError
 from clbench.metrics.names import METRICS
 from clbench.paths import absolute
+from clbench.recording.metrics_file import rows_of
 from clbench.recording.run_directory import RunDirectory
 
 
@@ -152,28 +151,13 @@ def _final(path: Path, metric: str, given: str) -> Mapping[str, float | None]:
         UserError: the run has no such metric, or the file does not read as a run's.
     """
     try:
-        rows = list(_rows(path))
-        last = max(stage for stage, *_ in rows)
-        metrics = dict.fromkeys(name for stage, _, name, _ in rows if stage == last)
-        found = {category: value for stage, category, name, value in rows if (stage, name) == (last, metric)}
-    except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
+        rows = list(rows_of(path.read_text(encoding="utf-8")))
+        last = max(row.stage for row in rows)
+    except (OSError, ValueError) as error:
         raise UserError(f"{given} is damaged (metrics.csv): repeat its command first") from error
+    metrics = dict.fromkeys(row.metric for row in rows if row.stage == last)
     if metric not in metrics:
         raise UserError(
             f"task_order.metric={metric} was not measured in {path.parent}: give one of {', '.join(metrics)}"
         )
-    return found
-
-
-def _rows(path: Path) -> Iterator[tuple[int, str, str, float | None]]:
-    """The rows of a metrics.csv: stage, category, metric and value, None where it is undefined.
-
-    Raises:
-        OSError, ValueError, KeyError, TypeError, csv.Error: it cannot be read as one.
-    """
-    with open(path, newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            value = None if row["value"] == "undefined" else float(row["value"])
-            if value is not None and not math.isfinite(value):
-                raise ValueError(f"a value of {value}")
-            yield int(row["stage"]), row["category"], row["metric"], value
+    return {row.category: row.value for row in rows if (row.stage, row.metric) == (last, metric)}

@@ -3,7 +3,6 @@
 A file is replaced as a whole, or appended to.
 """
 
-import csv
 import hashlib
 import io
 import json
@@ -28,9 +27,8 @@ from clbench.errors import UserError, described, first_line, in_one_line
 from clbench.locks import open_lock, take_lock
 from clbench.recording.files import append_whole, cannot_write, write_whole
 from clbench.recording.journal import Journal
+from clbench.recording.metrics_file import HEADER, MetricRow, as_text
 
-# A row of metrics.csv: stage, index of the task, its name, category, metric, value (None: undefined).
-MetricRow = tuple[int, int, str, str, str, float | None]
 State = Literal["finished", "failed", "unfinished", "missing"]
 
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast, where PyYAML has it
@@ -400,13 +398,12 @@ class RunDirectory:
         return Journal(self.path / "journal.jsonl")
 
     def write_metrics(self, rows: Sequence[MetricRow]) -> None:
-        """Write metrics.csv with these rows alone; None is written as `undefined`.
+        """Write metrics.csv with these rows alone.
 
         Raises:
             UserError: the disk is full or may not be written.
         """
-        header = "stage,task_index,task,category,metric,value\n"
-        self._write("metrics.csv", header + _csv(rows))
+        self._write("metrics.csv", HEADER + as_text(rows))
 
     def append_metrics(self, rows: Sequence[MetricRow]) -> None:
         """Append rows to metrics.csv.
@@ -417,7 +414,7 @@ class RunDirectory:
         path = self.path / "metrics.csv"
         try:
             with open(path, "ab", buffering=0) as file:
-                append_whole(file, _csv(rows).encode())
+                append_whole(file, as_text(rows).encode())
         except OSError as error:
             raise cannot_write(path, error) from error
 
@@ -452,15 +449,6 @@ def _exits_as_errors() -> Iterator[None]:
         raise UserError(
             f"something in this run called sys.exit({ended.code!r}): have it raise an error in place of that"
         ) from ended
-
-
-def _csv(rows: Sequence[MetricRow]) -> str:
-    """Rows as text."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    for *names, value in rows:
-        writer.writerow((*names, "undefined" if value is None else f"{value:.6f}"))
-    return text.getvalue()
 
 
 def _fits(value: object, kind: _Kind) -> bool:

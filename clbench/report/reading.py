@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +14,7 @@ from clbench.errors import UserError
 from clbench.metrics import continual
 from clbench.metrics.continual import Matrix
 from clbench.metrics.names import METRICS
+from clbench.recording.metrics_file import rows_of
 from clbench.recording.run_directory import RunDirectory
 from clbench.report.settings import Departures, Flags, read_departures
 from clbench.results import Results, Values
@@ -188,7 +187,7 @@ def _read_run(path: Path) -> FoundRun:
         whole, newline, torn = written.rpartition(b"\n")
         expected = run.expected_stages
         run.results, run.stages = _results((whole + newline).decode(), run)
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError, csv.Error) as error:
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         return FoundRun(path, "damaged", f"it does not read as a run: {type(error).__name__} {error}")
     if summary["status"] == "failed":
         run.state, run.reason = "failed", str(summary.get("reason", "it did not say why"))
@@ -271,24 +270,20 @@ def _results(text: str, run: FoundRun) -> tuple[Results, int]:
     tasks, categories = run.tasks, _categories(run.summary)
     columns = {name: column for column, name in enumerate(run.categories)}
     found: dict[tuple[int, int], Values] = {}
-    last, values = None, {}
-    rows = list(csv.reader(io.StringIO(text)))[1:]
-    there = {row[-2] for row in rows}
+    rows = list(rows_of(text))
+    there = {row.metric for row in rows}
     metrics = (*REPORTED, *(name for name in METRICS if name in there and name not in REPORTED))
-    for *where, metric, value in rows:
-        if where != last:  # the metrics of a category stand together
-            last = where
-            stage, task, name = int(where[0]), int(where[1]), where[-1]
-            if stage not in range(len(tasks)) or tasks[task] != where[2] or name not in categories[task]:
-                raise ValueError(
-                    f"a row of metrics.csv is of stage {stage}, task {task} '{where[2]}' and '{name}'"
-                )
-            values = found.setdefault((stage, columns[name]), dict.fromkeys(metrics))
-        if metric in values and value != "undefined":
-            number = float(value)
-            if not math.isfinite(number):
-                raise ValueError(f"{metric} of '{where[-1]}' in metrics.csv is {value}")
-            values[metric] = number
+    for stage, task, task_name, category, metric, value in rows:
+        of_task = tasks[task] == task_name and category in categories[task]
+        if stage not in range(len(tasks)) or not of_task:
+            raise ValueError(
+                f"a row of metrics.csv is of stage {stage}, task {task} '{task_name}' and '{category}'"
+            )
+        where = stage, columns[category]
+        if where not in found:
+            found[where] = dict.fromkeys(metrics)
+        if metric in found[where]:
+            found[where][metric] = value
     stages = 1 + max((stage for stage, _ in found), default=-1)
     every = range(len(tasks))
     learning: list[list[int]] = [list(every)] if run.flags.joint else [[task] for task in every]
