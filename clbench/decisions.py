@@ -16,7 +16,7 @@ from clbench.errors import UserError
 from clbench.metrics.names import FURTHER, METRICS, RATES
 from clbench.metrics.stored import Decisions
 from clbench.strategies.base import Strategy
-from clbench.thresholds import Moments, Thresholds, rank
+from clbench.thresholds import Moments, Thresholds, fewest, rank
 from clbench.training import held_out
 
 
@@ -113,7 +113,7 @@ def check_enough(
         return
     pixel_rate, image_rate = rates
     of_images = [metric for metric in stored if metric.startswith("image_")]
-    fewest = math.ceil(1 / image_rate - 1 - 1e-9) if of_images else 1
+    enough = fewest(image_rate) if of_images else 1
     share = strategy.detector.held_out
     stages = strategy.stages(len(tasks))
     counts = [sum(len(tasks[task].train) for task in stage) for stage in stages]
@@ -123,20 +123,20 @@ def check_enough(
     if held and set(stored) & {"pixel_f1_stored", "pixel_fpr"} and not rank(pixel_rate, pixels):
         lowest = next(rate for rate in RATES if rank(rate, pixels))
         raise UserError(
-            f"metrics.pixel_rate={pixel_rate:g} needs {math.ceil(1 / pixel_rate - 1 - 1e-9):,} held-out pixels of each task, and "
+            f"metrics.pixel_rate={pixel_rate:g} needs {fewest(pixel_rate):,} held-out pixels of each task, and "
             f"method.held_out={share:g} holds {pixels:,} out: give metrics.pixel_rate={lowest:g}, or hold out more"
         )
-    if held >= fewest:
+    if held >= enough:
         return
     name = "+".join(tasks[task].name for task in stage)
-    ways = [f"method.held_out={math.ceil(100 * fewest / count - 1e-9) / 100:g}"] if fewest < count else []
+    ways = [f"method.held_out={math.ceil(100 * enough / count - 1e-9) / 100:g}"] if enough < count else []
     if held:
         others = [metric for metric in metrics if metric in FURTHER and metric not in of_images]
         ways += [f"metrics.image_rate={rate:g}" for rate in RATES if rank(rate, held)][:1]
         ways += [f"'metrics.further=[{','.join(others)}]'"]
     raise UserError(
-        f"{', '.join(of_images or stored)} need{'s' * (len(of_images or stored) == 1)} {fewest} held-out image"
-        f"{'s' * (fewest != 1)} of each task"
+        f"{', '.join(of_images or stored)} need{'s' * (len(of_images or stored) == 1)} {enough} held-out image"
+        f"{'s' * (enough != 1)} of each task"
         + (f" for metrics.image_rate={image_rate:g}" if of_images else "")
         + f", and method.held_out={share:g} holds {held} of the {count} of '{name}' out: give "
         f"{' or '.join(ways) or 'more images'}"

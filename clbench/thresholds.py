@@ -69,7 +69,7 @@ class Thresholds:
 
     @property
     def finest(self) -> float:
-        """The lowest false-positive rate of images that a threshold set on so many images can hold."""
+        """The lowest false-positive rate of images that a threshold set on so many images can hold, see `rank`."""
         return 1 / (self.images + 1)
 
 
@@ -125,6 +125,11 @@ class Tail:
 def rank(rate: float, count: int) -> int:
     """The largest k with k / (count + 1) <= rate."""
     return math.floor(rate * (count + 1) + 1e-9)
+
+
+def fewest(rate: float) -> int:
+    """The smallest count for which `rank` is not 0: so many images, or pixels, can set a threshold for a rate."""
+    return math.ceil((1 - 1e-9) / rate - 1)
 
 
 def calibrate(

@@ -19,7 +19,7 @@ from clbench.strategies.base import Strategy
 from clbench.strategies.finetune import Finetune
 from clbench.strategies.joint import Joint
 from clbench.testing.small import SmallDetector
-from clbench.thresholds import Moments, Tail, Thresholds
+from clbench.thresholds import Moments, Tail, Thresholds, fewest, rank
 
 
 def thresholds(values: np.ndarray, side: int = 4) -> Thresholds:
@@ -157,6 +157,13 @@ def test_too_few_held_out_images_are_refused_with_what_would_be_enough() -> None
     assert problem(0.5, "image_fpr", rate=0.01).endswith(
         "give metrics.image_rate=0.07 or 'metrics.further=[]'"
     )
+
+
+def test_the_fewest_that_set_a_threshold_are_those_with_a_rank() -> None:
+    for rate in RATES:
+        assert rank(rate, fewest(rate)) >= 1 and (fewest(rate) == 0 or rank(rate, fewest(rate) - 1) == 0), (
+            rate
+        )
 
 
 def test_a_killed_run_goes_on_with_the_thresholds_of_its_tasks(
