@@ -20,7 +20,7 @@ from clbench.metrics import continual
 from clbench.metrics.names import METRICS
 from clbench.recording.files import write_whole
 from clbench.report.comparison import Group
-from clbench.report.reading import REPORTED, FoundRun
+from clbench.report.reading import FORGETTING_OF, REPORTED, FoundRun
 from clbench.report.rows import Row, Spread
 from clbench.report.settings import COMPUTED
 from clbench.report.tables import (
@@ -37,7 +37,6 @@ from clbench.report.tables import (
     words,
 )
 
-_FORGETTING_OF = ("image_auroc", "pixel_ap", "pixel_f1")
 _DIGEST = 12  # hexadecimal digits that are shown
 
 
@@ -143,7 +142,7 @@ def _measures(metrics: Sequence[str]) -> dict[str, _Measure]:
                 3,
                 forgetting(metric),
             )
-            for metric in _FORGETTING_OF
+            for metric in FORGETTING_OF
         },
         "relative_forgetting_pixel_f1_pct": (
             "relative forgetting of pixel F1, % of just learned",

@@ -16,7 +16,7 @@ from pathlib import Path
 from clbench.metrics import continual
 from clbench.metrics.names import METRICS
 from clbench.report.comparison import Group
-from clbench.report.reading import FoundRun
+from clbench.report.reading import FORGETTING_OF, FoundRun
 from clbench.report.rows import Spread
 from clbench.report.tables import NOTHING, Cell, Column, Line, Table, spread_text, words
 
@@ -54,7 +54,6 @@ def _lost_since_learned(run: FoundRun, metric: str) -> float | None:
     return None if transfer is None else -transfer
 
 
-_FORGETTING_OF = ("image_auroc", "pixel_ap")
 # Names in the columns `value` and `forgetting` of published.csv.
 KINDS: Mapping[str, Kind] = {
     "final": Kind(
@@ -73,13 +72,13 @@ KINDS: Mapping[str, Kind] = {
         "best − final",
         "forgetting: the best value since a category was learned minus the final one, mean over the categories learned "
         "before the last stage (FM); presumed for rows that were copied from source to source",
-        _FORGETTING_OF,
+        FORGETTING_OF,
         lambda run, metric: continual.forgetting(run.R[metric], run.learned),
     ),
     "just_learned_minus_final": Kind(
         "just learned − final",
         "forgetting: the value when a category was learned minus the final one; what happened between does not count",
-        _FORGETTING_OF,
+        FORGETTING_OF,
         _lost_since_learned,
     ),
     "relative": Kind(
@@ -92,15 +91,15 @@ KINDS: Mapping[str, Kind] = {
     "small_bank": Kind(
         "UCAD: large − small bank",
         "what UCAD calls forgetting: a bank of 1960 vectors against one of 196 for the same task; no later task plays a part",
-        _FORGETTING_OF,
+        FORGETTING_OF,
     ),
     "gap_to_joint": Kind(
         "ReplayCAD: joint − replay",
         "what ReplayCAD calls forgetting: a detector trained on the real images of all categories against one trained on "
         "replayed ones; a gap to joint training",
-        _FORGETTING_OF,
+        FORGETTING_OF,
     ),
-    "unstated": Kind("formula unknown", "called forgetting, and not said by what formula", _FORGETTING_OF),
+    "unstated": Kind("formula unknown", "called forgetting, and not said by what formula", FORGETTING_OF),
 }
 
 

@@ -21,6 +21,11 @@ from clbench.results import Results, Values
 
 # What every run has, in the order of the paper's table.
 REPORTED = ("image_auroc", "image_f1", "pixel_auroc", "pixel_f1", "pixel_ap", "aupro", "image_ap")
+FORGETTING_OF = (
+    "image_auroc",
+    "pixel_ap",
+    "pixel_f1",
+)  # whose forgetting is compared with what others published
 
 FoundState = Literal["finished", "failed", "unfinished", "damaged", "repeated"]
 
