@@ -360,6 +360,10 @@ def test_masks_are_decoded_once(loco: Path, tmp_path: Path, monkeypatch: pytest.
         ("{}", "is no list of saturation areas .*valid array"),
         (json.dumps([ENTRIES[0] | {"pixel_value": "221"}]), r"\(0.pixel_value: .*valid integer"),
         (json.dumps([ENTRIES[1] | {"saturation_threshold": 40}]), "a share of 40 is more than all"),
+        (
+            json.dumps([ENTRIES[0] | {"saturation_threshold": 0.5}]),
+            "0.5 is no whole number of pixels, and no share",
+        ),
         (json.dumps([*ENTRIES, ENTRIES[1] | {"pixel_value": 221}]), "value 221 to 'missing' and 'scratch'"),
         (
             json.dumps(ENTRIES[:1]),

@@ -36,7 +36,7 @@ class Saturation(BaseModel, frozen=True, strict=True):
     Attributes:
         defect_name: the kind.
         pixel_value: value of its pixels in masks.
-        saturation_threshold: share of the outlined pixels where `relative_saturation`, else a number of them.
+        saturation_threshold: share of the outlined pixels where `relative_saturation`, else a whole number of them.
     """
 
     defect_name: str
@@ -45,9 +45,13 @@ class Saturation(BaseModel, frozen=True, strict=True):
     relative_saturation: bool
 
     @model_validator(mode="after")
-    def _share(self) -> "Saturation":
+    def _of_its_kind(self) -> "Saturation":
         if self.relative_saturation and self.saturation_threshold > 1:
             raise ValueError(f"a share of {self.saturation_threshold:g} is more than all")
+        if not self.relative_saturation and not self.saturation_threshold.is_integer():
+            raise ValueError(
+                f"{self.saturation_threshold:g} is no whole number of pixels, and no share of them"
+            )
         return self
 
     def area(self, pixels: int, enlargement: float = 1.0) -> int:
