@@ -7,6 +7,7 @@ from clbench import digests
 from clbench.config.differences import in_results
 
 _LONGEST = 200  # bytes; file systems take 255, and files are written beside under longer names
+_NO_MORE = "metrics.further=[]"  # what conf/ gives, unless a choice in it gives more
 _FIRST = ("method", "strategy", "replay", "replay.size", "backbone", "dataset", "task_order", "seed")
 
 
@@ -19,13 +20,15 @@ def _order(override: str) -> tuple[int, str]:
 def run_name(overrides: Iterable[str]) -> str:
     """The name of a run's directory, made of its overrides: the same command finds the same directory.
 
-    Overrides that change no results are left out. A value that is long, or cannot stand in a file name, is
-    shortened and ends in a hash of the whole.
+    Overrides that change no results are left out, and so is one that asks for no further metrics where none are chosen. A
+    value that is long, or cannot stand in a file name, is shortened and ends in a hash of the whole.
     """
     words = []
-    for override in sorted(overrides, key=_order):
+    given = sorted(overrides, key=_order)
+    may_have_more = any(override.lstrip("+").startswith(("metrics=", "benchmark=")) for override in given)
+    for override in given:
         key, _, value = override.partition("=")
-        if not in_results(override):
+        if not in_results(override) or (override == _NO_MORE and not may_have_more):
             continue
         readable = re.sub(r"[^\w.+\-]+", "-", value.rstrip("/").rsplit("/", 1)[-1]).strip("-")[:40]
         if readable != value:
