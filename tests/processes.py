@@ -9,6 +9,8 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from random import Random
 
+from conftest import Train, command, run_directories
+
 ROOT = Path(__file__).parent.parent
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["clbench.commands.run", "clbench.experiment", "clbench.loading", "timm"])
@@ -51,6 +53,23 @@ def kill_when(ready: Callable[[], bool], words: Sequence[str], wait_s: float = 0
     process.join()
     assert process.exitcode in (0, -9), process.exitcode
     return process.exitcode == -9
+
+
+def whole_and_killed(train: Train, folder: Path, outputs: Path, *setting: str) -> tuple[Path, Path]:
+    """Directories of two runs of a setting with the same metrics.csv: one of a piece, one killed after two stages and continued.
+
+    Args:
+        train, folder: the fixtures.
+        outputs: the test's own folder.
+    """
+    assert train("experiment=whole", *setting).returncode == 0
+    words = command(folder, outputs, "experiment=killed", *setting)[2:]
+    saved = "outputs/killed/*/checkpoint/stage-0001.json"
+    assert kill_when(lambda: bool(list(outputs.glob(saved))), words)
+    assert train("experiment=killed", *setting).returncode == 0
+    (one,), (other,) = run_directories(outputs, "whole"), run_directories(outputs, "killed")
+    assert (one / "metrics.csv").read_bytes() == (other / "metrics.csv").read_bytes()
+    return one, other
 
 
 def kill_again_and_again(words: Sequence[str], experiment: Path, random: Random, times: int = 4) -> int:

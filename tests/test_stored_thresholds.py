@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import Train, command, run_directories
-from processes import kill_when
+from conftest import Train, run_directories
+from processes import whole_and_killed
 from test_predict import normal, task
 
 from clbench.decisions import Judge, Learned, check_enough, pixels_together
@@ -176,13 +176,7 @@ def test_a_killed_run_goes_on_with_the_thresholds_of_its_tasks(
         "method.held_out=0.6",
         "strategy=native",
     )
-    assert train("experiment=whole", *setting).returncode == 0
-    words = command(folder, tmp_path, "experiment=killed", *setting)[2:]
-    saved = "outputs/killed/*/checkpoint/stage-0001.json"
-    assert kill_when(lambda: bool(list(tmp_path.glob(saved))), words)
-    assert train("experiment=killed", *setting).returncode == 0
-    (one,), (other,) = run_directories(tmp_path, "whole"), run_directories(tmp_path, "killed")
-    assert (one / "metrics.csv").read_bytes() == (other / "metrics.csv").read_bytes()
+    one, other = whole_and_killed(train, folder, tmp_path, *setting)
     about, again = (json.loads((each / "summary.json").read_text()) for each in (one, other))
     assert about["routing"] == again["routing"] and about["stored_thresholds"] == again["stored_thresholds"]
     for rests in about["stored_thresholds"].values():
