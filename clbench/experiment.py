@@ -5,16 +5,15 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
-import torch
-
 from clbench import evaluation, footprint, thresholds
 from clbench.assembly import OF_FEATURES, Assembly, memory_for
 from clbench.data.images import Images
-from clbench.decisions import Judge, Learned
+from clbench.decisions import Learned
 from clbench.errors import UserError
 from clbench.history import History
 from clbench.interruption import Interruption
-from clbench.methods.base import Prediction, silent
+from clbench.measuring import Measuring
+from clbench.methods.base import silent
 from clbench.recording import heat_maps
 from clbench.recording.recorder import Recorder
 from clbench.recording.run_directory import RunDirectory
@@ -88,14 +87,13 @@ class Course:
         with self._memory("what an earlier process learned"):
             self.history = History(assembly, directory, recorder, interruption)
         self.stages, self.results = self.history.stages, self.history.results
+        self.measuring = Measuring(self.history, assembly.config.metrics)
         self.spent = self.history.spent
         self.strategy.bookmark, self.strategy.on_epoch = self.history.checkpoints, self.history.add_epoch
         self.strategy.detector.progress = self.progress
         self._thread = ThreadPoolExecutor(1)
-        self._judge: tuple[int, Judge] | None = None  # the stage after which it judges
-        self._measuring: tuple[int, int, Future[Evaluation]] | None = (
-            None  # stage, category, and metrics to come
-        )
+        # Stage, category, and the evaluation that is still computed.
+        self._to_come: tuple[int, int, Future[Evaluation]] | None = None
         for note in assembly.notes:
             display.line(f"note: {note}")
         if self.history.continued:
@@ -166,7 +164,7 @@ class Course:
                 deviation = self.results.pixel_fpr_deviation(stage - 1, category)
                 found = _there(Evaluation(known, pixel_fpr_deviation=deviation))  # and no model was chosen
         self.settle()
-        self._measuring = stage, category, found
+        self._to_come = stage, category, found
         if found.done():
             self.settle()
 
@@ -176,9 +174,9 @@ class Course:
         Raises:
             UserError: a file cannot be written.
         """
-        if self._measuring is not None:
-            stage, category, values = self._measuring
-            self._measuring = None
+        if self._to_come is not None:
+            stage, category, values = self._to_come
+            self._to_come = None
             with self.spent.on("eval_s"), self._predicting(f"metrics of {self.categories[category].name}"):
                 found = values.result()
             self.history.add_evaluation(stage, category, found)
@@ -202,44 +200,9 @@ class Course:
             heat_maps.write_few(prediction.maps, test, pictures / "few", stage)
         if maps is True and stage in (self.results.learned[category], len(self.stages) - 1):
             heat_maps.write_all(prediction.maps, test, pictures, stage)
-        last = len(self.stages) - 1
-        final = stage == last or self.strategy.unchanged(last, self.results.learned[category])
         if self.assembly.device.type != "cpu":
-            return self._thread.submit(self._evaluation, stage, category, prediction, final)
-        return _there(self._evaluation(stage, category, prediction, final))
-
-    def _evaluation(self, stage: int, category: int, prediction: Prediction, final: bool) -> Evaluation:
-        """What a category's prediction after a stage says: its metrics, and which models were chosen.
-
-        What the metrics rest on is written where they may be the category's final ones.
-        """
-        test, learned = self.categories[category].test, self.results.learned[category]
-        decided = chosen = None
-        if self.history.thresholds:
-            # Only what a user would know: the model that was chosen, or the task where images come with theirs.
-            models = prediction.chosen if self.strategy.routes else None
-            own = min(learned, stage) if self.strategy.task_known else models
-            judge = self._judge_after(stage)
-            decided = judge.together(len(test)) if own is None else judge.by_model(own, len(test))
-        values = evaluation.metrics_of(prediction, test, self.assembly.config.metrics.further, decided)
-        if self.strategy.routes:
-            assert prediction.chosen is not None
-            counts = torch.bincount(prediction.chosen, minlength=stage + 1).tolist()
-            values["routing_accuracy"] = counts[learned] / len(test) if learned <= stage else None
-            chosen = counts if stage == len(self.stages) - 1 else None
-        if final:
-            evidence = evaluation.evidence_of(prediction, self.categories[category], values)
-            self.directory.write_evidence(self.categories[category].name, evidence.arrays())
-        named = {metric: values[metric] for metric in self.results.metrics}
-        return Evaluation(named, chosen, values.get("pixel_fpr_deviation"))
-
-    def _judge_after(self, stage: int) -> Judge:
-        """What judges by the thresholds that were stored until a stage, made once for it."""
-        if self._judge is None or self._judge[0] != stage:
-            so_far = [self.history.thresholds[earlier] for earlier in range(stage + 1)]
-            settings = self.assembly.config.metrics
-            self._judge = stage, Judge(so_far, (settings.pixel_rate, settings.image_rate))
-        return self._judge[1]
+            return self._thread.submit(self.measuring.evaluation, stage, category, prediction)
+        return _there(self.measuring.evaluation(stage, category, prediction))
 
     def record(self, stage: int) -> None:
         """Give a stage's results to the recorder and show their means on the terminal."""
@@ -274,7 +237,7 @@ class Course:
             **self.assembly.identity,
             "status": "complete",
             **self.results.summary(),
-            **self._stored_thresholds(),
+            **self.measuring.summary(),
             "metrics_sha256": self.directory.metrics_digest(),
             "memory": {**footprint.measure(self.strategy), "peak_mb": spent["peak_mb"]},
             "time": {
@@ -296,29 +259,6 @@ class Course:
         if message:
             self.display.line(message)
         return written
-
-    def _stored_thresholds(self) -> dict[str, Any]:
-        """What the rates at stored thresholds rest on, for each category, where thresholds were stored."""
-        last = len(self.stages) - 1
-        one_model = not (
-            self.strategy.routes or self.strategy.task_known
-        )  # whose thresholds are of all stages together
-        images = {stage: found.thresholds.images for stage, found in self.history.thresholds.items()}
-        about = {}
-        for index, category in enumerate(self.categories if images else []):
-            learned = self.results.learned[index]
-            about[category.name] = {
-                "set_on_images": {
-                    when: sum(images[stage] for stage in range(until + 1)) if one_model else images[learned]
-                    for when, until in (("just_learned", learned), ("final", last))
-                },
-                "normal_test_images": int((~category.test.labels).sum()),
-                "pixel_fpr_deviation": {
-                    "just_learned": self.results.pixel_fpr_deviation(learned, index),
-                    "final": self.results.pixel_fpr_deviation(last, index),
-                },
-            }
-        return {"stored_thresholds": about} if about else {}
 
     def _write_summary(self, summary: dict[str, Any]) -> dict[str, Any]:
         """Write summary.json, with what the recorder has not recorded by now; gives what it holds.
