@@ -19,7 +19,7 @@ from clbench.cores import usable_cores
 from clbench.data import stream
 from clbench.data.samples import Dataset
 from clbench.data.stream import Task
-from clbench.errors import UserError
+from clbench.errors import UserError, counted
 from clbench.methods.base import Detector, Progress
 from clbench.metrics.names import USUAL, need
 from clbench.out_of_memory import memory_named
@@ -124,7 +124,7 @@ def select_device(gpu: Gpu) -> torch.device:
         raise UserError(f"device '{name}' is none: give auto, cpu, cuda or cuda:1") from error
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
         raise UserError(
-            f"gpu.device={name}: torch {torch.__version__} sees {torch.cuda.device_count()} GPUs here; "
+            f"gpu.device={name}: torch {torch.__version__} sees {counted(torch.cuda.device_count(), 'GPU')} here; "
             "take gpu=cpu, or a machine or a torch build with CUDA"
         )
     if chosen.type == "cpu" and gpu.precision == "fp16":
@@ -197,7 +197,7 @@ def reader(config: Config, dataset: Dataset) -> Callable[[Progress], list[Task]]
             " (the method's own, where none is given)" if size == config.method.protocol.replay_size else ""
         )
         raise UserError(
-            f"replay.size={size}{usual} is larger than all {images} training images of the stream: "
+            f"replay.size={size}{usual} is larger than all of {counted(images, 'training image')} of the stream: "
             f"give at most {images}, or strategy=joint"
         )
     cache, defects = Path(config.cache), need(config.metrics.further, "saturations")

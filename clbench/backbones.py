@@ -22,7 +22,7 @@ from timm.models._features import FeatureGetterNet  # private, so that pyproject
 from torch import Tensor, nn
 
 from clbench.data.images import Identity, Images, identities, origin, sent
-from clbench.errors import UserError, first_line
+from clbench.errors import UserError, counted, first_line
 from clbench.feature_store import FeatureStore
 from clbench.out_of_memory import is_out_of_memory
 from clbench.paths import PATH_FOR_USE, absolute_path, expanded
@@ -314,7 +314,7 @@ class Backbone:
         except (RuntimeError, AssertionError, AttributeError, TypeError, IndexError):
             # These words are for an error that is on its way.
             return "other levels"
-        return f"{len(reductions)} levels"
+        return counted(len(reductions), "level")
 
     def _whole_parameters(self) -> int:
         """Parameters of the whole classification network, which the paper counts as the architecture."""
@@ -337,7 +337,7 @@ class Backbone:
             )
             raise UserError(
                 f"backbone.checkpoint={checkpoint} does not fit backbone.name={self.name} "
-                f"({len(missing)} tensors missing, {len(wrong)} of another size: {examples}): "
+                f"({counted(len(missing), 'tensor')} missing, {len(wrong)} of another size: {examples}): "
                 "give the weights of that timm model, or name the model they are of"
             )
         inner.load_state_dict({key: state[key] for key in wanted})

@@ -12,7 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from clbench.data.stream import Task
-from clbench.errors import UserError
+from clbench.errors import UserError, counted
 from clbench.metrics.names import FURTHER, METRICS, RATES
 from clbench.metrics.stored import Decisions
 from clbench.strategies.base import Strategy
@@ -135,8 +135,8 @@ def check_enough(
         ways += [f"metrics.image_rate={rate:g}" for rate in RATES if rank(rate, held)][:1]
         ways += [f"'metrics.further=[{','.join(others)}]'"]
     raise UserError(
-        f"{', '.join(of_images or stored)} need{'s' * (len(of_images or stored) == 1)} {enough} held-out image"
-        f"{'s' * (enough != 1)} of each task"
+        f"{', '.join(of_images or stored)} need{'s' * (len(of_images or stored) == 1)} "
+        f"{counted(enough, 'held-out image')} of each task"
         + (f" for metrics.image_rate={image_rate:g}" if of_images else "")
         + f", and method.held_out={share:g} holds {held} of the {count} of '{name}' out: give "
         f"{' or '.join(ways) or 'more images'}"

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from clbench.errors import counted
+
 POWERCAP = Path("/sys/class/powercap")
 
 _EVERY_S = 60  # 65 kJ, as small as the range of a counter can be, last five minutes at 200 W
@@ -38,7 +40,7 @@ class Meter:
             missing.append(reason)
         packages, reason = _packages()
         if packages:
-            counters[f"{len(packages)} CPU package{'s' * (len(packages) > 1)} (RAPL)"] = lambda: sum(
+            counters[f"{counted(len(packages), 'CPU package')} (RAPL)"] = lambda: sum(
                 package() for package in packages
             )
         missing.append(reason)

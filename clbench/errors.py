@@ -1,4 +1,4 @@
-"""The exception for what a person can put right, and its message."""
+"""The exception for what a person can put right, and words of messages."""
 
 
 class UserError(Exception):
@@ -30,6 +30,15 @@ def described(error: BaseException) -> str:
     """An exception's type, and its whole message in one line where it has one."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def counted(number: int, noun: str, plural: str | None = None) -> str:
+    """A number with its noun, which is in the plural unless it is one: `1 run`, `7 runs`, `2,000 runs`.
+
+    Args:
+        plural: where it is not the noun with an s.
+    """
+    return f"{number:,} {noun if number == 1 else plural or f'{noun}s'}"
 
 
 def first_line(error: BaseException) -> str:

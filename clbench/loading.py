@@ -16,7 +16,7 @@ from clbench.config.messages import reason
 from clbench.config.using import for_use
 from clbench.data.files import find_images, read_image_at
 from clbench.data.samples import Geometry
-from clbench.errors import UserError, first_line
+from clbench.errors import UserError, counted, first_line
 from clbench.evaluation import BATCH_SIZE
 from clbench.methods.base import Detector, Prediction, check_frozen, frozen_digest
 from clbench.out_of_memory import is_out_of_memory, memory_named
@@ -108,7 +108,10 @@ class TrainedDetector:
         fewer = (
             "predict fewer at a time (--batch-size, or batch_size in Python), or on the CPU (--device cpu)"
         )
-        with memory_named(f"predicting {len(images)} images", fewer, self.device), self.detector.uncached():
+        with (
+            memory_named(f"predicting {counted(len(images), 'image')}", fewer, self.device),
+            self.detector.uncached(),
+        ):
             return self.detector.predict(images.to(self.device))
 
     def predict(
@@ -251,9 +254,9 @@ def load(
     stages = strategy.stages(len(stream.tasks))
     if summary["status"] == "complete" and stage < len(stages) - 1:
         raise UserError(
-            f"{directory.path} is finished, and what it has learned in the last of its {len(stages)} stages is missing or "
-            "damaged: copy its checkpoint/ again; or remove summary.json and repeat the run's command, which goes on from "
-            f"stage {stage + 1}"
+            f"{directory.path} is finished, and what it has learned in the last of its "
+            f"{counted(len(stages), 'stage')} is missing or damaged: copy its checkpoint/ again; or remove summary.json and "
+            f"repeat the run's command, which goes on from stage {stage + 1}"
         )
     learned = stages[: stage + 1]
     tasks = [stream.tasks[number] for numbers in learned for number in numbers]

@@ -20,7 +20,7 @@ MISTAKES = [
     (["replay.size=abc"], "replay.size=abc", "valid integer"),
     (["replay.size=0"], "replay.size=0", "greater than 0"),
     (["replay.size=-3"], "replay.size=-3", "greater than 0"),
-    (["replay.size=19"], "replay.size=19", "all 18 training images"),
+    (["replay.size=19"], "replay.size=19", "all of 18 training images"),
     (["method.memory_size=0"], "method.memory_size=0", "greater than 0"),
     (["method.memory_size=many"], "method.memory_size=many", "valid integer"),
     (["method.epsilon=2"], "method.epsilon=2", "less than 1"),

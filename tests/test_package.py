@@ -97,6 +97,6 @@ def test_an_installed_package_runs_reports_predicts_and_exports_in_an_empty_fold
     (directory,) = (path for path in (empty / "outputs" / "default").iterdir() if path.is_dir())
     images = folder / "brick" / "test" / "blot"
     said = run(python, "-c", f"RUN, IMAGES = {str(directory)!r}, {str(images)!r}\n{COMMANDS}")
-    assert "1 of 1 runs are finished" in said and "5 runs: 0 finished, 5 would be started" in said
+    assert "finished: 1 of 1 run;" in said and "5 runs: 0 finished, 5 would be started" in said
     assert (empty / "outputs" / "default" / "report" / "index.html").is_file()
     assert list((empty / "found").iterdir()) and (directory / "export" / "model.pt2").is_file()

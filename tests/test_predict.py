@@ -248,7 +248,7 @@ def test_predict_writes_what_it_finds_and_names_what_it_cannot_read(train: Train
     done = clbench(*words, "--batch-size", "3", "--false-positive-rate", "0.02")
     assert done.returncode == 1
     assert "given/good/corrupt.png" in done.stderr and "named.txt" in done.stderr
-    assert "notes.txt" not in done.stderr and "2 of 7 files were passed over" in done.stderr
+    assert "notes.txt" not in done.stderr and "passed over: 2 of 7 files" in done.stderr
     assert "set on 20 normal training images held out of learning" in done.stdout
     assert "20 images cannot tell an image rate below 4.8 %" in done.stdout
 

@@ -110,7 +110,7 @@ def test_one_run_that_fails_leaves_the_others_and_shows_its_log(sweep: Callable,
     assert "task 1/3 brick: the loss became" in table and f"{job['id']}_0_log.out" in table
     assert ask("sacct", "-nX", "-o", "State", "-j", job["id"]).strip() == "FAILED"
     again = sweep(*settings, "method.learning_rate=0.1,1e30", *SLURM)
-    assert "failed before, tried again" in again.stdout and "submitted 1 jobs" in again.stdout
+    assert "failed before, tried again" in again.stdout and "submitted 1 job," in again.stdout
 
 
 def test_a_partition_that_is_not_there_and_a_job_too_large_are_said_in_one_line(sweep: Callable) -> None:

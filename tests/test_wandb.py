@@ -737,7 +737,7 @@ def test_what_cannot_be_sent_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyP
     place.write_bytes(b"no such format")
     with serving() as server:
         monkeypatch.setenv("WANDB_BASE_URL", server.address)
-        with pytest.raises(UserError, match=f"1 of 1 runs are not all sent, {tmp_path / 'run'} for one"):
+        with pytest.raises(UserError, match=f"1 of 1 run could not all be sent, {tmp_path / 'run'} for one"):
             sync([tmp_path])
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from clbench.commands.numbers import whole
-from clbench.errors import UserError
+from clbench.errors import UserError, counted
 from clbench.paths import absolute, expanded
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ def main(options: argparse.Namespace) -> int:
         seen = torch.zeros(1, 3, 2 * options.size, 2 * options.size, dtype=torch.uint8, device=device)
         pyramid.check(seen, "give another --size", "--img-size ")
         left_out = f"; left out of {options.images}: {pictures.left_out}" if str(pictures.left_out) else ""
-        print(f"reading {len(found)} images{left_out}", flush=True)
+        print(f"reading {counted(len(found), 'image')}{left_out}", flush=True)
         loaded = pictures.load(options.size, options.size).to(device)
         with Display("distillation") as display:
             network, explained = distil(
@@ -146,6 +146,6 @@ def _lines() -> Progress:
         nonlocal printed
         if 20 * done // total > printed:
             printed = 20 * done // total
-            print(f"{phase}: {done} of {total} steps, {note}", flush=True)
+            print(f"{phase}: {done} of {counted(total, 'step')}, {note}", flush=True)
 
     return progress

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clbench.commands import trained
-from clbench.errors import UserError
+from clbench.errors import UserError, counted
 from clbench.paths import absolute, expanded
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def main(options: argparse.Namespace) -> int:
         _remove_pictures(options.output)
     from clbench.out_of_memory import memory_named
 
-    with memory_named(f"predicting {len(files)} images", "lower --batch-size", detector.device):
+    with memory_named(f"predicting {counted(len(files), 'image')}", "lower --batch-size", detector.device):
         return _predict(options, detector, files, folder, pictures)
 
 
@@ -174,13 +174,13 @@ def _predict(
                 _write_tables(options.output, {**about, "images": rows, "unreadable": unreadable})
         anomalous = sum(row["anomalous"] for row in rows)
         what = "scores" if options.only_scores else "scores, overlays and masks"
-        display.line(f"{anomalous} of {len(rows)} images are anomalous: {what} in {options.output}")
+        display.line(f"anomalous: {anomalous} of {counted(len(rows), 'image')}; {what} in {options.output}")
         for doubt in doubts({"these images": detector.peak}, {}, detector.geometry.bit_depth):
             display.line(f"note: {doubt}, and train so")
         for line in _threshold_lines(detector, rate, image_rate, pixel, image):
             display.line(line)
     if unreadable:
-        print(f"error: {len(unreadable)} of {len(files)} files were passed over", file=sys.stderr)
+        print(f"error: passed over: {len(unreadable)} of {counted(len(files), 'file')}", file=sys.stderr)
     return 1 if unreadable else 0
 
 
@@ -197,7 +197,7 @@ def _threshold_lines(
     assert thresholds is not None
     yield (
         f"thresholds: {pixel:.6g} for pixels and {image:.6g} for images, for false-positive rates of {100 * rate:g} % "
-        f"and {100 * image_rate:g} %; set on {thresholds.images} normal training images "
+        f"and {100 * image_rate:g} %; set on {counted(thresholds.images, 'normal training image')} "
         + ("held out of learning" if thresholds.held_out else "that the detector learned from")
     )
     if not thresholds.held_out:
@@ -208,7 +208,7 @@ def _threshold_lines(
         )
     if image_rate < thresholds.finest:
         yield (
-            f"{thresholds.images} images cannot tell an image rate below {100 * thresholds.finest:.2g} %: the "
+            f"{counted(thresholds.images, 'image')} cannot tell an image rate below {100 * thresholds.finest:.2g} %: the "
             "threshold is their highest score, and so good for that rate"
         )
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.markup import escape
 
 from clbench import terminal
-from clbench.errors import UserError
+from clbench.errors import UserError, counted
 from clbench.paths import expanded
 from clbench.report import leaderboard, page, tables
 from clbench.report.comparison import grouped
@@ -58,8 +58,9 @@ def main(options: argparse.Namespace) -> int:
         if run.state != "finished":
             console.print(f"[yellow]{run.state}[/] {escape(run.name)}: {escape(run.reason)}", soft_wrap=True)
     console.print(
-        f"{sum(run.state == 'finished' for run in runs)} of {len(runs)} runs are finished; "
-        f"the page, and {report.files} tables and figures beside it:\n{escape(str(report.page))}",
+        f"finished: {sum(run.state == 'finished' for run in runs)} of {counted(len(runs), 'run')}; "
+        f"the page, and {counted(report.files, 'table or figure', 'tables and figures')} beside it:\n"
+        f"{escape(str(report.page))}",
         soft_wrap=True,
         highlight=False,
     )
@@ -75,7 +76,8 @@ def _leaderboard(runs: Sequence[FoundRun], folder: Path) -> int:
     groups = [group for group in grouped(runs) if group.found]
     if not groups:
         raise UserError(
-            f"none of {len(runs)} runs is finished, so a leaderboard has no rows: finish some, or give more folders"
+            f"none of {counted(len(runs), 'run')} is finished, so a leaderboard has no rows: finish some, or "
+            "give more folders"
         )
     paths = leaderboard.write(groups, folder)
     console = terminal.console()
@@ -84,7 +86,9 @@ def _leaderboard(runs: Sequence[FoundRun], folder: Path) -> int:
             console.print(f"[yellow]{run.state}[/] {escape(run.name)}: {escape(run.reason)}", soft_wrap=True)
     rows = sum(len(group.found) for group in groups)
     console.print(
-        f"{rows} rows of {len(groups)} groups of runs that compare:", soft_wrap=True, highlight=False
+        f"{counted(rows, 'row')} of {counted(len(groups), 'group')} of runs that compare:",
+        soft_wrap=True,
+        highlight=False,
     )
     for path in paths:
         console.print(escape(str(path)), soft_wrap=True, highlight=False)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from clbench.config.schema import Config, TaskOrder
-from clbench.errors import UserError
+from clbench.errors import UserError, counted
 from clbench.metrics.names import METRICS
 from clbench.paths import absolute
 from clbench.recording.metrics_file import rows_of
@@ -94,8 +94,8 @@ def tasks_by_results(order: TaskOrder, dataset: str) -> list[str | list[str]]:
         return list(names)
     if sum(order.sizes) != len(names):
         raise UserError(
-            f"task_order.sizes={order.sizes} is of {sum(order.sizes)} categories, and {path} has {len(names)}: "
-            "give sizes of as many"
+            f"task_order.sizes={order.sizes} is of {counted(sum(order.sizes), 'category', 'categories')}, and {path} has "
+            f"{len(names)}: give sizes of as many"
         )
     remaining = iter(names)
     return [list(islice(remaining, size)) for size in order.sizes]

@@ -19,7 +19,7 @@ from clbench.backbones import (
 )
 from clbench.data.images import Images
 from clbench.data.pictures import Folder, Pictures
-from clbench.errors import UserError
+from clbench.errors import UserError, counted
 from clbench.feature_store import FeatureStore
 from clbench.methods.base import Detector, Prediction, Share
 from clbench.methods.tables import table
@@ -324,8 +324,8 @@ def load_teacher(network: nn.Module, file: str, width: int) -> None:
     given = sorted(state.items(), key=lambda item: _layer(item[0]))
     if len(given) != len(wanted):
         raise UserError(
-            f"method.teacher={file} does not fit: it has {len(given)} tensors, and the network of medium size has "
-            f"{len(wanted)}, a weight and a bias of each of its six layers; give a teacher of that size"
+            f"method.teacher={file} does not fit: it has {counted(len(given), 'tensor')}, and the network of medium "
+            f"size has {len(wanted)}, a weight and a bias of each of its six layers; give a teacher of that size"
         )
     for (name, tensor), expected in zip(given, wanted.values(), strict=True):
         if tensor.shape != expected.shape:

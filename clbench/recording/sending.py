@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from clbench.errors import UserError
+from clbench.errors import UserError, counted
 
 _PATIENCE = 1.5  # s that a server has to answer; one that takes longer is not waited for
 
@@ -123,6 +123,6 @@ def sync(folders: Sequence[Path]) -> None:
             subprocess.call([sys.executable, *_SYNC, str(file)], env=environment)
     if unsent := [file for file in unsent if not _sent(file)]:
         raise UserError(
-            f"{len(unsent)} of {len(files)} runs are not all sent, {unsent[0].parent.parent.parent} for one: see above "
-            "what W&B says; a run that was killed can be sent when it is continued"
+            f"{len(unsent)} of {counted(len(files), 'run')} could not all be sent, {unsent[0].parent.parent.parent} for one: "
+            "see above what W&B says; a run that was killed can be sent when it is continued"
         )

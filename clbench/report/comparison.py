@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Any
 
 from clbench.data.protocols import protocol_of, protocols
+from clbench.errors import counted
 from clbench.metrics.names import METRICS
 from clbench.report import titles, uncertainty
 from clbench.report.reading import REPORTED, FoundRun
@@ -123,7 +124,7 @@ class Group:
     @property
     def title(self) -> str:
         """The dataset, the number of tasks, the image size where all share one, and the benchmark."""
-        tasks = f"{len(self.tasks)} task{'s' * (len(self.tasks) != 1)}"
+        tasks = counted(len(self.tasks), "task")
         if len(self.categories) > len(self.tasks):
             tasks += f" of {len(self.categories)} categories"
         sizes = {_image_size(run) for run in self.runs}

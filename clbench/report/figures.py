@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import altair as alt
 
+from clbench.errors import counted
 from clbench.metrics.names import METRICS
 from clbench.report import uncertainty
 from clbench.report.comparison import Group
@@ -106,7 +107,8 @@ def _holds(rows: Sequence[Row]) -> str:
     shown = (
         ", ".join(map(str, seeds)) if len(seeds) <= 6 else f"{seeds[0]} to {seeds[-1]}, {len(seeds)} in all"
     )
-    return f"{runs} finished runs of {len(rows)} rows of the table; seed{'s' * (len(seeds) > 1)} {shown}"
+    held = f"{counted(runs, 'finished run')} of {counted(len(rows), 'row')} of the table"
+    return f"{held}; {'seed' if len(seeds) == 1 else 'seeds'} {shown}"
 
 
 def _about(row: Row) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from clbench.errors import UserError
+from clbench.errors import UserError, counted
 from clbench.metrics import continual
 from clbench.metrics.continual import Matrix
 from clbench.metrics.names import METRICS
@@ -197,7 +197,7 @@ def _read_run(path: Path) -> FoundRun:
     if summary["status"] == "failed":
         run.state, run.reason = "failed", str(summary.get("reason", "it did not say why"))
     elif summary["status"] != "complete":
-        run.reason = f"under way or interrupted, {run.stages} of {expected} stages written"
+        run.reason = f"under way or interrupted, {run.stages} of {counted(expected, 'stage')} written"
     elif summary.get("metrics_sha256", digest := hashlib.sha256(written).hexdigest()) != digest:
         run.state, run.reason = (
             "damaged",
@@ -226,7 +226,7 @@ def _check_summary(summary: Mapping[str, Any]) -> None:
         raise TypeError("categories in summary.json")
     if len(categories) != len(summary["tasks"]):
         raise ValueError(
-            f"summary.json has {len(summary['tasks'])} tasks and categories of {len(categories)}"
+            f"summary.json has {counted(len(summary['tasks']), 'task')} and categories of {len(categories)}"
         )
     if not isinstance(summary["seed"], int) or not isinstance(summary["replay_size"], int | None):
         raise TypeError("seed or replay_size in summary.json")
@@ -257,7 +257,7 @@ def _wrong(run: FoundRun) -> str:
     if not run.config:
         return "config.yaml is missing"
     if run.stages != run.expected_stages:
-        return f"metrics.csv has {run.stages} of {run.expected_stages} stages"
+        return f"metrics.csv has {run.stages} of {counted(run.expected_stages, 'stage')}"
     final, mean = run.summary["final"]["pixel_f1"], continual.final_mean(run.R["pixel_f1"])
     if (final is None) != (mean is None) or (
         final is not None and mean is not None and abs(final - mean) > 1e-5

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from clbench.data.images import Images
 from clbench.data.stream import Task
-from clbench.errors import UserError
+from clbench.errors import UserError, counted
 from clbench.methods.base import Detector, Prediction, kept_state
 from clbench.randomness import seed_for
 from clbench.training import OF_STEPS, Bookmark, Hooks, held_out, overrides, train, with_prefix
@@ -105,8 +105,8 @@ class Strategy(Hooks):
             if detector.batch_size > rest:
                 name = "+".join(tasks[task].name for task in stage)
                 raise UserError(
-                    f"method.batch_size={detector.batch_size} is larger than the {rest} images of task '{name}' "
-                    f"that are learned from ({count - rest} are held out): give at most {rest}"
+                    f"method.batch_size={detector.batch_size} is larger than the {counted(rest, 'image')} of task "
+                    f"'{name}' that are learned from (held out: {count - rest}): give at most {rest}"
                 )
 
     def learn(self, stage: int, images: Tensor | Images) -> None:

@@ -19,7 +19,7 @@ from omegaconf import DictConfig, open_dict
 
 from clbench.config import register, run_name
 from clbench.cores import usable_cores
-from clbench.errors import UserError
+from clbench.errors import UserError, counted
 from clbench.paths import expanded
 from clbench.recording.run_directory import RunDirectory
 from clbench.sweeps import cluster, gpus
@@ -320,8 +320,9 @@ class ClusterLauncher(SlurmLauncher):
             submitted.append(self._submit_array(executor, part))
         jobs = [job.job_id for array in submitted for job in array]
         several = f" in {len(arrays)} arrays" if len(arrays) > 1 else ""
+        numbers = " to ".join(dict.fromkeys((jobs[0], jobs[-1])))
         display.line(
-            f"submitted {len(jobs)} jobs{several}, {jobs[0]} to {jobs[-1]}; they go on without this process, and the "
+            f"submitted {counted(len(jobs), 'job')}{several}, {numbers}; they go on without this process, and the "
             "same command finds them again"
         )
 

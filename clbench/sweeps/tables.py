@@ -9,6 +9,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
+from clbench.errors import counted
 from clbench.metrics.names import METRICS
 from clbench.recording.run_directory import RunDirectory
 from clbench.sweeps.runs import SweepRun, distinct
@@ -23,7 +24,7 @@ def plan_table(runs: Sequence[SweepRun], wanted: Sequence[SweepRun]) -> Table:
         wanted: those of them that would be started.
     """
     table = Table(
-        title=f"{_count(len(runs), 'run')}: {sum(run.state == 'finished' for run in runs)} finished, "
+        title=f"{counted(len(runs), 'run')}: {sum(run.state == 'finished' for run in runs)} finished, "
         f"{len(wanted)} would be started",
         title_justify="left",
     )
@@ -59,11 +60,6 @@ def plan_table(runs: Sequence[SweepRun], wanted: Sequence[SweepRun]) -> Table:
 
 
 _IMAGES = "images are those of the largest stage with its buffer, which a GPU holds up to gpu.image_memory_mb"
-
-
-def _count(number: int, noun: str) -> str:
-    """A number with its noun, in the plural where it is not one."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _finished_beside(runs: Sequence[SweepRun]) -> list[tuple[dict[str, str], Mapping[str, Any]]]:
