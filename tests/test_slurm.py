@@ -106,8 +106,8 @@ def test_one_run_that_fails_leaves_the_others_and_shows_its_log(sweep: Callable,
     assert set(states) == {"complete", "failed"}
     summary, job = states["failed"]
     assert "task 1/3 brick: the loss became" in summary["reason"]
-    table = " ".join(result.stdout.split())
-    assert "task 1/3 brick: the loss became" in table and f"{job['id']}_0_log.out" in table
+    (line,) = (line for line in result.stderr.splitlines() if line.startswith("error: "))
+    assert "task 1/3 brick: the loss became" in line and f"{job['id']}_0_log.out" in line
     assert ask("sacct", "-nX", "-o", "State", "-j", job["id"]).strip() == "FAILED"
     again = sweep(*settings, "method.learning_rate=0.1,1e30", *SLURM)
     assert "failed before, tried again" in again.stdout and "submitted 1 job," in again.stdout

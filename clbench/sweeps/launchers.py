@@ -165,7 +165,7 @@ class LocalLauncher(JoblibLauncher):
                     if (result := _written_since(begun, directories[index])) is not None:
                         results[index] = result
                     elif alone:
-                        results[index] = failure(directories[index], _KILLED)
+                        results[index] = failure(_KILLED)
                 if not alone:
                     unfinished = {index for index in batch if index not in results}
                     begun_ones = {i for i in unfinished if (directories[i].path / "run.lock").exists()}
@@ -227,18 +227,13 @@ def _written_since(begun: float, directory: RunDirectory) -> JobReturn | None:
         return None
     if directory.complete(summary):
         return JobReturn(status=JobStatus.COMPLETED)
-    return failure(directory, summary["reason"]) if summary["status"] == "failed" else None
+    return failure(summary["reason"]) if summary["status"] == "failed" else None
 
 
-def failure(directory: RunDirectory, reason: str) -> JobReturn:
-    """What Hydra is told of a run that failed.
-
-    Args:
-        directory: the run's.
-        reason: for people.
-    """
+def failure(reason: str) -> JobReturn:
+    """What Hydra is told of a run that failed, with the reason for people."""
     result = JobReturn(status=JobStatus.FAILED)
-    result.return_value = UserError(f"{directory.path}: {reason}")
+    result.return_value = UserError(reason)
     return result
 
 
@@ -380,4 +375,4 @@ class ClusterLauncher(SlurmLauncher):
             reason = summary["reason"]
         else:
             reason = f"the job ended before the run did ({cluster.outcome(job['id'])})"
-        return failure(directory, f"{reason}; log: {job['log']}")
+        return failure(reason)

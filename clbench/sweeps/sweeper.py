@@ -34,7 +34,7 @@ from clbench.recording.run_directory import RunDirectory
 from clbench.sweeps.images import FinishedImages
 from clbench.sweeps.launchers import SequentialLauncher, Starts
 from clbench.sweeps.runs import SweepRun, distinct, finished_unchanged, suited, to_launch
-from clbench.sweeps.tables import plan_table, sweep_table
+from clbench.sweeps.tables import by_reason, plan_table, sweep_table
 from clbench.terminal import Display
 
 _MOST_RUNS = 100_000  # of a sweep: each is composed and kept in memory; range(0,inf) would never end
@@ -108,11 +108,13 @@ class RunSweeper(Sweeper):
             print(f"error: {error}", file=sys.stderr)
             sys.exit(2)
         display = Display("sweep")
+        named = list(zip(distinct(runs), runs, strict=True))
         for run in runs:
             if run.state == "finished":
                 display.line(f"finished already, skipped: {run.directory.path}")
-            elif run.state == "failed" and run in wanted:
-                display.line(f"failed before, tried again: {run.directory.path}: {run.reason}")
+        before = [(name, run) for name, run in named if run.state == "failed" and run in wanted]
+        for who, reason in by_reason(before):
+            display.line(f"failed before, tried again: {who}: {reason}")
         if self._config.only and not wanted:
             states = Counter(run.state for run in runs)
             counts = ", ".join(f"{count} {state}" for state, count in states.items())
@@ -123,9 +125,11 @@ class RunSweeper(Sweeper):
         except UserError as error:  # the launcher's: there is no cluster, or it rejects the jobs
             print(f"error: {error}", file=sys.stderr)
             sys.exit(1)
+        for who, reason in by_reason([(name, run) for name, run in named if run in failed]):
+            print(f"error: {who}: {reason}" if len(runs) > 1 else f"error: {reason}", file=sys.stderr)
         if len(runs) > 1:
             with display.showing():
-                display.table(sweep_table(runs, display.console.width))
+                display.table(sweep_table(runs, display.console.width, told=failed))
         if not failed or len(runs) > 1:
             folders = dict.fromkeys(str(run.directory.path.parent) for run in runs)
             display.line(f"results: {runs[0].directory.path if len(runs) == 1 else ', '.join(folders)}")
@@ -215,41 +219,38 @@ class RunSweeper(Sweeper):
         buffer = buffer_arguments(target) if group == "strategy" else {}
         return {*map(str, node), *own_arguments(group, target), *(f"replay.{name}" for name in buffer)}
 
-    def _launch(self, pending: list[SweepRun], folder: Path, display: Display) -> bool:
-        """Launch these runs, and print and note the reason of each that failed.
+    def _launch(self, pending: list[SweepRun], folder: Path, display: Display) -> list[SweepRun]:
+        """Launch these runs; the traceback of what is no fault of a setting or a file is printed, once for all runs.
 
         Args:
             folder: where the directories of the runs are.
 
         Returns:
-            Whether one failed.
+            Those that failed, each with its reason.
 
         Raises:
             UserError: none could be launched.
         """
         self._config.hydra.sweep.dir = str(folder)
-        unwritable = []
+        failed = []
         for run in pending:
             try:
                 run.directory.create()  # Hydra's own error would end all runs
             except UserError as error:
-                unwritable.append(run)
+                failed.append(run)
                 run.reason = str(error)
-                print(f"error: {error}", file=sys.stderr)
-        pending = [run for run in pending if run not in unwritable]
+        pending = [run for run in pending if run not in failed]
         jobs = self._jobs(pending, display)
-        failures = [
-            (run, job) for run, job in zip(pending, jobs, strict=True) if job.status != JobStatus.COMPLETED
-        ]
-        for run, job in failures:
-            message = in_one_line(job._return_value)
-            if message is None:
+        printed = set()
+        for run, job in zip(pending, jobs, strict=True):
+            if job.status == JobStatus.COMPLETED:
+                continue
+            failed.append(run)
+            run.reason = in_one_line(job._return_value) or described(job._return_value)
+            if in_one_line(job._return_value) is None and run.reason not in printed:
                 traceback.print_exception(job._return_value)
-                message = described(job._return_value)
-            run.reason = message
-            named = len(pending) == 1 or str(run.directory.path) in message
-            print(f"error: {'' if named else run.directory.path.name + ': '}{message}", file=sys.stderr)
-        return bool(failures or unwritable)
+                printed.add(run.reason)
+        return failed
 
     def _jobs(self, pending: list[SweepRun], display: Display) -> list[JobReturn]:
         """How each of these runs ended: launched in batches, or one after the other with a line for each."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from statistics import mean
 from typing import Any
 
@@ -102,12 +103,36 @@ def _settings_named(name: str) -> dict[str, str]:
     return dict(setting.partition("=")[::2] for setting in name.split(","))
 
 
-def sweep_table(runs: Sequence[SweepRun], width: int) -> Table:
+def by_reason(failed: Sequence[tuple[str, SweepRun]]) -> list[tuple[str, str]]:
+    """Which runs failed and why, those together that have one reason, with the log of the first that a job has written.
+
+    Args:
+        failed: each with its name.
+    """
+    alike: dict[str, list[tuple[str, SweepRun]]] = {}
+    for name, run in failed:
+        alike.setdefault(str(run.reason), []).append((name, run))
+    found = []
+    for reason, some in alike.items():
+        names = "; ".join(name for name, _ in some[:_NAMED])
+        names += f" and {len(some) - _NAMED} more" if len(some) > _NAMED else ""
+        who = names if len(some) == 1 else f"{len(some)} runs ({names})"
+        logs = [job["log"] for _, run in some if (job := run.directory.job())]
+        whose = "log of the first" if len(some) > 1 else "log"
+        found.append((who, f"{reason}; {whose}: {logs[0]}" if logs else reason))
+    return found
+
+
+_NAMED = 3  # runs that a line names
+
+
+def sweep_table(runs: Sequence[SweepRun], width: int, told: Sequence[SweepRun] = ()) -> Table:
     """The results of a sweep: a row for each run, from its directory's summary.
 
     Args:
         runs: all of the sweep.
         width: columns of the terminal; in a narrow one what matters least is left out.
+        told: those of which it was just said why they failed.
     """
     titles = [
         *(METRICS[metric].title for metric in SHOWN),
@@ -115,15 +140,15 @@ def sweep_table(runs: Sequence[SweepRun], width: int) -> Table:
     ]
     rows: list[tuple[str, dict[str, str]]] = []
     notes: list[str] = []
+    incomplete: list[tuple[str, SweepRun]] = []
     for name, run in zip(map(escape, distinct(runs)), runs, strict=True):
-        directory, summary = run.directory, run.directory.summary()
+        summary = run.directory.summary()
         if summary is None or summary["status"] != "complete":
             state = "not begun" if summary is None else summary["status"]
             rows.append((f"{name} [red]{state}", {}))
-            job = directory.job()
-            reason = str((summary or {}).get("reason", run.reason or state))
-            log = f"; log: {job['log']}" if job else ""
-            notes.append(f"[red]{name}[/]: {escape(reason + log)}")
+            if run not in told:
+                reason = str((summary or {}).get("reason", run.reason or state))
+                incomplete.append((name, replace(run, reason=reason)))
             continue
         if "not_recorded" in summary:
             notes.append(f"{name}: {escape(summary['not_recorded'])}")
@@ -157,7 +182,8 @@ def sweep_table(runs: Sequence[SweepRun], width: int) -> Table:
         table.add_column(title.replace(" ", between), justify="right", no_wrap=True)
     for name, shown in rows:
         table.add_row(name, *[shown.get(title, "") for title in titles])
-    table.caption = "\n".join(notes)
+    failures = [f"[red]{who}[/]: {escape(reason)}" for who, reason in by_reason(incomplete)]
+    table.caption = "\n".join([*failures, *notes])
     return table
 
 
