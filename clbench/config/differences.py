@@ -1,11 +1,13 @@
 """Which settings change the results of a run, and in which of them two configs differ."""
 
+import json
 import os
 import re
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
+from clbench import digests
 from clbench.config.schema import BESIDE_SETTINGS, GONE
 from clbench.errors import UserError
 from clbench.metrics.names import IMAGE_RATE, PIXEL_RATE
@@ -41,19 +43,27 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     A setting that is null and one that is not there are the same, and so is one of a later version that was left as it
     is: runs of a version that did not have it yet. What is no setting any more changes nothing but rounding.
     """
-    before, after = (
-        {
-            key: value
-            for key, value in flat(config)
-            if key.split(".")[0] not in NOT_IN_RESULTS and key not in GONE and value != _LATER.get(key)
-        }
-        for config in (old, new)
-    )
+    before, after = map(_deciding, (old, new))
     return [
         f"{key}: {before.get(key, 'null')} -> {after.get(key, 'null')}"
         for key in sorted({*before, *after})
         if not same(before.get(key, "null"), after.get(key, "null"))
     ]
+
+
+def settings_digest(config: Mapping[str, Any]) -> str:
+    """The digest of the settings of a plain config that change results: those of two are one where nothing differs."""
+    given = {key: value for key, value in _deciding(config).items() if value is not None}
+    return digests.of_text(json.dumps(given, sort_keys=True, default=str))
+
+
+def _deciding(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that change results: flat key -> value; without those of later versions that were left as they are."""
+    return {
+        key: value
+        for key, value in flat(config)
+        if key.split(".")[0] not in NOT_IN_RESULTS and key not in GONE and value != _LATER.get(key)
+    }
 
 
 def same(before: Any, after: Any) -> bool:

@@ -9,6 +9,7 @@ from typing import Literal
 
 from omegaconf import DictConfig
 
+from clbench.config.differences import settings_digest
 from clbench.config.run_names import run_name
 from clbench.config.schema import Gpu
 from clbench.config.sources import composed_from
@@ -29,6 +30,7 @@ class SweepRun:
         stage_mb: images of its largest stage, 10^6 bytes; None where nobody asked, or they are not there.
         config: what the overrides compose to, 0.2 MB, until it is started; None where another process composes it, or
             where the run is known to be finished.
+        settings: digest of its settings, see `settings_digest`; None where it is known to be finished.
         gpu: on which device it is to run; None where the run is known to be finished.
     """
 
@@ -38,6 +40,7 @@ class SweepRun:
     reason: str | None = None
     stage_mb: float | None = None
     config: DictConfig | None = None
+    settings: str | None = None
     gpu: Gpu | None = None
 
 
@@ -88,6 +91,24 @@ def _setting(override: str, group: str) -> str | None:
     """
     node, _, name = override.lstrip("+").partition("=")[0].partition(".")
     return name.partition(".")[0] if node == group else None
+
+
+def each_once(runs: Sequence[SweepRun]) -> list[tuple[SweepRun, list[SweepRun]]]:
+    """The runs of a sweep, those of one experiment and the same settings once: the first, and the others.
+
+    Several grids may ask for one run in different words, as with `seed=0` and without, which is the default.
+
+    Raises:
+        UserError: a run's config.yaml may not be read.
+    """
+    found: dict[tuple[Path, str], list[SweepRun]] = {}
+    for run in runs:
+        settings = run.settings
+        if settings is None:
+            config = run.directory.config()
+            settings = settings_digest(config) if config else run.directory.path.name
+        found.setdefault((run.directory.path.parent, settings), []).append(run)
+    return [(first, others) for first, *others in found.values()]
 
 
 def finished_unchanged(config: DictConfig, overrides: Sequence[str]) -> SweepRun | None:

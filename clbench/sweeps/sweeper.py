@@ -26,6 +26,7 @@ from omegaconf import DictConfig
 from clbench.config import Config, check, check_sweep
 from clbench.config.by_results import with_order
 from clbench.config.classes import buffer_arguments, class_of, own_arguments
+from clbench.config.differences import settings_digest
 from clbench.config.explanations import setting_of_other_choices
 from clbench.config.messages import UnknownSetting
 from clbench.config.words import readable
@@ -33,7 +34,7 @@ from clbench.errors import UserError, described, first_line, in_one_line
 from clbench.recording.run_directory import RunDirectory
 from clbench.sweeps.images import FinishedImages
 from clbench.sweeps.launchers import SequentialLauncher, Starts
-from clbench.sweeps.runs import SweepRun, distinct, finished_unchanged, suited, to_launch
+from clbench.sweeps.runs import SweepRun, distinct, each_once, finished_unchanged, suited, to_launch
 from clbench.sweeps.tables import by_reason, plan_table, sweep_table
 from clbench.terminal import Display
 
@@ -169,7 +170,16 @@ class RunSweeper(Sweeper):
             found.setdefault(run.directory.path, run)
         if not found:
             raise UserError(f"{' '.join(arguments)} asks for no run: a list in it is empty")
-        return list(found.values())
+        if len(self.grids) == 1:  # whose runs all differ
+            return list(found.values())
+        runs = []
+        for run, others in each_once(list(found.values())):
+            runs.append(run)
+            for other in others:
+                Display("sweep").line(
+                    f"run once: {other.directory.path.name} has the settings of {run.directory.path.name}"
+                )
+        return runs
 
     def _composed(self, overrides: list[str]) -> SweepRun:
         """The run of these overrides, after composing and checking its config.
@@ -187,6 +197,7 @@ class RunSweeper(Sweeper):
             directory,
             state,
             reason,
+            settings=settings_digest(config.plain()),
             gpu=config.gpu,
             stage_mb=self._stage_mb(config) if config.dry_run else None,
             config=composed if in_this_process else None,
