@@ -5,15 +5,21 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import hydra
+from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
+from omegaconf import OmegaConf
 
 from clbench import digests
 from clbench.config import NOT_IN_RESULTS, differences, flat, sources
 from clbench.config.checking import resolved
 from clbench.config.departures import ABSENT
+from clbench.config.differences import same
+from clbench.config.schema import BY_RESULTS
 from clbench.config.words import written
 from clbench.errors import UserError
 from clbench.metrics import continual
@@ -166,43 +172,91 @@ def _settings(group: Group, row: Row) -> str:
 def command(row: Row) -> str | None:
     """The command that makes a row's runs; None where none is known, as for choices that conf/ does not have.
 
-    It is composed again, and gives the config that the first of them stored, or is not given.
+    It is composed again, and gives the config that the first of them stored, or is not given. Where the dataset lies, and
+    the run that an order of tasks goes by, are for the reader to say: `dataset.root=FOLDER`.
     """
     run, seeds = row.runs[0], row.seeds
-    stored = run.config.get("departures")
-    if stored is None:  # of an earlier version
+    departures = run.config.get("departures")
+    if departures is None:  # of an earlier version
         return None
-    config = dict(flat({key: value for key, value in run.config.items() if key != "departures"}))
-    given = [
-        f"benchmark={written(config['benchmark'])}",
-        *(f"{part}={written(config[f'{part}.name'])}" for part in ("method", "dataset", "strategy")),
-    ]
-    for key, usual in stored.items():
+    stored = {key: value for key, value in run.config.items() if key != "departures"}
+    if (order := stored["task_order"])["kind"] in BY_RESULTS:  # which the list is found by
+        stored["task_order"] = {**order, "tasks": None}
+    config = dict(flat(stored))
+    given = {
+        "benchmark": config["benchmark"],
+        **{part: config[f"{part}.name"] for part in ("method", "dataset", "strategy")},
+    }
+    for key, usual in departures.items():
         if key in config and key not in ("replay.size", "seed"):
-            given.append(f"{'+' if usual == ABSENT else ''}{key}={written(config[key])}")
-    if config.get("replay.size") is not None:
-        given.append(f"replay.size={config['replay.size']}")
-    if further := config.get("metrics.further"):
-        given.append(f"metrics.further={written(further)}")
-    complete = _completed(given, run.config)
+            given[f"{'+' if usual == ABSENT else ''}{key}"] = config[key]
+    for key in ("replay.size", "metrics.further"):
+        if config.get(key):
+            given[key] = config[key]
+    words = {key: f"{key}={written(value)}" for key, value in given.items()}
+    shorter = _with_choices(words, config)
+    complete = _completed(shorter, stored) or _completed(words, stored)
+    if complete is None:
+        return None
+    shown = [
+        f"{key}={_ELSEWHERE[name]}" if (name := key.lstrip("+")) in _ELSEWHERE else word
+        for key, word in complete.items()
+    ]
     several = ["-m"] if len(seeds) > 1 else []
-    seed = f"seed={','.join(map(str, seeds))}"
-    return None if complete is None else shlex.join(["clbench", "run", *several, *complete, seed])
+    return shlex.join(["clbench", "run", *several, *shown, f"seed={','.join(map(str, seeds))}"])
 
 
-def _completed(given: list[str], config: Mapping[str, Any]) -> list[str] | None:
+# Settings whose values are a place on the machine that a run was made on: key -> what a command says.
+_ELSEWHERE = {"dataset.root": "FOLDER", "task_order.run": "RUN"}
+
+
+def _with_choices(words: Mapping[str, str], config: Mapping[str, Any]) -> dict[str, str]:
+    """Overrides with a choice of conf/ in the place of settings that it gives, where that is shorter.
+
+    Args:
+        words: key -> override.
+        config: what they compose to: flat key -> value.
+    """
+    found = dict(words)
+    for group in ("task_order", "metrics", "backbone"):
+        prefix = f"{group}."
+        spelled = {key: word for key, word in found.items() if key.lstrip("+").startswith(prefix)}
+        wanted = {key: value for key, value in config.items() if key.startswith(prefix)}
+        for choice, gives in _choices(group).items() if spelled else ():
+            chosen = {group: f"{group}={choice}"}
+            for key, value in wanted.items():
+                follows = "${" in str(gives.get(key)) and key not in spelled  # as a seed follows the run's
+                if not follows and (key not in gives or not same(gives[key], value)):
+                    chosen[key] = f"{'' if key in gives else '+'}{key}={written(value)}"
+            if sum(map(len, chosen.values())) < sum(map(len, spelled.values())):
+                found = {key: word for key, word in found.items() if key not in spelled} | chosen
+                spelled = chosen
+    return found
+
+
+@lru_cache
+def _choices(group: str) -> dict[str, dict[str, Any]]:
+    """What each choice of a group in conf/ gives: name -> flat key -> value."""
+    with sources.composing():
+        names = GlobalHydra.instance().config_loader().get_group_options(group)
+        nodes = {name: hydra.compose(f"{group}/{name}") for name in names}
+    return {
+        name: dict(flat(OmegaConf.to_container(node, resolve=False)))  # type: ignore[arg-type]
+        for name, node in nodes.items()
+    }
+
+
+def _completed(given: Mapping[str, str], stored: Mapping[str, Any]) -> dict[str, str] | None:
     """Overrides that compose to a run's config: those given, without settings that the run does not have."""
-    stored = {key: value for key, value in config.items() if key != "departures"}
     for _ in range(2):
         try:
-            with_seed = [*given, f"seed={config['seed']}"]
-            found = resolved(sources.composed(*with_seed, local=False))
+            found = resolved(sources.composed(*given.values(), f"seed={stored['seed']}", local=False))
         except (HydraException, UserError):
             return None
         if not differences(stored, found):
-            return given
+            return dict(given)
         there = {key for key, _ in flat(stored)}
-        given = [*given, *(f"~{key}" for key, _ in flat(found) if key not in there)]
+        given = {**given, **{f"~{key}": f"~{key}" for key, _ in flat(found) if key not in there}}
     return None
 
 
