@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,7 @@ from rich.table import Table
 from typing_extensions import Self
 
 from clbench.errors import first_line
-from clbench.metrics.names import METRICS
+from clbench.metrics.names import METRICS, USUAL
 
 if TYPE_CHECKING:
     from clbench.results import Results
@@ -127,6 +127,13 @@ def number(value: float | None, digits: int = 3) -> str:
     return "undefined" if value is None else f"{round(value, digits) + 0.0:.{digits}f}"  # not -0.0
 
 
+def further_measured(metrics: Iterable[str], where: str) -> str:
+    """A line that names the metrics beyond those that every run has, and says where they are; empty where there are none."""
+    there = set(metrics).difference(USUAL)
+    names = [metric.title for name, metric in METRICS.items() if name in there]
+    return f"also measured: {', '.join(names)} ({where})" if names else ""
+
+
 def run_table(summary: Mapping[str, Any], results: Results) -> Table:
     """A finished run: a row for each category, with metrics just learned and after the last stage.
 
@@ -166,4 +173,6 @@ def run_table(summary: Mapping[str, Any], results: Results) -> Table:
         f"{time['train_s']:.1f} s, evaluation {time['eval_s']:.1f} s, "
         f"{time['inference_ms_per_image']:.1f} ms an image"
     )
+    if line := further_measured(results.metrics, "see metrics.csv, or the page that clbench report makes"):
+        table.caption += f"\n{line}"
     return table

@@ -51,7 +51,7 @@ def main(options: argparse.Namespace) -> int:
     console = terminal.console()
     for group in report.groups:
         if group.found:
-            console.print(tables.for_terminal(group))
+            console.print(tables.for_terminal(group, console))
         if group.differs_in:
             console.print(f"   it differs from the other groups: {escape('; '.join(group.differs_in))}\n")
     for run in runs:

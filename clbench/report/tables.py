@@ -8,15 +8,17 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from rich.console import Console
 from rich.markup import escape
 from rich.table import Table as RichTable
 
 from clbench.metrics.names import METRICS
 from clbench.report import titles
 from clbench.report.comparison import Group
-from clbench.report.reading import FoundRun
+from clbench.report.reading import REPORTED, FoundRun
 from clbench.report.rows import Mark, Quantity, Row, Spread
 from clbench.report.uncertainty import RESAMPLES
+from clbench.terminal import further_measured
 
 NOTHING = "–"
 
@@ -426,15 +428,36 @@ def latex(text: str) -> str:
     return "".join(_LATEX.get(sign, sign) for sign in " ".join(text.split()))
 
 
-def for_terminal(group: Group) -> RichTable:
-    """The comparison, for people at a terminal."""
+def for_terminal(group: Group, console: Console) -> RichTable:
+    """The comparison, for people at a terminal: metrics beyond the usual ones have columns where there is room for them."""
     table = comparison(group)
-    built = RichTable(title=escape(f"{group.number}. {table.caption}"), title_justify="left")
-    for column in table.columns:
+    whole = _rich(group, table, table.columns)
+    further = [metric for metric in group.metrics if metric not in REPORTED]
+    if (
+        not further
+        or console.measure(whole, options=console.options.update(width=_ANY)).maximum <= console.width
+    ):
+        return whole
+    built = _rich(group, table, [column for column in table.columns if column.key not in further])
+    built.caption = further_measured(further, "see the page, or tables/comparison.csv beside it")
+    return built
+
+
+_ANY = 10_000  # columns, more than a table needs
+
+
+def _rich(group: Group, table: Table, columns: Sequence[Column]) -> RichTable:
+    """Some columns of a group's table, for a terminal."""
+    title = escape(f"{group.number}. {table.caption}")
+    built = RichTable(title=title, title_justify="left", caption_justify="left")
+    for column in columns:
         built.add_column(column.title, justify="right" if column.numbers else "left")
     styles = {"best": "bold green", "level": "green", "worst": "yellow", None: ""}
     for line in table.lines:
-        cells = [escape(cell.text) + (" ≈" if cell.mark == "level" else "") for cell in line.cells]
-        styled = [(cell, styles[c.mark]) for cell, c in zip(cells, line.cells, strict=True)]
-        built.add_row(*(f"[{style}]{text}[/]" if style else text for text, style in styled))
+        cells = [
+            (escape(cell.text) + (" ≈" if cell.mark == "level" else ""), styles[cell.mark])
+            for column, cell in zip(table.columns, line.cells, strict=True)
+            if column in columns
+        ]
+        built.add_row(*(f"[{style}]{text}[/]" if style else text for text, style in cells))
     return built

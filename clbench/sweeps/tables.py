@@ -14,7 +14,7 @@ from clbench.errors import counted
 from clbench.metrics.names import METRICS
 from clbench.recording.run_directory import RunDirectory
 from clbench.sweeps.runs import SweepRun, distinct
-from clbench.terminal import SHOWN, number
+from clbench.terminal import SHOWN, further_measured, number
 
 
 def plan_table(runs: Sequence[SweepRun], wanted: Sequence[SweepRun]) -> Table:
@@ -141,6 +141,7 @@ def sweep_table(runs: Sequence[SweepRun], width: int, told: Sequence[SweepRun] =
     rows: list[tuple[str, dict[str, str]]] = []
     notes: list[str] = []
     incomplete: list[tuple[str, SweepRun]] = []
+    measured: set[str] = set()
     for name, run in zip(map(escape, distinct(runs)), runs, strict=True):
         summary = run.directory.summary()
         if summary is None or summary["status"] != "complete":
@@ -150,6 +151,7 @@ def sweep_table(runs: Sequence[SweepRun], width: int, told: Sequence[SweepRun] =
                 reason = str((summary or {}).get("reason", run.reason or state))
                 incomplete.append((name, replace(run, reason=reason)))
             continue
+        measured.update(summary["final"])
         if "not_recorded" in summary:
             notes.append(f"{name}: {escape(summary['not_recorded'])}")
         forgotten, memory, time = summary["average_forgetting_pct"], summary["memory"], summary["time"]
@@ -183,7 +185,8 @@ def sweep_table(runs: Sequence[SweepRun], width: int, told: Sequence[SweepRun] =
     for name, shown in rows:
         table.add_row(name, *[shown.get(title, "") for title in titles])
     failures = [f"[red]{who}[/]: {escape(reason)}" for who, reason in by_reason(incomplete)]
-    table.caption = "\n".join([*failures, *notes])
+    further = further_measured(measured, "see each run's metrics.csv, or the page that clbench report makes")
+    table.caption = "\n".join(filter(None, [further, *failures, *notes]))
     return table
 
 
