@@ -237,7 +237,7 @@ def load(
     with memory_named(f"loading {directory.path}", elsewhere, chosen):
         saved = Checkpoints(directory.path / "checkpoint", str(chosen)).load_stage()
         if saved is None:
-            raise _nothing_trained(directory)
+            raise _nothing_trained(directory, running=summary["status"] == "running")
         detector = assembly.place(assembly.build_detector(config), config.gpu, chosen)
         strategy = assembly.build_strategy(config, detector)
         stage, tensors, data = saved
@@ -315,8 +315,13 @@ def _read_as(kind: type[_Kind], values: Any, file: Path) -> _Kind:
         ) from error
 
 
-def _nothing_trained(directory: RunDirectory) -> UserError:
-    """The error for a directory without a run that has learned something."""
+def _nothing_trained(directory: RunDirectory, running: bool = False) -> UserError:
+    """The error for a directory without a run that has learned something, or with one whose first stage is `running`."""
+    if running:
+        return UserError(
+            f"{directory.path} has not ended, and has learned no stage yet or what it has learned is damaged: wait until "
+            "one is learned where the run is going on, or else repeat its command, which goes on from its checkpoints"
+        )
     return UserError(
         f"{directory.path} holds no trained detector (config.yaml, summary.json and checkpoint/): "
         "give the directory of a run, outputs/<experiment>/<run>"

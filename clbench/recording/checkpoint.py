@@ -86,10 +86,16 @@ class Checkpoints:
         self._saved_at = time.perf_counter()
 
     def load_stage(self) -> tuple[int, dict[str, Tensor], dict[str, Any]] | None:
-        """The newest undamaged checkpoint of a learned stage: stage, tensors and data; None without one."""
-        for path in self._newest_first("stage"):
-            if (saved := self._load(path.stem)) is not None:
-                return int(path.stem.rpartition("-")[2]), *saved
+        """The newest undamaged checkpoint of a learned stage: stage, tensors and data; None without one.
+
+        A run that goes on beside it may remove checkpoints while they are read: those that came since are tried then.
+        """
+        tried: list[Path] = []
+        while (found := self._newest_first("stage")) != tried:
+            for path in found:
+                if (saved := self._load(path.stem)) is not None:
+                    return int(path.stem.rpartition("-")[2]), *saved
+            tried = found
         return None
 
     # The methods of clbench.training.Bookmark, and `peek`:
@@ -188,13 +194,16 @@ class Checkpoints:
         return digest in self._whole
 
     def _load(self, name: str) -> Saved | None:
-        """The tensors and data of a checkpoint; None where it is damaged."""
+        """The tensors and data of a checkpoint; None where it is damaged, or another process has just removed it."""
         if (data := self._checked_data(name)) is None:
             return None
         found: dict[str, Tensor] = {}
-        for path in [self._path(name, "safetensors"), *map(self._part, data.pop("parts", []))]:
-            with safe_open(path, framework="pt") as file:
-                found |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        try:
+            for path in [self._path(name, "safetensors"), *map(self._part, data.pop("parts", []))]:
+                with safe_open(path, framework="pt") as file:
+                    found |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        except FileNotFoundError:
+            return None
         # Earlier versions did not keep devices. What was kept on the CPU beside a GPU comes back there, and never was on it.
         devices = data.pop("devices", None) or dict.fromkeys(found, self.device)
         return {
