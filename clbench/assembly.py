@@ -148,24 +148,29 @@ def memory_for(
 ) -> AbstractContextManager[None]:
     """Inside, memory that is not enough raises a UserError that names the phase and what to lower.
 
+    Settings of the `gpu` group are named where it is a GPU's memory.
+
     Args:
         phase: what is being done, for the error.
         device: what is computed on.
         settings: flat keys of what to lower, the most effective first; those that the method has are named.
     """
 
-    def known(key: str) -> bool:
-        node, _, name = key.partition(".")
-        if node == "gpu":
-            return device.type == "cuda"
-        return node == "dataset" or takes(config, "method", name if node == "method" else node)
+    def way_out(on_gpu: bool) -> str:
+        def known(key: str) -> bool:
+            node, _, name = key.partition(".")
+            if node == "gpu":
+                return on_gpu
+            return node == "dataset" or takes(config, "method", name if node == "method" else node)
 
-    ways = [f"lower {', then '.join(filter(known, settings))}"]
-    if takes(config, "method", "backbone"):
-        ways.append("take a smaller backbone.name")
-    if device.type == "cuda" and precision.mixed(config.gpu.precision) is None:
-        ways.append("take gpu.precision=bf16")
-    return memory_named(phase, f"{', or '.join(ways)}; what was finished is kept", device)
+        ways = [f"lower {', then '.join(filter(known, settings))}"]
+        if takes(config, "method", "backbone"):
+            ways.append("take a smaller backbone.name")
+        if on_gpu and precision.mixed(config.gpu.precision) is None:
+            ways.append("take gpu.precision=bf16")
+        return f"{', or '.join(ways)}; what was finished is kept"
+
+    return memory_named(phase, way_out(device.type == "cuda"), device, way_out_on_host=way_out(on_gpu=False))
 
 
 def build_dataset(config: Config) -> Dataset:

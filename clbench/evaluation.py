@@ -18,6 +18,7 @@ from clbench.metrics.curves import image_metrics, pixel_metrics
 from clbench.metrics.pimo import aupimo
 from clbench.metrics.resampling import Evidence
 from clbench.metrics.stored import Decisions, image_decisions, pixel_decisions
+from clbench.out_of_memory import pinning
 from clbench.strategies.base import Strategy
 from clbench.training import Diverged, advice_on_divergence
 
@@ -81,11 +82,13 @@ def _coming_back(prediction: Prediction) -> Callable[[], Prediction]:
     """Begin to copy a prediction to the CPU; gives a function that waits for it, and gives it there."""
     if prediction.maps.device.type != "cuda":
         return lambda: prediction.each(Tensor.cpu)
-    copies = prediction.each(
-        lambda found: torch.empty(found.shape, dtype=found.dtype, pin_memory=True).copy_(
-            found, non_blocking=True
-        )
-    )
+
+    def copy(found: Tensor) -> Tensor:
+        with pinning():
+            there = torch.empty(found.shape, dtype=found.dtype, pin_memory=True)
+        return there.copy_(found, non_blocking=True)
+
+    copies = prediction.each(copy)
     done = torch.cuda.Event()
     done.record()
 

@@ -105,13 +105,10 @@ class TrainedDetector:
         Raises:
             UserError: memory is not enough.
         """
-        fewer = (
-            "predict fewer at a time (--batch-size, or batch_size in Python), or on the CPU (--device cpu)"
-        )
-        with (
-            memory_named(f"predicting {counted(len(images), 'image')}", fewer, self.device),
-            self.detector.uncached(),
-        ):
+        fewer = "predict fewer at a time (--batch-size, or batch_size in Python)"
+        on_cpu = f"{fewer}, or on the CPU (--device cpu)"
+        phase = f"predicting {counted(len(images), 'image')}"
+        with memory_named(phase, on_cpu, self.device, way_out_on_host=fewer), self.detector.uncached():
             return self.detector.predict(images.to(self.device))
 
     def predict(
@@ -233,8 +230,9 @@ def load(
     chosen_for = "fp32" if config.gpu.precision == "fp16" else config.gpu.precision
     settings = config.gpu.model_copy(update={"device": device, "precision": chosen_for})
     chosen = assembly.select_device(settings)
-    elsewhere = "use it where more memory is free, or on the CPU (--device cpu, or device='cpu' in Python)"
-    with memory_named(f"loading {directory.path}", elsewhere, chosen):
+    elsewhere = "use it where more memory is free"
+    on_cpu = f"{elsewhere}, or on the CPU (--device cpu, or device='cpu' in Python)"
+    with memory_named(f"loading {directory.path}", on_cpu, chosen, way_out_on_host=elsewhere):
         saved = Checkpoints(directory.path / "checkpoint", str(chosen)).load_stage()
         if saved is None:
             raise _nothing_trained(directory, running=summary["status"] == "running")

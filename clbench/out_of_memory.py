@@ -34,6 +34,10 @@ _SCARCE = (
 )
 
 
+class PinnedMemoryError(MemoryError):
+    """This machine's memory that is pinned, for copies to and from a GPU, could not be had."""
+
+
 def is_out_of_memory(error: BaseException, device: torch.device | None = None) -> bool:
     """Whether an exception says that memory of this machine or of a GPU could not be had.
 
@@ -58,13 +62,31 @@ def free_on_gpu(device: torch.device) -> int:
 
 
 @contextmanager
-def memory_named(phase: str, way_out: str, device: torch.device) -> Iterator[None]:
+def pinning() -> Iterator[None]:
+    """Inside, only pinned memory is asked for, of which CUDA says what it says of a GPU's: that it is out of memory.
+
+    Raises:
+        PinnedMemoryError: there is not enough of it.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise PinnedMemoryError(str(error)) from error
+
+
+@contextmanager
+def memory_named(
+    phase: str, way_out: str, device: torch.device, *, way_out_on_host: str | None = None
+) -> Iterator[None]:
     """Inside, memory that is not enough raises a UserError.
 
     Args:
         phase: what is being done, for the error.
         way_out: what to do about it, for the error.
         device: what is computed on.
+        way_out_on_host: what to do where it is this machine's memory; None for the same.
 
     Raises:
         UserError: memory was not enough.
@@ -76,8 +98,11 @@ def memory_named(phase: str, way_out: str, device: torch.device) -> Iterator[Non
             raise
         if device.type != "cuda" or _of_host(error):
             free = free_memory()
-            found = "" if free is None else f" ({free / 1e6:,.0f} MB free)"
-            raise UserError(f"this machine's memory was not enough for {phase}{found}: {way_out}") from error
+            found = [] if free is None else [f"{free / 1e6:,.0f} MB free"]
+            found += ["pinned for a GPU's copies"] * isinstance(error, PinnedMemoryError)
+            where = f" ({'; '.join(found)})" if found else ""
+            remedy = way_out if way_out_on_host is None else way_out_on_host
+            raise UserError(f"this machine's memory was not enough for {phase}{where}: {remedy}") from error
         where = "" if (memory := _free_on(device)) is None else f" ({_shown(*memory, device)})"
         raise UserError(f"the GPU's memory was not enough for {phase}{where}: {way_out}") from error
 

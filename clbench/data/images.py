@@ -13,10 +13,12 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from clbench import digests
 from clbench.data.cache import Contents
 from clbench.data.samples import GOOD, Defect, different_sizes
+from clbench.out_of_memory import pinning
 
 Identity = str  # the SHA-256 of an image's pixels
 
 _PIECE = 64  # images that are copied to a device at a time
+_PINNED = 1 << 28  # bytes of a tensor that is pinned to be copied, at most
 
 
 class Images:
@@ -67,13 +69,18 @@ class Images:
         return self if device == self.device else Images(self._parts, device, self._places)
 
     def copied(self, limit: float) -> "Images":
-        """The same images, copied to a GPU once where they take at most so many bytes; else as they are."""
+        """The same images, copied to a GPU once where they take at most so many bytes; else as they are.
+
+        They go there in pieces of 64, each of which is waited for: no more memory is pinned than for one.
+        """
         there_already = len(self._parts) == 1 and self._parts[0].device == self.device
         if self.device.type == "cpu" or there_already or self.shape.numel() > limit or not len(self):
             return self
         there = torch.empty(self.shape, dtype=self.dtype, device=self.device)
         for begin in range(0, len(self), _PIECE):
             there[begin : begin + _PIECE] = self[begin : begin + _PIECE]
+            if self.device.type == "cuda":
+                torch.cuda.current_stream(self.device).synchronize()
         found = Images([there])
         found._origin = self
         return found
@@ -219,11 +226,19 @@ def _identities_of_part(part: Tensor) -> list[Identity]:
 
 
 def sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor on a device; nothing waits until one of the CPU is on another."""
+    """A tensor on a device; nothing waits until one of the CPU is on a GPU, unless it takes more than 256 MB.
+
+    Such a one is not pinned. PyTorch pins the next power of two of a tensor's bytes, and keeps that for others: as much as is
+    ever on its way together, which is a few batches where steps are asked for before the GPU has taken those before.
+
+    Raises:
+        PinnedMemoryError: there is not enough memory that can be pinned.
+    """
     if tensor.device == device:
         return tensor
-    if tensor.device.type == "cpu" and device.type == "cuda":
-        tensor = tensor.pin_memory()
+    if tensor.device.type == "cpu" and device.type == "cuda" and tensor.nbytes <= _PINNED:
+        with pinning():
+            tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=tensor.device.type == "cpu")
 
 
