@@ -18,7 +18,9 @@ What single precision rounds is paid for too. Let u = 2^-24, and g(n) = 1.01 n u
 numbers of one sign, in any order, and S = |q'|^2 + |b'|^2, at least 2 |q'| |b'|.
 - q' and b' are rounded: by u |q'| and u |b'|, so |q - b|^2 by at most 4.1 u S.
 - x and y are products of D terms with columns no longer than 1: off by h |q'| and h |b'| with h = sqrt(k) g(D), so
-  2 x.y by 2.1 h S. r(q)^2 is off by less than 3 (h + g(D)) |q'|^2: that is added under the root. With W = I, h is 0.
+  2 x.y by 2.1 h S. r(q)^2 is off by 2 h + (D + k + 7) u of |q'|^2: D + 3 and k + 3 roundings of the two squared norms, and
+  their difference. That is less than 3 (h + g(D)) where k + 7 <= (2 + sqrt(k)) D: for all k <= D from D = 3 on. It is
+  added under the root. With W = I, h and r are 0.
 - Lengths are rounded up: to the type of few bits, and by 2 g(D) for their own error.
 - A squared norm in two pieces is off by v^2 with v the unit roundoff of the type; and by g(D) before.
 - The product adds k + 7 terms, with absolute values of at most 3.2 S together. Matrix units may truncate what they add:
@@ -41,6 +43,7 @@ from torch import Tensor
 GROUP = 64  # neighbouring values of which only the minimum is looked at first
 TINY = 2.0**-100  # more than underflow takes off a sum
 
+_LEAST_FEATURES = 3  # D, from which on what is added for rounding is enough
 _ROWS = 4096  # entries prepared at a time
 _FEW = 256  # queries bounded at a time on the CPU where only the least bounds are wanted
 _FAR = 2.0**120  # a squared norm
@@ -61,7 +64,7 @@ class Bounds:
     """Lower bounds on squared distances to the entries of a bank, with 2 (k + 7) + 8 bytes an entry in bfloat16.
 
     Args:
-        bank: float32 [M, D], with squared norms below 2^120.
+        bank: float32 [M, D], D >= 3, with squared norms below 2^120.
         pieces: first and last row (excluded) of the parts of it that are searched one at a time.
         dtype: the type of few bits, bfloat16, or float32.
         basis: W, float32 [D, k], with a spectral norm of at most 1; None for the unit matrix.
@@ -71,6 +74,9 @@ class Bounds:
     Attributes:
         bytes: of a value.
         rough: looser bounds of the same, that are quicker; None where there are none.
+
+    Raises:
+        ValueError: entries have fewer than 3 features.
     """
 
     def __init__(
@@ -85,6 +91,10 @@ class Bounds:
         self._dtype, self._basis, self._centre = dtype, basis, centre
         self.bytes = dtype.itemsize
         size = bank.shape[1]
+        if size < _LEAST_FEATURES:
+            raise ValueError(
+                f"bounds need entries of {_LEAST_FEATURES} features or more, and these have {size}"
+            )
         self._count = size if basis is None else basis.shape[1]
         width = self._count + _LENGTHS
         self._width = _COLUMNS * math.ceil(width / _COLUMNS)
@@ -183,9 +193,9 @@ def bounds_of(bank: Tensor, pieces: list[tuple[int, int]], left_out: Tensor) -> 
     as many as features. On a GPU, and where features are not correlated: all features, if bfloat16 is quick.
 
     Args:
-        bank, pieces, left_out: as for `Bounds`; the bank may have any values.
+        bank, pieces, left_out: as for `Bounds`; the bank may have any values and any number of features.
     """
-    if not bool(torch.linalg.vector_norm(bank, dim=1).amax() < 2.0**58):
+    if bank.shape[1] < _LEAST_FEATURES or not bool(torch.linalg.vector_norm(bank, dim=1).amax() < 2.0**58):
         return None
     dtype = torch.bfloat16 if _quicker_in_bfloat16(bank.device) else torch.float32
     sample = bank[:: math.ceil(len(bank) / (4 * bank.shape[1]))]
