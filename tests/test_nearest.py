@@ -136,7 +136,7 @@ def made(way: str, bank: Tensor, pieces: list[tuple[int, int]], left_out: Tensor
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """One way of searching, from the first query on, in pieces and blocks that do not divide anything."""
     monkeypatch.setattr(searching, "bounds_of", lambda *given: made(request.param, *given))
-    for name, value in (("_WORTH", 0), ("_LEAST", 0), ("_TRIALS", 0), ("_PIECE", 210), ("_DIFFERENCES", 500)):
+    for name, value in (("_WORTH", 0), ("_LEAST", 0), ("_TRIALS", 0), ("_PIECE", 210)):
         monkeypatch.setattr(searching, name, value)
     monkeypatch.setattr(searching, "_BYTES", 4 * 256 * 17)
     yield request.param

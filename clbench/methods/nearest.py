@@ -9,6 +9,9 @@ D + 2 of them, so an entry can only be nearest where |q - b|^2 <= s (1 + 2 g(D +
 |b|^2 - 2 q.b is off by at most g(D + 2) (|q|^2 + 2 |b|^2), as its terms add up to |b|^2 + 2 |q| |b|, and norms are off by
 less. So entries with fl(|b|^2 (1 - 5 g) - 2 q.b) > s (1 + 2 g) - |q|^2 (1 - 5 g), where g is g(D + 8), are not nearest.
 
+Nothing else decides: not which bounds were quicker, how large blocks are, nor what a GPU has free. So a squared distance must
+be the same whichever others are computed beside it, and so must an image's mean distance: see `_of_rows`.
+
 A whole distance matrix is held only in graphs traced for export: other runtimes have no use for blocks.
 """
 
@@ -31,14 +34,15 @@ from clbench.methods.bounds import GROUP, TINY, Bounds, bounds_of, gamma, whole_
 from clbench.out_of_memory import free_on_gpu
 from clbench.precision import single_precision
 
-_BYTES = 1 << 24  # of distances held at a time on the CPU: about the caches' size
+_BYTES = 1 << 24  # of numbers held at a time on the CPU: about the caches' size
+_GPU_BYTES = 1 << 28  # on a GPU: enough work for a launch
 _PIECE = 4096  # entries searched at a time on the CPU
-_DIFFERENCES = 1 << 20  # numbers held at a time to take differences: 4 MB
 _WORTH = 2  # bounds are prepared for a bank that was asked for so many queries a feature: that takes as long
 _LEAST = 512  # entries of a bank, on average, from which on bounds are tried
 _TRIALS = 2  # blocks of queries that bounds are timed on
 _CROWDED = 8  # where bounds leave more than one pair in so many, plain products are quicker
 _LOOKED = 1 << 18  # values that are looked at one by one at a time, or a sixteenth of a block
+_SUMMED = 64  # rows that a GPU sums at a time, at least
 _FAR = 2.0**100  # more than any distance
 _LAST = torch.iinfo(torch.int64).max
 
@@ -116,7 +120,7 @@ def _forget(owner: "weakref.ref[Search]") -> None:
 
 def _closest(distances: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The first bank with the smallest mean of distances [K, B, P]: its index [B], distances and rows [B, P]."""
-    selected = distances.mean(2).argmin(0)
+    selected = _of_rows(torch.mean, distances.flatten(0, 1)).view(distances.shape[:2]).argmin(0)
     each = torch.arange(distances.shape[1], device=distances.device)
     return selected, distances[selected, each], rows[selected, each]
 
@@ -252,7 +256,7 @@ class _Banks:
                 of = of.to(queries.device, non_blocking=True)
                 part = queries if len(of) == images else queries.index_select(0, of)
                 near, at = (one.view(-1, patches) for one in self._distances(part.flatten(0, 1), bank, index))
-                mean, before = near.mean(1), best[of]
+                mean, before = _of_rows(torch.mean, near), best[of]
                 # What is not a number is taken too.
                 taken = ~((mean > before) | ((mean == before) & (index > selected[of])))
                 best[of], selected[of] = mean.where(taken, before), selected[of].where(~taken, index)
@@ -347,7 +351,7 @@ class _Found:
     def compare(self, rows: Tensor) -> None:
         """Take the entries of these rows, int64 [Q], where they are nearer than those found before."""
         # From differences: where a distance is small, rounding of products would be all of it.
-        squared = self.bank.index_select(0, rows).sub_(self.queries).square_().sum(1)
+        squared = _of_rows(torch.sum, self.bank.index_select(0, rows).sub_(self.queries).square_())
         if len(self.rows):
             nearer = squared < self.squared
             squared, rows = squared.where(nearer, self.squared), rows.where(nearer, self.rows)
@@ -355,10 +359,13 @@ class _Found:
 
     def add(self, query: Tensor, rows: Tensor) -> None:
         """Compare pairs of a query and an entry, int64 [P] both: the nearest is taken, of equals the first."""
-        many = max(1, _DIFFERENCES // self.bank.shape[1])
+        many = _differences(self.bank)
         squared = torch.cat(
             [
-                self.bank.index_select(0, some).sub_(self.queries.index_select(0, of)).square_().sum(1)
+                _of_rows(
+                    torch.sum,
+                    self.bank.index_select(0, some).sub_(self.queries.index_select(0, of)).square_(),
+                )
                 for of, some in zip(query.split(many), rows.split(many), strict=True)
             ]
         )
@@ -368,6 +375,16 @@ class _Found:
             0, query, rows.where(squared == least.index_select(0, query), _LAST), "amin"
         )
         self.rows, self.squared = taken.where(taken != _LAST, self.rows), least
+
+
+def _of_rows(reduced: Callable[[Tensor, int], Tensor], values: Tensor) -> Tensor:
+    """The sum or mean of each row, [N, D] -> [N]: the same number whichever rows are beside it.
+
+    A GPU has more threads for each of few rows, which add it up in another order. So few are filled up with zeros.
+    """
+    if values.device.type == "cpu" or torch.compiler.is_compiling() or len(values) >= _SUMMED:
+        return reduced(values, 1)
+    return reduced(F.pad(values, (0, 0, 0, _SUMMED - len(values))), 1)[: len(values)]
 
 
 def _smallest(groups: Tensor, minima: Tensor) -> Tensor:
@@ -424,7 +441,7 @@ def _repeated(bank: Tensor) -> Tensor:
     equal = (along[1:] == along[:-1]).nonzero()[:, 0]
     if not len(equal):
         return equal
-    many = max(1, _DIFFERENCES // bank.shape[1])
+    many = _differences(bank)
     same = [(bank[order[some + 1]] == bank[order[some]]).all(1) for some in equal.split(many)]
     return order[equal[torch.cat(same)] + 1]
 
@@ -434,10 +451,20 @@ def _version(bank: Tensor) -> int | None:
     return None if bank.is_inference() else bank._version
 
 
+def _bytes(device: torch.device) -> int:
+    """Bytes of numbers that are held at a time, whatever is free: digits of products may go by their number of rows."""
+    return _BYTES if device.type == "cpu" else _GPU_BYTES
+
+
+def _differences(bank: Tensor) -> int:
+    """Of how many pairs of a query and an entry [M, D] differences are taken at a time: a quarter of `_bytes`."""
+    return max(1, _bytes(bank.device) // 4 // (bank.element_size() * bank.shape[1]))
+
+
 def _room(device: torch.device) -> int:
-    """Bytes for the distances that are held at a time: on a GPU a sixteenth of its free memory, at most 4 GB."""
+    """Bytes for values that only exclude entries: as `_bytes`, or a sixteenth of what a GPU has free, at most 4 GB."""
     if device.type != "cuda":
-        return _BYTES
+        return _bytes(device)
     return max(_BYTES, min(free_on_gpu(device) // 16, 1 << 32))
 
 
@@ -479,7 +506,7 @@ class _KNearest(torch.autograd.Function):
         queries = queries.float()  # small distances are differences: half precision would lose them
         norms = bank.square().sum(1)
         width = GROUP * math.ceil(len(bank) / GROUP)
-        step = max(1, min(_BYTES // 4 // width, len(queries)))
+        step = max(1, min(_bytes(queries.device) // 4 // width, len(queries)))
         block = queries.new_full((step, width), math.inf)
         distances = queries.new_empty(len(queries), k)
         rows = torch.empty(len(queries), k, dtype=torch.int64, device=queries.device)
