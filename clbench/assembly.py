@@ -1,6 +1,7 @@
 """From a checked config to everything that a run is made of: its device, strategy, tasks and recorder."""
 
 import os
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -237,18 +238,40 @@ def build_detector(config: Config) -> Detector:
             level that the method asks for.
     """
     gpu = config.gpu
+    detector = _constructed(config)
+    detector.lay_out()
+    detector.image_memory = None if gpu.image_memory_mb is None else gpu.image_memory_mb * 10**6
+    detector.compute_in(precision.mixed(gpu.precision))
+    return detector
+
+
+def _constructed(config: Config, **of_backbone: Any) -> Detector:
+    """A method's detector as its class makes it, with these settings of its backbone in place of the config's.
+
+    Raises:
+        UserError: as `build_detector`.
+    """
     kind = class_of_kind("method", config.method.target, Detector)
     given: dict[str, Any] = {
         name: getattr(config, name) for name in ("seed", "cache") if takes(config, "method", name)
     }
     if takes(config, "method", "backbone"):
-        settings = arguments(Backbone, config.backbone.settings)
-        given["backbone"] = Backbone(**settings)
+        given["backbone"] = Backbone(**{**arguments(Backbone, config.backbone.settings), **of_backbone})
     detector: Detector = kind(**arguments(kind, config.method.settings), **given)
-    detector.lay_out()
-    detector.image_memory = None if gpu.image_memory_mb is None else gpu.image_memory_mb * 10**6
-    detector.compute_in(precision.mixed(gpu.precision))
     return detector
+
+
+def model_bytes(config: Config) -> float:
+    """Bytes of the networks that a model of a run executes, and of its bank where settings alone tell; no weights are needed.
+
+    Raises:
+        Exception: whatever a class of the user's own raises that cannot be made without numbers.
+    """
+    with warnings.catch_warnings(), torch.device("meta"):
+        warnings.simplefilter("ignore")  # of weights from a file of the method's, which are left out
+        detector = _constructed(config, pretrained=False, checkpoint=None)
+    networks = footprint.measure(build_strategy(config, detector))["executed_mb"] * footprint.MB
+    return networks + (detector.bank_limit or 0)
 
 
 def place(detector: Detector, gpu: Gpu, device: torch.device) -> Detector:

@@ -128,6 +128,10 @@ class PatchBank(Collecting):
         # bank_sizes, its version, and what it holds
         self._read: tuple[weakref.ref[Tensor], int, list[int]] | None = None
 
+    @property
+    def bank_limit(self) -> int:
+        return self.memory_size * self.bank.shape[1] * self.bank.element_size()
+
     def check_stages(self, counts: Sequence[int], kept: int) -> None:
         width = self.bank.shape[1]
         check_room(self.memory_mb, 4 * width, kept, f"patches of {width} numbers")

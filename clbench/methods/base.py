@@ -113,6 +113,11 @@ class Detector(nn.Module):
         tensors = chain(self.parameters(), self.buffers())
         return next((tensor.device for tensor in tensors), torch.device("cpu"))
 
+    @property
+    def bank_limit(self) -> int | None:
+        """Bytes that its banks take at most, where its settings alone tell; None where images do, or there are none."""
+        return None
+
     def forget(self) -> None:
         """Drop banks and statistics of earlier tasks, so that the next task replaces them."""
 

@@ -70,7 +70,7 @@ class PaDiM(Detector):
         self.sigma = sigma
         self.held_out = held_out
         available = sum(self.pyramid.channels)
-        order = torch.randperm(available, generator=generator(seed, "padim channels"))
+        order = torch.randperm(available, generator=generator(seed, "padim channels"), device="cpu")
         bounds = [0]
         for channels in self.pyramid.channels:
             bounds.append(bounds[-1] + channels)

@@ -9,7 +9,7 @@ import math
 import sys
 import traceback
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -74,7 +74,7 @@ class RunSweeper(Sweeper):
         self.max_batch_size = max_batch_size
         self.params = dict(params or {})
         self.grids = [dict(grid) for grid in grids] or [{}]
-        self._stages_mb: dict[str, float | None] = {}
+        self._megabytes: dict[str, float | None] = {}  # what was asked, as JSON -> its answer
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Take what Hydra gives before `sweep`."""
@@ -200,20 +200,42 @@ class RunSweeper(Sweeper):
             settings=settings_digest(config.plain()),
             gpu=config.gpu,
             stage_mb=self._stage_mb(config) if config.dry_run else None,
+            model_mb=self._model_mb(config) if config.dry_run else None,
             config=composed if in_this_process else None,
         )
 
     def _stage_mb(self, config: Config) -> float | None:
-        """Images of a run's largest stage, 10^6 bytes; None where they are not there. Runs of one stream are asked once."""
+        """Images of a run's largest stage, 10^6 bytes; None where they are not there."""
         from clbench.assembly import stage_bytes
 
+        parts = ("dataset", "task_order", "strategy", "replay", "seed")
+        return self._asked_once(stage_bytes, config, parts, UserError)
+
+    def _model_mb(self, config: Config) -> float | None:
+        """What a model of a run takes, 10^6 bytes; None where its class cannot be made without weights."""
+        from clbench.assembly import model_bytes
+
+        return self._asked_once(model_bytes, config, ("method", "backbone", "strategy", "replay"), Exception)
+
+    def _asked_once(
+        self,
+        asked: Callable[[Config], float],
+        config: Config,
+        parts: Sequence[str],
+        unknown: type[Exception],
+    ) -> float | None:
+        """Bytes by a function of some parts of a config, in 10^6; runs that share these parts are asked for once.
+
+        Args:
+            unknown: what the function raises where they are not known, which gives None.
+        """
         plain = config.plain()
-        stream = json.dumps([plain[name] for name in ("dataset", "task_order", "strategy", "replay", "seed")])
-        if stream not in self._stages_mb:
-            self._stages_mb[stream] = None
-            with suppress(UserError):
-                self._stages_mb[stream] = stage_bytes(config) / 1e6
-        return self._stages_mb[stream]
+        question = json.dumps([asked.__name__, *(plain[name] for name in parts)])
+        if question not in self._megabytes:
+            self._megabytes[question] = None
+            with suppress(unknown):
+                self._megabytes[question] = asked(config) / 1e6
+        return self._megabytes[question]
 
     def _settings_of(self, group: str, choice: str) -> set[str]:
         """The settings of a group's choice: those in its file, and its class's constructor arguments.

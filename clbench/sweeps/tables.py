@@ -31,7 +31,7 @@ def plan_table(runs: Sequence[SweepRun], wanted: Sequence[SweepRun]) -> Table:
     )
     for title in ("run", "state", "would"):
         table.add_column(title, overflow="fold")
-    for title in ("images MB", "peak MB", "minutes"):
+    for title in ("images MB", "model MB", "peak MB", "minutes"):
         table.add_column(title, overflow="fold", justify="right")
     names = distinct(runs)
     known = _finished_beside(runs)
@@ -46,21 +46,25 @@ def plan_table(runs: Sequence[SweepRun], wanted: Sequence[SweepRun]) -> Table:
             escape(state),
             {"unfinished": "continue", "failed": "try again"}.get(run.state, "start") if starts else "stay",
             "" if run.stage_mb is None else f"{run.stage_mb:.1f}",
+            "" if run.model_mb is None else f"{run.model_mb:.1f}",
             "" if peak is None else f"{peak:.0f}",
             "" if minutes is None else f"{minutes:.1f}",
         )
     if not known:
         table.caption = (
-            f"{_IMAGES}; peak memory and time are known once a run of the method has finished beside these"
+            f"{_ESTIMATES}; peak memory and time are known once a run of the method has finished beside these"
         )
         return table
-    table.caption = f"{_IMAGES}; peak memory and time are those of finished runs of the same method and strategy, or method"
+    table.caption = f"{_ESTIMATES}; peak memory and time are those of finished runs of the same method and strategy, or method"
     if total:
         table.caption += f"; together about {total:.1f} minutes of those known"
     return table
 
 
-_IMAGES = "images are those of the largest stage with its buffer, which a GPU holds up to gpu.image_memory_mb"
+_ESTIMATES = (
+    "images are those of the largest stage with its buffer, which a GPU holds up to gpu.image_memory_mb; a model is its "
+    "networks' weights, with its bank where settings alone tell its size; the rest is left out"
+)
 
 
 def _finished_beside(runs: Sequence[SweepRun]) -> list[tuple[dict[str, str], Mapping[str, Any]]]:
