@@ -58,9 +58,12 @@ class Collecting(Detector):
 
     def training_step(self, images: Tensor) -> None:
         """Collect the patches of images [B, 3, H, W]."""
-        patches = self.memorised(images)
+        self._collect(self.memorised(images), len(images))
+
+    def _collect(self, patches: Tensor, images: int) -> None:
+        """Collect patches, float32 [rows, D], of so many images."""
         if not self._filled:  # one block for the whole task: appending would need twice the memory
-            self._patches = self._block(self._expected * len(patches) // len(images), patches)
+            self._patches = self._block(self._expected * len(patches) // images, patches)
         self._patches[self._filled : self._filled + len(patches)] = patches
         self._filled += len(patches)
 
@@ -95,7 +98,62 @@ class Collecting(Detector):
         return patches
 
 
-class PatchBank(Collecting):
+class TaskBanks(Collecting):
+    """A detector with a bank for each task, of which it chooses one for an image.
+
+    Args:
+        entries: an empty tensor, float32 [0, ...], as the entries of a bank are.
+
+    Buffers:
+        bank: the tasks' banks one after the other, float32 [sum of bank_sizes, ...].
+        bank_sizes: number of entries of each task's bank, int64 [tasks].
+    """
+
+    native = True
+    chooses = True
+
+    bank: Tensor
+    bank_sizes: Tensor
+
+    def __init__(self, entries: Tensor):
+        super().__init__()
+        self.register_buffer("bank", entries)
+        self.register_buffer("bank_sizes", torch.empty(0, dtype=torch.int64))
+
+        # bank_sizes, its version, and what it holds
+        self._read: tuple[weakref.ref[Tensor], int, list[int]] | None = None
+
+    def forget(self) -> None:
+        self.bank, self.bank_sizes = self.bank[:0], self.bank_sizes[:0]
+
+    def banks(self) -> Sequence[Tensor]:
+        """The tasks' banks, float32 [entries, ...] each."""
+        return self.bank.split(self.sizes())
+
+    def add_bank(self, new: Tensor, share: int | None) -> None:
+        """Add a task's bank, float32 [entries, ...], and cut those of earlier tasks to their first `share` entries.
+
+        None leaves them as they are.
+        """
+        parts = [*(old[:share] for old in self.banks()), new.to(self.bank)]
+        self.bank = torch.cat(parts)
+        self.bank_sizes = torch.tensor([len(part) for part in parts], device=self.bank.device)
+
+    def for_export(self) -> None:
+        """Read `bank_sizes` now: tracing sees the shape of a buffer, and not its values."""
+        self.sizes()
+
+    def sizes(self) -> list[int]:
+        """What `bank_sizes` holds. The device is asked, and waited for, only where it has changed."""
+        sizes = self.bank_sizes
+        if torch.compiler.is_compiling():
+            assert self._read is not None
+        elif self._read is None or self._read[0]() is not sizes or self._read[1] != sizes._version:
+            self._read = weakref.ref(sizes), sizes._version, sizes.tolist()
+        return self._read[2]
+
+
+class PatchBank(TaskBanks):
     """A detector that memorises patches: one coreset for each task, each with the same share of the memory.
 
     Args:
@@ -105,28 +163,15 @@ class PatchBank(Collecting):
         held_out: share of the normal images that are not memorised; thresholds are set on them.
         seed: of each coreset's first patch, and of what a subclass draws.
 
-    Buffers:
-        bank: the tasks' coresets one after the other, float32 [sum of bank_sizes, D].
-        bank_sizes: number of patches of each task's coreset, int64 [tasks].
+    Buffers: as `TaskBanks`; the entries of a bank are a coreset's patches, float32 [bank_sizes of the task, D].
     """
 
-    native = True
-    chooses = True
-
-    bank: Tensor
-    bank_sizes: Tensor
-
     def __init__(self, width: int, memory_size: int, memory_mb: float | None, held_out: float, seed: int):
-        super().__init__()
+        super().__init__(torch.empty(0, width))
         self.memory_mb, self.memory_size = memory_mb, capacity(memory_size, memory_mb, 4 * width)
         self.held_out = held_out
         self.seed = seed
         self._search = Search()
-        self.register_buffer("bank", torch.empty(0, width))
-        self.register_buffer("bank_sizes", torch.empty(0, dtype=torch.int64))
-
-        # bank_sizes, its version, and what it holds
-        self._read: tuple[weakref.ref[Tensor], int, list[int]] | None = None
 
     @property
     def bank_limit(self) -> int:
@@ -135,9 +180,6 @@ class PatchBank(Collecting):
     def check_stages(self, counts: Sequence[int], kept: int) -> None:
         width = self.bank.shape[1]
         check_room(self.memory_mb, 4 * width, kept, f"patches of {width} numbers")
-
-    def forget(self) -> None:
-        self.bank, self.bank_sizes = self.bank[:0], self.bank_sizes[:0]
 
     def space(self, patches: Tensor, random: torch.Generator) -> Tensor:
         """Patches [N, D] -> points on the detector's device, float32 [N, d], whose distances coresets are chosen by."""
@@ -161,13 +203,7 @@ class PatchBank(Collecting):
             progress=lambda done: self.progress("coreset", done, count),
         )
         # Farthest-first order is nested: the coreset of an old coreset is its beginning.
-        kept = [old[:share] for old in self.bank.split(self.sizes())]
-        self.bank = torch.cat([*kept, patches[chosen.to(patches.device)].to(self.bank)])
-        self.bank_sizes = torch.tensor([len(part) for part in (*kept, chosen)], device=self.bank.device)
-
-    def for_export(self) -> None:
-        """Read `bank_sizes` now: tracing sees the shape of a buffer, and not its values."""
-        self.sizes()
+        self.add_bank(patches[chosen.to(patches.device)], share)
 
     def nearest(self, patches: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Patches [B, h, w, D] -> the task that each image's are nearest to on average, and their distances to its coreset.
@@ -176,15 +212,6 @@ class PatchBank(Collecting):
             Tasks int64 [B], Euclidean distances float32 [B, h * w], rows of `bank` int64 [B, h * w].
         """
         return self._search.closest_bank(patches.flatten(1, 2), self.bank, self.sizes())
-
-    def sizes(self) -> list[int]:
-        """What `bank_sizes` holds. The device is asked, and waited for, only where it has changed."""
-        sizes = self.bank_sizes
-        if torch.compiler.is_compiling():
-            assert self._read is not None
-        elif self._read is None or self._read[0]() is not sizes or self._read[1] != sizes._version:
-            self._read = weakref.ref(sizes), sizes._version, sizes.tolist()
-        return self._read[2]
 
 
 def check_room(memory_mb: float | None, entry: int, wanted: int, what: str) -> None:

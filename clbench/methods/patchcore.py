@@ -81,9 +81,6 @@ class PatchCore(PatchBank):
         highest, where = chosen.max(1)
         farthest, matched = patches.view(batch, -1, size)[each, where], self.bank[rows[each, where]]
         weights = torch.stack(
-            [
-                score_weights(bank, farthest, matched, highest, self.neighbours)
-                for bank in self.bank.split(self.sizes())
-            ]
+            [score_weights(bank, farthest, matched, highest, self.neighbours) for bank in self.banks()]
         )
         return Prediction(maps, highest * weights[selected, each], selected)
