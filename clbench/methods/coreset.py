@@ -11,6 +11,8 @@ from clbench.precision import single_precision
 
 # Points whose distances are brought up to date at a time: one block of distances stays near the cache.
 _CHUNK = 4096
+_POOL = 256  # of the few points of a position
+_TOGETHER = 1 << 27  # numbers of points that are worked on at a time on a GPU: 512 MB
 
 
 def farthest_first(
@@ -86,6 +88,52 @@ def _search_pool(points: Tensor, distances: Tensor, outside: float, count: int) 
         np.minimum(near, squared[farthest], out=near)
         near[farthest] = -1.0
     return torch.tensor(picked, device=points.device)
+
+
+def farthest_first_at_each(
+    points: Tensor, count: int, starts: Tensor, progress: Callable[[int], None] = lambda positions: None
+) -> Tensor:
+    """A greedy k-center at each of P positions, in the order they are chosen: indices int64 [P, min(count, N)].
+
+    Each is what `farthest_first` gives of the position's points alone. On a CPU one position follows another, whose points
+    stay in the cache; elsewhere as many positions as fit go together, with one product of theirs for each center.
+
+    Args:
+        points: float32 [P, N, D], on any device; a view is copied a few positions at a time.
+        count: how many to choose at each position.
+        starts: index of the first one at each position, int64 [P], on the CPU.
+        progress: called with the number of positions done so far.
+    """
+    total = points.shape[1]
+    on_cpu = points.device.type == "cpu"
+    together = 1 if on_cpu else max(1, _TOGETHER // points[0].numel())
+    found = []
+    for begin in range(0, len(points), together):
+        some = points[begin : begin + together].contiguous()
+        with single_precision(points.device):
+            if on_cpu:
+                chosen = _farthest_first(some[0], count, int(starts[begin]), _POOL, lambda chosen: None)[None]
+            else:
+                chosen = _farthest_first_together(some, min(count, total), starts[begin : begin + together])
+        found.append(chosen)
+        progress(begin + len(some))
+    return torch.cat(found)
+
+
+def _farthest_first_together(points: Tensor, count: int, starts: Tensor) -> Tensor:
+    """As `farthest_first_at_each`, at all positions at once; count is at most N."""
+    norms = points.square().sum(2)
+    distances = torch.full_like(norms, math.inf)
+    latest = starts.to(points.device)[:, None]
+    chosen = [latest]
+    while len(chosen) < count:
+        centers = points.gather(1, latest[:, :, None].expand(-1, -1, points.shape[2]))
+        squared = torch.baddbmm(norms[:, :, None], points, centers.mT, alpha=-2)[:, :, 0]
+        squared = squared.add_(norms.gather(1, latest)).clamp_(min=0)
+        distances = torch.minimum(distances, squared).scatter_(1, latest, -1.0)  # none is chosen again
+        latest = distances.argmax(1, keepdim=True)
+        chosen.append(latest)
+    return torch.cat(chosen, 1)
 
 
 def _shrink(distances: Tensor, points: Tensor, norms: Tensor, centers: Tensor) -> None:
