@@ -26,6 +26,9 @@ KINDS = ("launch", "wait", "blocking copy", "refusal")
 ROOT = Path(__file__).parent.parent
 METHODS = {  # the smallest that still go through all of their code
     "patchcore": ["method.memory_size=60"],
+    "anomalydino": ["method.memory_size=60", "method.masking=true"],
+    "dinosaur": ["method.smallest=3", "method.radius=1"],
+    "cadic": ["method.memory_size=60"],
     "padim": ["method.features=12"],
     "cfa": ["method.epochs=2", "method.batch_size=3"],
     "stfpm": ["method.epochs=2", "method.batch_size=3"],
@@ -91,6 +94,9 @@ def use(kill_after: tuple[int, int] | None = None) -> None:
     """
     from clbench import assembly, evaluation, training
     from clbench.config.schema import Gpu
+    from clbench.methods.anomalydino import AnomalyDINO
+    from clbench.methods.cadic import CADIC
+    from clbench.methods.dinosaur import DINOSaur
     from clbench.methods.padim import PaDiM
     from clbench.methods.patchcore import PatchCore
     from clbench.recording import checkpoint
@@ -156,7 +162,7 @@ def use(kill_after: tuple[int, int] | None = None) -> None:
     _around(training.Descent, "_step", step)
     _around(training.Descent, "_check", named("look at the loss"))
     _around(training.Descent, "_validate", named("validation"))
-    for kind in (PatchCore, PaDiM):
+    for kind in (PatchCore, AnomalyDINO, DINOSaur, CADIC, PaDiM):
         _around(kind, "training_step", named("step"))
         _around(kind, "training_step", collected)
     _around(checkpoint.Checkpoints, "place", named("checkpoint"))

@@ -11,8 +11,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clbench.backbones import Backbone, unit
+from clbench.methods.anomalydino import AnomalyDINO
 from clbench.methods.base import Detector, Prediction, kept_state
+from clbench.methods.cadic import CADIC
 from clbench.methods.cfa import CFA
+from clbench.methods.dinosaur import DINOSaur
 from clbench.methods.draem import DRAEM
 from clbench.methods.efficientad import EfficientAD
 from clbench.methods.fastflow import FastFlow
@@ -35,6 +38,11 @@ def backbone() -> Backbone:
     return Backbone("resnet18", pretrained=False, arguments={"channels": [16, 16, 32, 64]})
 
 
+def transformer() -> Backbone:
+    arguments = {"patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2, "dynamic_img_size": True}
+    return Backbone("vit_tiny_patch16_224", pretrained=False, arguments=arguments)
+
+
 class TestSmallDetector(DetectorContract):
     @pytest.fixture
     def build(self) -> BuildDetector:
@@ -47,6 +55,26 @@ class TestPatchCore(DetectorContract):
     @pytest.fixture
     def build(self) -> BuildDetector:
         return lambda: PatchCore(backbone(), layers=[2, 3], memory_size=60)
+
+
+class TestAnomalyDINO(DetectorContract):
+    @pytest.fixture
+    def build(self) -> BuildDetector:
+        return lambda: AnomalyDINO(transformer(), layers=[0, 1], memory_size=60, rotations=2)
+
+
+class TestDINOSaur(DetectorContract):
+    exports = False  # tests/test_export.py does, to ONNX too
+
+    @pytest.fixture
+    def build(self) -> BuildDetector:
+        return lambda: DINOSaur(transformer(), layers=[1], smallest=3, radius=1)
+
+
+class TestCADIC(DetectorContract):
+    @pytest.fixture
+    def build(self) -> BuildDetector:
+        return lambda: CADIC(transformer(), layers=[1], memory_size=60)
 
 
 class TestPaDiM(DetectorContract):

@@ -15,6 +15,7 @@ from clbench.backbones import Backbone
 from clbench.errors import UserError
 from clbench.methods.base import Detector, Prediction
 from clbench.methods.cfa import CFA
+from clbench.methods.dinosaur import DINOSaur
 from clbench.methods.draem import DRAEM
 from clbench.methods.efficientad import EfficientAD
 from clbench.methods.fastflow import FastFlow
@@ -46,6 +47,7 @@ def flow(backbone: Backbone) -> FastFlow:
 METHODS: dict[str, Callable[[str], Detector]] = {
     "patchcore": lambda cache: PatchCore(resnet(), layers=[2, 3], memory_size=60),
     "patchcore of one neighbour": lambda cache: PatchCore(resnet(), layers=[2], memory_size=3, neighbours=1),
+    "dinosaur": lambda cache: DINOSaur(resnet(), layers=[2, 3], smallest=3, radius=1),
     "padim": lambda cache: PaDiM(resnet(), layers=[1, 2, 3], features=30),
     "padim per task": lambda cache: PaDiM(resnet(), layers=[1, 2], features=20, update="per_task"),
     "cfa": lambda cache: CFA(resnet(), layers=[1, 2, 3], epochs=1),
