@@ -153,21 +153,24 @@ class Coreset:
             for rows in torch.arange(len(entries), device=entries.device).split(_ROWS):
                 self._look(rows)
 
-    def update(self, candidates: Tensor) -> int:
+    def update(self, candidates: Tensor, most: float = math.inf) -> int:
         """Replace entries by candidates, float32 [N, D], as long as that is due, and give how many were.
 
         Of equals, the first candidate is taken, and the first of the first closest pair is replaced.
+
+        Args:
+            most: how many are replaced at most.
         """
         with single_precision(self.entries.device):
-            return self._update(candidates)
+            return self._update(candidates, most)
 
-    def _update(self, candidates: Tensor) -> int:
+    def _update(self, candidates: Tensor, most: float) -> int:
         norms = candidates.square().sum(1)
         distances = _squared(candidates, norms, self.entries, self._norms)
         among = _squared(candidates, norms, candidates, norms)
         nearest, at = distances.min(1)
         replaced = 0
-        while True:
+        while replaced < most:
             closest, farthest = self._gaps.argmin(), nearest.argmax()
             place, other, stale, taken, due = torch.stack(
                 [
@@ -179,7 +182,7 @@ class Coreset:
                 ]
             ).tolist()
             if not due:
-                return replaced
+                break
             if stale:
                 self._look(torch.tensor([place], device=self.entries.device))
                 continue
@@ -193,6 +196,7 @@ class Coreset:
             nearest, at = torch.where(nearer, among[:, taken], nearest), at.masked_fill(nearer, place)
             nearest[lost], at[lost] = distances[lost].min(1)
             replaced += 1
+        return replaced
 
     def _look(self, rows: Tensor) -> None:
         """Find the nearest other entry of some entries, int64 [R]."""

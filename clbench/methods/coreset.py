@@ -11,7 +11,8 @@ from clbench.precision import single_precision
 
 # Points whose distances are brought up to date at a time: one block of distances stays near the cache.
 _CHUNK = 4096
-_POOL = 256  # of the few points of a position
+_SHARE = 8  # of a position's points, one in so many makes the pool, and
+_LEAST = 64  # at least so many
 _TOGETHER = 1 << 27  # numbers of points that are worked on at a time on a GPU: 512 MB
 
 
@@ -105,6 +106,7 @@ def farthest_first_at_each(
         progress: called with the number of positions done so far.
     """
     total = points.shape[1]
+    pool = max(_LEAST, total // _SHARE)
     on_cpu = points.device.type == "cpu"
     together = 1 if on_cpu else max(1, _TOGETHER // points[0].numel())
     found = []
@@ -112,7 +114,7 @@ def farthest_first_at_each(
         some = points[begin : begin + together].contiguous()
         with single_precision(points.device):
             if on_cpu:
-                chosen = _farthest_first(some[0], count, int(starts[begin]), _POOL, lambda chosen: None)[None]
+                chosen = _farthest_first(some[0], count, int(starts[begin]), pool, lambda chosen: None)[None]
             else:
                 chosen = _farthest_first_together(some, min(count, total), starts[begin : begin + together])
         found.append(chosen)
