@@ -14,6 +14,7 @@ from clbench.methods.banks import MemoryMb, PatchBank
 from clbench.methods.base import Prediction, Share
 from clbench.methods.maps import Sigma, to_image_size
 from clbench.methods.patches import tokens
+from clbench.precision import single_precision
 
 _OBJECT = 10.0  # a token's first principal component beyond which it is of the object
 _IN_THE_MIDDLE = 0.35  # share of the image's middle that an object takes at least
@@ -117,8 +118,13 @@ def objects(patches: Tensor) -> Tensor:
     """Tokens [B, h, w, D] -> whether each is of the object and not of the background, bool [B, h, w] (section 3.3).
 
     The object is where the first principal component of the image's tokens is above 10, or below -10 where the one side
-    has at most 35 % of the image's middle; then it is grown by one token, and holes are closed.
+    has at most 35 % of the image's middle; then it is grown by one token, and holes are closed. In single precision.
     """
+    with single_precision(patches.device):
+        return _objects(patches)
+
+
+def _objects(patches: Tensor) -> Tensor:
     batch, height, width, size = patches.shape
     centred = patches.flatten(1, 2) - patches.mean((1, 2))[:, None]
     # The last eigenvector of the smaller product: of the covariance, or of the tokens' inner products.
