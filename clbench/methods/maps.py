@@ -15,21 +15,29 @@ from clbench.precision import single_precision
 Sigma = Annotated[float, Ge(0), Le(100)]  # standard deviation of a map's Gaussian smoothing, in pixels
 
 
-def to_image_size(grid: Tensor, size: Sequence[int], sigma: float) -> Tensor:
+def to_image_size(grid: Tensor, size: Sequence[int], sigma: float, *, align_corners: bool = False) -> Tensor:
     """Grid [B, h, w] -> maps [B, H, W] of `size` (H, W): upsampled bilinearly, then smoothed by a Gaussian.
 
     The Gaussian's standard deviation is `sigma` pixels. Both operations are linear and separable, so together
     they are one matrix for each side. They are geometry, and so in single precision.
+
+    Args:
+        align_corners: whether the middles of the outermost cells come to lie on the middles of the outermost pixels, or
+            cells' borders on pixels' borders.
     """
     with single_precision(grid.device):
-        rows = table(_resampling, grid.shape[1], size[0], sigma, device=grid.device).to(grid.dtype)
-        columns = table(_resampling, grid.shape[2], size[1], sigma, device=grid.device).to(grid.dtype)
+        rows, columns = (
+            table(_resampling, source, target, sigma, align_corners, device=grid.device).to(grid.dtype)
+            for source, target in zip(grid.shape[1:], size, strict=True)
+        )
         return rows @ grid @ columns.T
 
 
-def _resampling(source: int, target: int, sigma: float) -> Tensor:
+def _resampling(source: int, target: int, sigma: float, align_corners: bool) -> Tensor:
     """The matrix [target, source] that resamples a side bilinearly, then blurs it with mirrored borders."""
-    upsampled = F.interpolate(torch.eye(source)[None], size=target, mode="linear", align_corners=False)[0].T
+    upsampled = F.interpolate(
+        torch.eye(source)[None], size=target, mode="linear", align_corners=align_corners
+    )[0].T
     if sigma == 0:
         return upsampled.contiguous()
     radius = math.ceil(4 * sigma)
