@@ -16,7 +16,7 @@ import torchvision
 from anomalib.data import MVTecAD
 from anomalib.data.utils.generators.perlin import PerlinAnomalyGenerator
 from anomalib.engine import Engine
-from anomalib.models import Cfa, Draem, EfficientAd, Fastflow, Stfpm
+from anomalib.models import Cfa, Draem, EfficientAd, Fastflow, ReverseDistillation, Stfpm, Supersimplenet
 from anomalib.pre_processing import PreProcessor
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
@@ -61,6 +61,10 @@ def build(settings: dict) -> torch.nn.Module:
         return Cfa(backbone="resnet18", pre_processor=normalised, **common)
     if method == "fastflow":
         return Fastflow(backbone="resnet18", pre_processor=normalised, **common)
+    if method == "rd4ad":
+        return ReverseDistillation(backbone="resnet18", pre_processor=normalised, **common)
+    if method == "supersimplenet":
+        return Supersimplenet(backbone="resnet18", pre_processor=normalised, **common)
     plain = PreProcessor(transform=Resize(size, antialias=True))
     if method == "draem":
         model = Draem(dtd_dir=settings["pictures"], pre_processor=plain, **common)

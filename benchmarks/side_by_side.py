@@ -39,7 +39,15 @@ from clbench.terminal import SHOWN, TITLES
 
 WORKER = Path(__file__).parent / "anomalib_worker.py"
 SIZES = {"cfa": 224}
-BATCHES = {"stfpm": 8, "cfa": 4, "fastflow": 32, "draem": 4, "efficientad": 1}
+BATCHES = {
+    "stfpm": 8,
+    "cfa": 4,
+    "fastflow": 32,
+    "draem": 4,
+    "efficientad": 1,
+    "rd4ad": 16,
+    "supersimplenet": 32,
+}
 PICTURES = 200
 SIMULATED = 20  # batches, for their mean time
 
@@ -151,6 +159,10 @@ def _settings(given: argparse.Namespace, method: str, category: str, seed: int) 
         overrides += [f"method.width={256 // given.narrow}"]
     if method == "fastflow":
         overrides += ["method.trained_normalisation=true"]  # as theirs
+    if method == "rd4ad":
+        overrides += ["method.beta2=0.99"]  # as theirs
+    if method == "supersimplenet":
+        overrides += ["method.align_corners=false", "method.adapt_cls_features=false"]  # as theirs
     if method == "draem":
         overrides += [
             f"method.texture_count={PICTURES}",
@@ -159,6 +171,8 @@ def _settings(given: argparse.Namespace, method: str, category: str, seed: int) 
         ]
     if rate:
         overrides += [f"method.learning_rate={rate}"]
+    if rate and method == "supersimplenet":
+        overrides += [f"method.adaptor_learning_rate={rate}"]
     return composed(*overrides)
 
 

@@ -41,6 +41,9 @@ METHODS = {  # the smallest that still go through all of their code
         "method.epochs=2", "method.batch_size=3", "method.width=8", "method.teacher=random", "method.penalty_count=2",
         "dataset.resize=64",
     ],
+    "rd4ad": ["method.epochs=2", "method.batch_size=3", "dataset.resize=32"],
+    "supersimplenet": ["method.epochs=2", "method.batch_size=3", "method.layers=[2]", "method.hidden=8"],
+    "simplenet": ["method.epochs=2", "method.batch_size=3", "method.hidden=8"],
 }  # fmt: skip
 NO_BACKBONE = ("draem", "efficientad")
 

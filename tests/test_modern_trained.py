@@ -251,7 +251,6 @@ def test_four_images_are_learned_by_heart(build: Callable[[], Detector]) -> None
         (lambda: RD4AD(backbone("convnext_atto")), "is none: take"),
         (lambda: RD4AD(backbone("resnext50_32x4d")), "is none: take"),
         (lambda: RD4AD(backbone("resnet18", output_stride=8)), "is none: take"),
-        (lambda: RD4AD(backbone("resnet18", channels=[16, 16, 32, 64])), "is none: take"),
         (lambda: RD4AD(backbone(), embedding_width=512), "embedding_width=512 is the width of bottleneck blocks"),
         (lambda: RD4AD(backbone()).check(images(1, 0, 48)), "none of 48x48: give a dataset.resize (and dataset.crop) that is a multiple of 32, as 64"),
     ],

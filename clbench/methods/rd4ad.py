@@ -141,17 +141,14 @@ def mirrored(encoder: FeaturePyramid) -> list[Level]:
         encoder: a ResNet's levels 1 to 3.
 
     Raises:
-        UserError: it is no ResNet of basic or bottleneck blocks, with twice the channels and half the height and
-            width from level to level.
+        UserError: it is no ResNet of basic or bottleneck blocks, whose levels halve height and width.
     """
     network: Any = encoder.network
     levels = [list(getattr(network, f"layer{number}", ())) for number in (1, 2, 3)]
     blocks = [block for level in levels for block in level]
     alike = all(levels) and type(blocks[0]) in (BasicBlock, Bottleneck) and len(set(map(type, blocks))) == 1
-    first = encoder.channels[0]
-    doubles = encoder.channels == [first, 2 * first, 4 * first]
     halves = network.feature_info.reduction() == [4, 8, 16]
-    if not (alike and doubles and halves and all(block.conv2.groups == 1 for block in blocks)):
+    if not (alike and halves and all(block.conv2.groups == 1 for block in blocks)):
         raise UserError(
             f"method=rd4ad mirrors a ResNet of basic or bottleneck blocks, and {encoder.name}, with its "
             "backbone.arguments, is none: take backbone=resnet18, wide_resnet50_2_tv or small"
@@ -167,7 +164,7 @@ class Embedding(nn.Module):
     """The one-class bottleneck embedding: three levels brought to one grid, fused and halved (section 3.3).
 
     Args:
-        channels: C_l of the levels, each twice those of the one before.
+        channels: C_l of the levels.
         width: channels inside its residual blocks, where they are bottleneck ones; None for basic ones.
         blocks: number of its residual blocks, as many as the ResNet's last level has: 2 for ResNet-18, else 3, which
             is also what its first level has.
@@ -195,9 +192,10 @@ class Decoder(nn.Module):
 
     def __init__(self, levels: Sequence[Level]):
         super().__init__()
+        before = [2 * levels[-1].channels, *(level.channels for level in reversed(levels))]
         self.stages = nn.ModuleList(
-            stage(same.blocks, 2 * level.channels, level.width, level.channels, 2)
-            for same, level in zip(levels, reversed(levels), strict=True)
+            stage(same.blocks, channels, level.width, level.channels, 2)
+            for same, channels, level in zip(levels, before, reversed(levels), strict=False)
         )
 
     def forward(self, x: Tensor) -> list[Tensor]:

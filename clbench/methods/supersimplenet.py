@@ -120,10 +120,9 @@ class SuperSimpleNet(Detector):
             noise: float32 [2B, C, h, w].
             masks: where it is added, float32 [2B, 1, h, w] of 0 and 1: what the heads are to find.
         """
-        added = noise * masks
-        adapted = self.adaptor(features).float()
-        segmented = torch.cat([adapted, adapted]) + added
-        classified = segmented if self.adapt_cls_features else torch.cat([features, features]) + added
+        added = (noise * masks).unflatten(0, (2, -1))
+        segmented = (self.adaptor(features).float() + added).flatten(0, 1)
+        classified = segmented if self.adapt_cls_features else (features + added).flatten(0, 1)
         maps, scores = self.heads(segmented, classified)
         return truncated(maps, masks) + focal(maps, masks) + focal(scores, masks.amax((1, 2, 3)))
 

@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 
-METHODS = {  # in the paper's order
+METHODS = {  # the paper's in its order, then others
     "patchcore": "PatchCore",
     "padim": "PaDiM",
     "cfa": "CFA",
@@ -20,6 +20,9 @@ METHODS = {  # in the paper's order
     "fastflow": "FastFlow",
     "fastflow_deit": "FastFlow DeiT",
     "fastflow_cait": "FastFlow CaiT",
+    "rd4ad": "RD4AD",
+    "simplenet": "SimpleNet",
+    "supersimplenet": "SuperSimpleNet",
 }
 STRATEGIES = ("native", "replay", "finetune", "joint", "single")
 
@@ -80,8 +83,8 @@ def strategy_title(name: str, replay_size: int | None, changes: Sequence[str] = 
 
 
 def method_colours(names: Collection[str]) -> dict[str, str]:
-    """The colour `#rrggbb` of each method: a known one has its own, others take free ones in turn."""
-    own = dict(zip(METHODS, cycle(_COLOURS), strict=False))
+    """The colour `#rrggbb` of each method: the first known ones have their own, others take free ones in turn."""
+    own = dict(zip(METHODS, _COLOURS, strict=False))
     colours = {name: own[name] for name in names if name in own}
     free = [colour for colour in _COLOURS if colour not in colours.values()] or _COLOURS
     unknown = sorted(set(names) - set(own))
