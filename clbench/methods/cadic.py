@@ -74,6 +74,10 @@ class CADIC(Detector):
         self._search = Search()
         self.register_buffer("bank", torch.empty(0, width))
 
+    @property
+    def bank_limit(self) -> int:
+        return self.memory_size * self.bank.shape[1] * self.bank.element_size()
+
     def check_stages(self, counts: Sequence[int], kept: int) -> None:
         width = self.bank.shape[1]
         check_room(self.memory_mb, 4 * width, 2, f"tokens of {width} numbers")  # the closest two

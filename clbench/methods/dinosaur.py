@@ -83,6 +83,10 @@ class DINOSaur(TaskBanks):
     def check(self, images: Tensor) -> None:
         self._positions = self.pyramid.check(images)[0].shape[-2:].numel()
 
+    @property
+    def bank_limit(self) -> int | None:
+        return None if self.memory_mb is None else int(self.memory_mb * 10**6)
+
     def check_stages(self, counts: Sequence[int], kept: int) -> None:
         what = f"entries, each a token at {self._positions} positions"
         check_room(self.memory_mb, 4 * self._positions * self.bank.shape[3], kept, what)
