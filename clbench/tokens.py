@@ -57,12 +57,18 @@ class Transformer(nn.Module):
         means = [_mean([by_block[block] for block in group]) for group in self.groups]
         if self.prefix:
             return means
-        height, width = self.model.patch_embed.dynamic_feat_size(images.shape[-2:])
         patches = [mean[:, self.before :] for mean in means]
         has_class = getattr(self.model, "cls_token", None) is not None
         whole = means[-1][:, 0] if has_class else patches[-1].mean(1)
-        grids = [part.transpose(1, 2).unflatten(2, (height, width)).contiguous() for part in patches]
+        grids = [
+            part.transpose(1, 2).unflatten(2, self.grid(images.shape[-2:])).contiguous() for part in patches
+        ]
         return [*grids, whole]
+
+    def grid(self, size: Sequence[int]) -> tuple[int, int]:
+        """Rows and columns of the patches of images of this size (H, W)."""
+        height, width = self.model.patch_embed.dynamic_feat_size(tuple(size))
+        return height, width
 
 
 def _mean(tokens: Sequence[Tensor]) -> Tensor:

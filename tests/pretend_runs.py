@@ -44,8 +44,13 @@ METHODS = {  # the smallest that still go through all of their code
     "rd4ad": ["method.epochs=2", "method.batch_size=3", "dataset.resize=32"],
     "supersimplenet": ["method.epochs=2", "method.batch_size=3", "method.layers=[2]", "method.hidden=8"],
     "simplenet": ["method.epochs=2", "method.batch_size=3", "method.hidden=8"],
+    "dinomaly": [
+        "method.groups=[[0],[1,2]]", "method.steps=8", "method.batch_size=3", "method.warm_up=2", "method.mining_steps=9",
+        "method.map_side=24", "method.mining_restart=false",
+    ],
 }  # fmt: skip
 NO_BACKBONE = ("draem", "efficientad")
+TOKENS = ("dinomaly",)  # methods of a transformer's
 
 
 def words(method: str, folder: Path, stream: Path, *overrides: str) -> list[str]:
@@ -55,11 +60,15 @@ def words(method: str, folder: Path, stream: Path, *overrides: str) -> list[str]
         folder: where outputs and the cache go.
         stream: categories brick and cloth in the MVTec layout.
     """
-    narrow = [
-        "backbone.checkpoint=null",
-        "backbone.arguments.channels=[16,16,32,64]",
-        "backbone.batch_size=4",
-    ]
+    narrow = ["backbone.checkpoint=null", "backbone.batch_size=4"]
+    if method in TOKENS:
+        narrow += [
+            "backbone.arguments.embed_dim=32",
+            "backbone.arguments.depth=3",
+            "backbone.arguments.num_heads=2",
+        ]
+    else:
+        narrow += ["backbone.arguments.channels=[16,16,32,64]"]
     given = [
         "dataset=mvtec", f"dataset.root={stream}", "dataset.resize=48", "dataset.crop=null",
         "task_order.tasks=[brick,cloth]", f"outputs={folder}/outputs", f"cache={folder}/cache",

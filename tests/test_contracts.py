@@ -15,6 +15,7 @@ from clbench.methods.anomalydino import AnomalyDINO
 from clbench.methods.base import Detector, Prediction, kept_state
 from clbench.methods.cadic import CADIC
 from clbench.methods.cfa import CFA
+from clbench.methods.dinomaly import Dinomaly
 from clbench.methods.dinosaur import DINOSaur
 from clbench.methods.draem import DRAEM
 from clbench.methods.efficientad import EfficientAD
@@ -135,6 +136,26 @@ class TestFastFlow(DetectorContract):
     def build(self, request: pytest.FixtureRequest) -> BuildDetector:
         return lambda: FastFlow(
             backbone(), layers=[1, 2], steps=2, trained_normalisation=request.param, epochs=2, batch_size=3
+        )
+
+
+def transformer() -> Backbone:
+    arguments = {"patch_size": 16, "embed_dim": 32, "depth": 3, "num_heads": 2, "dynamic_img_size": True}
+    return Backbone("vit_tiny_patch16_224", pretrained=False, arguments=arguments)
+
+
+class TestDinomaly(DetectorContract):
+    @pytest.fixture
+    def build(self) -> BuildDetector:
+        return lambda: Dinomaly(
+            transformer(),
+            groups=[[0, 1], [2]],
+            steps=4,
+            batch_size=3,
+            warm_up=2,
+            mining_steps=8,
+            mining_restart=False,
+            map_side=24,
         )
 
 

@@ -130,6 +130,7 @@ COPIED = {
     "rd4ad": 3,
     "supersimplenet": 2,
     "simplenet": 1,
+    "dinomaly": 2,
 }  # tables; CFA's other one before its steps
 # Waits of a predicted batch at most: a search, see `clbench.methods.nearest.Search.closest_bank`, in one or two banks; which
 # task each image is of; a search of one bank.

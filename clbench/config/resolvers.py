@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
@@ -20,6 +21,11 @@ def if_given(value: Any, then: Any, otherwise: Any) -> Any:
 def strategy_class(name: str) -> str:
     """The class of a strategy of this package: clbench/strategies/<name>.py holds <Name>."""
     return f"clbench.strategies.{name}.{name.title().replace('_', '')}"
+
+
+def by_choice(choice: str, special: Mapping[str, str], otherwise: str) -> str:
+    """What a table has for a choice, e.g. of a method; `otherwise` where it has nothing."""
+    return str(special.get(choice, otherwise))
 
 
 def gpus_of(device: str) -> int | None:
@@ -43,7 +49,7 @@ def register() -> None:
     is composed with the group's default choice, which need not have a setting that the swept choices have. Whether
     a choice has the setting is checked with the run itself.
     """
-    for resolver in (run_name, if_given, strategy_class, gpus_of, expanded_path):
+    for resolver in (run_name, if_given, strategy_class, by_choice, gpus_of, expanded_path):
         OmegaConf.register_new_resolver(resolver.__name__, resolver, replace=True)
     store = ConfigStore.instance()
     store.store(name="open", node=DictConfig({}, flags={"struct": False}))
