@@ -187,6 +187,7 @@ def train(
             descent.run(learned, owners, unseen)
         detector.eval()
         with torch.no_grad():
+            detector.consolidate(current, past)
             detector.finish_task(unseen if len(unseen) else current)
 
 

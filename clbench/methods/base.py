@@ -173,6 +173,13 @@ class Detector(nn.Module):
         """
         return []
 
+    def consolidate(self, images: Images, stored: Images) -> None:
+        """Make what is kept of the images that were learned from, where that takes trained weights; before `finish_task`.
+
+        Args:
+            images, stored: as for `start_task`.
+        """
+
     def finish_task(self, images: Images) -> None:
         """Turn what a task's steps collected or learned into what is kept.
 
