@@ -48,9 +48,13 @@ METHODS = {  # the smallest that still go through all of their code
         "method.groups=[[0],[1,2]]", "method.steps=8", "method.batch_size=3", "method.warm_up=2", "method.mining_steps=9",
         "method.map_side=24", "method.mining_restart=false",
     ],
+    "ucad": [
+        "method.block=1", "method.key_size=5", "method.memory_size=6", "method.epochs=2", "method.batch_size=3",
+        "method.segment_count=3",
+    ],
 }  # fmt: skip
 NO_BACKBONE = ("draem", "efficientad")
-TOKENS = ("dinomaly",)  # methods of a transformer's
+TOKENS = ("dinomaly", "ucad")  # methods of a transformer's
 
 
 def words(method: str, folder: Path, stream: Path, *overrides: str) -> list[str]:

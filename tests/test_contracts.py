@@ -23,6 +23,7 @@ from clbench.methods.fastflow import FastFlow
 from clbench.methods.padim import PaDiM
 from clbench.methods.patchcore import PatchCore
 from clbench.methods.stfpm import STFPM
+from clbench.methods.ucad import UCAD
 from clbench.strategies.base import Strategy, copy_of
 from clbench.strategies.finetune import Finetune
 from clbench.strategies.joint import Joint
@@ -40,7 +41,7 @@ def backbone() -> Backbone:
 
 
 def transformer() -> Backbone:
-    arguments = {"patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2, "dynamic_img_size": True}
+    arguments = {"patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 2, "dynamic_img_size": True}
     return Backbone("vit_tiny_patch16_224", pretrained=False, arguments=arguments)
 
 
@@ -139,11 +140,6 @@ class TestFastFlow(DetectorContract):
         )
 
 
-def transformer() -> Backbone:
-    arguments = {"patch_size": 16, "embed_dim": 32, "depth": 3, "num_heads": 2, "dynamic_img_size": True}
-    return Backbone("vit_tiny_patch16_224", pretrained=False, arguments=arguments)
-
-
 class TestDinomaly(DetectorContract):
     @pytest.fixture
     def build(self) -> BuildDetector:
@@ -156,6 +152,14 @@ class TestDinomaly(DetectorContract):
             mining_steps=8,
             mining_restart=False,
             map_side=24,
+        )
+
+
+class TestUCAD(DetectorContract):
+    @pytest.fixture
+    def build(self) -> BuildDetector:
+        return lambda: UCAD(
+            transformer(), block=1, key_size=5, memory_size=6, segment_count=3, epochs=2, batch_size=3
         )
 
 

@@ -28,10 +28,14 @@ pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 
 ALL = os.environ.get("CLBENCH_TEST_PRETEND") == "all"
 TOKEN_BANKS = ("anomalydino", "dinosaur", "cadic")
-COLLECTING = ("patchcore", "padim", *TOKEN_BANKS)  # methods without an optimizer
-OWN_UPDATE = (*COLLECTING, "cfa")  # methods that strategy=native is for
+COLLECTING = (
+    "patchcore",
+    "padim",
+    *TOKEN_BANKS,
+)  # methods that learn a task in one step here, without an optimizer
+OWN_UPDATE = (*COLLECTING, "cfa", "ucad")  # methods that strategy=native is for
 USUAL = {
-    method: "native" if method in COLLECTING else "replay" for method in METHODS
+    method: "native" if method in (*COLLECTING, "ucad") else "replay" for method in METHODS
 }  # the paper's strategies
 PAPERS = 7  # the first methods are the paper's
 PRECISIONS = ("fp32", "bf16", "fp16")
@@ -131,6 +135,7 @@ COPIED = {
     "supersimplenet": 2,
     "simplenet": 1,
     "dinomaly": 2,
+    "ucad": 1,
 }  # tables; CFA's other one before its steps
 # Waits of a predicted batch at most: a search, see `clbench.methods.nearest.Search.closest_bank`, in one or two banks; which
 # task each image is of; a search of one bank.
@@ -164,7 +169,7 @@ def test_no_step_waits_for_the_device(method: str, folder: Path, tmp_path: Path)
     assert waits(*STEPS, *BATCHES, within=TABLES, besides=()) == COPIED.get(method, 0)
     # At most: once an epoch for the loss that is shown, and for an evaluated batch once for its maps, its scores, and which
     # banks were chosen. (Not on CUDA, where they come back while the next batch runs.)
-    chooses = method in ("patchcore", "anomalydino", "dinosaur")
+    chooses = method in ("patchcore", "anomalydino", "dinosaur", "ucad")
     for name, most in (("epoch", 1), ("validation", 1), ("evaluation", 3 if chooses else 2)):
         assert waits(name) <= most * asked.get(name, {"calls": 0})["calls"]
 
