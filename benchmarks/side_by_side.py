@@ -35,7 +35,8 @@ from clbench.data.stream import Task
 from clbench.energy import Meter
 from clbench.methods.base import Prediction
 from clbench.methods.simulated import simulate
-from clbench.terminal import SHOWN, TITLES
+from clbench.metrics.names import METRICS
+from clbench.terminal import SHOWN
 
 WORKER = Path(__file__).parent / "anomalib_worker.py"
 SIZES = {"cfa": 224}
@@ -78,7 +79,7 @@ def main() -> None:
         title_justify="left",
     )
     metrics = [] if given.steps else SHOWN
-    titles = (*(TITLES[metric] for metric in metrics), "s an epoch", "steps a second", "ms an image")
+    titles = (*(METRICS[metric].title for metric in metrics), "s an epoch", "steps a second", "ms an image")
     for title in ("method", "category", *titles):
         table.add_column(title)
     for method in given.methods.split(","):
