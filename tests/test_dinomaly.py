@@ -2,12 +2,14 @@
 
 import math
 
+import hydra
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clbench.backbones import Backbone
+from clbench.config import composing
 from clbench.errors import UserError
 from clbench.methods.dinomaly import Dinomaly, LinearAttention, loose_distance
 from clbench.methods.stable_adamw import StableAdamW
@@ -188,7 +190,16 @@ def test_a_step_that_overflowed_changes_nothing() -> None:
     torch.testing.assert_close([first, taken(scaled, 8 * -0.25, 0.0)], plain)
 
 
-# What is refused
+# What is chosen and refused
+
+
+def test_the_demo_gives_methods_of_tokens_a_transformer_and_others_the_small_network() -> None:
+    with composing():
+        found = {
+            words: hydra.compose("usual", list(words)).backbone.name
+            for words in (("method=dinomaly",), ("method=stfpm",), ("method=dinomaly", "backbone=resnet18"))
+        }
+    assert list(found.values()) == ["vit_tiny_patch16_224", "resnet18", "resnet18"]
 
 
 @pytest.mark.parametrize(
