@@ -1,4 +1,4 @@
-"""Trained methods against anomalib's own networks: the same weights, the same images, the same noise.
+"""Detectors against anomalib's own networks: the same weights, the same images, the same noise.
 
     python3 -m venv ENV && ENV/bin/pip install anomalib==2.7.0
     PYTHONPATH=$PWD ENV/bin/python -m benchmarks.same_networks [METHOD ...]
@@ -14,15 +14,14 @@ A method is a function, listed in `METHODS`, that gives pairs of tensors, ours a
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator
-from unittest import mock
+from collections.abc import Callable
 
-import timm
 import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from benchmarks.same_networks_tokens import Pairs, anomalydino, dinomaly, without_weights
 from clbench.backbones import Backbone
 from clbench.methods.base import Detector
 from clbench.methods.rd4ad import RD4AD
@@ -31,8 +30,6 @@ from clbench.methods.supersimplenet import SuperSimpleNet
 TOLERANCE = 1e-4
 SIDE = 128  # pixels
 BORDER = 32  # pixels along a map's border that are not compared: twice the radius of its blur
-
-Pairs = Iterator[tuple[str, Tensor, Tensor]]  # what it is, ours, anomalib's
 
 
 def rd4ad() -> Pairs:
@@ -163,15 +160,12 @@ def _supersimplenet(version: str, adapted: bool) -> Pairs:
         yield f"{version}: gradient of {title}", one.weight.grad, other.weight.grad
 
 
-METHODS: dict[str, Callable[[], Pairs]] = {"rd4ad": rd4ad, "supersimplenet": supersimplenet}
-
-
-def without_weights() -> mock._patch:
-    """Inside, timm makes no pretrained network, but a random one."""
-    create = timm.create_model
-    return mock.patch.object(
-        timm, "create_model", lambda *args, **given: create(*args, **{**given, "pretrained": False})
-    )
+METHODS: dict[str, Callable[[], Pairs]] = {
+    "rd4ad": rd4ad,
+    "supersimplenet": supersimplenet,
+    "dinomaly": dinomaly,
+    "anomalydino": anomalydino,
+}
 
 
 @torch.no_grad()

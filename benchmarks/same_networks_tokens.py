@@ -1,27 +1,16 @@
-"""Detectors of a transformer's tokens against anomalib's own: the same weights, the same images.
+"""Detectors of a transformer's tokens against anomalib's own: a part of `benchmarks.same_networks`.
 
-    python3 -m venv ENV && ENV/bin/pip install anomalib==2.7.0
-    PYTHONPATH=$PWD ENV/bin/python -m benchmarks.same_networks_tokens [METHOD ...]
-
-anomalib's model is built with random weights, which are copied into ours by name. Where it differs from the published code,
-the difference is taken out: its perceptrons have no biases, so ours are 0, dropout is off, and it brings AnomalyDINO's
-distances to image size by repetition, which is replaced by the original's bilinear way. Position embeddings are resized by the same function in both, which anomalib replaces in timm when it is imported. Then
-both see the same images, and what they compute is compared: tokens, loss, a gradient of each module at three steps, and maps,
-away from the border where they are smoothed, as both continue images otherwise there.
-
-A row is a largest difference, relative to the largest absolute value of anomalib's. Ends with status 1 where one is above
-the tolerance.
+Where anomalib differs from the published code, the difference is taken out: its perceptrons have no biases, so ours are 0,
+dropout is off, and it brings AnomalyDINO's distances to image size by repetition, which is replaced by the original's
+bilinear way. Position embeddings are resized by the same function in both, which anomalib replaces in timm when it is
+imported.
 """
 
-import argparse
-import sys
 from collections.abc import Callable, Iterator
 from unittest import mock
 
 import timm
 import torch
-from rich.console import Console
-from rich.table import Table
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -31,7 +20,6 @@ from clbench.methods.anomalydino import AnomalyDINO
 from clbench.methods.dinomaly import Dinomaly
 from clbench.training import train
 
-TOLERANCE = 1e-4
 SIDE = 196  # pixels: 14 x 14 patches
 GROUPS = [[2, 3, 4, 5], [6, 7, 8, 9]]
 
@@ -125,9 +113,6 @@ def raised(grid: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(grid, size, mode="bilinear")
 
 
-METHODS: dict[str, Callable[[], Pairs]] = {"dinomaly": dinomaly, "anomalydino": anomalydino}
-
-
 def without_weights() -> mock._patch:
     """Inside, timm makes no pretrained network, but a random one."""
     create = timm.create_model
@@ -171,27 +156,3 @@ def copy(theirs: nn.Module, ours: nn.Module, renamed: Callable[[str], str]) -> N
     missing = [key for key in own if key not in state]
     assert all(key.endswith("bias") and not own[key].any() for key in missing), missing
     ours.load_state_dict(state | {key: own[key] for key in missing})
-
-
-def main() -> int:
-    """Print a table of the methods asked for; the exit status."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("methods", nargs="*", metavar="METHOD", help=f"of {', '.join(METHODS)}; all")
-    given = parser.parse_args()
-    table = Table("method", "what", "largest difference", title="ours and anomalib's, same weights")
-    worst = 0.0
-    for method in given.methods or METHODS:
-        torch.manual_seed(0)
-        for what, ours, theirs in METHODS[method]():
-            assert ours.shape == theirs.shape, (what, ours.shape, theirs.shape)
-            difference = float((ours - theirs).detach().abs().max() / theirs.detach().abs().max())
-            worst = max(worst, difference)
-            table.add_row(method, what, f"{difference:.1e}" + (" !" if difference > TOLERANCE else ""))
-    Console().print(table)
-    return int(worst > TOLERANCE)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -126,7 +126,9 @@ def test_every_ready_made_sweep_can_be_started(
 ) -> None:
     count = {
         "backbones": 4,
+        "bank_memory": 12,
         "demo": 14,
+        "foundation": 27,
         "paper_bounds": 14,
         "paper_native": 4,
         "paper_replay": 15,
@@ -136,7 +138,7 @@ def test_every_ready_made_sweep_can_be_started(
     }[name]
     words = ["-m", f"sweep={name}", "dry_run=true", f"outputs={tmp_path}", f"cache={tmp_path}/cache"]
     protocols = name.endswith("_protocols")
-    words += [f"dataset.root={folder}"] * (protocols or name.startswith("paper"))
+    words += [f"dataset.root={folder}"] * (protocols or name.startswith(("paper", "foundation")))
     words += ["method=efficientad"] * protocols  # one of the seven, for the time that checking them takes
     if protocols or name in ("paper_bounds", "paper_replay"):  # before any of the runs that need no teacher
         assert main(words) == 2 and "method.teacher" in capsys.readouterr().err
