@@ -15,6 +15,7 @@ A method is a function, listed in `METHODS`, that gives pairs of tensors, ours a
 import argparse
 import sys
 from collections.abc import Callable
+from unittest import mock
 
 import torch
 from rich.console import Console

@@ -6,6 +6,7 @@ prints what a run, and each phase of it, asked of the device, line by line; with
 """
 
 import argparse
+import gc
 import json
 import os
 import signal
@@ -224,6 +225,7 @@ def in_process(
     from clbench.cli import main as clbench
     from clbench.commands.run import main as train
 
+    gc.freeze()  # what was imported need not be looked through for garbage
     sys.path[:] = path
     os.chdir(ROOT)
     opened = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)

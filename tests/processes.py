@@ -1,5 +1,6 @@
 """Processes that begin with everything imported, so that a test can start and kill many of them."""
 
+import gc
 import multiprocessing
 import os
 import sys
@@ -13,7 +14,9 @@ from conftest import Train, command, run_directories
 
 ROOT = Path(__file__).parent.parent
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["clbench.commands.run", "clbench.experiment", "clbench.loading", "timm"])
+CONTEXT.set_forkserver_preload(
+    ["clbench.commands.run", "clbench.experiment", "clbench.loading", "timm", "sklearn.random_projection"]
+)
 
 
 def nowhere() -> int:
@@ -35,6 +38,7 @@ def start(words: Sequence[str], output: Callable[[], int] = nowhere) -> BaseProc
 def _run(words: list[str], path: list[str], output: Callable[[], int]) -> None:
     from clbench.commands.run import main
 
+    gc.freeze()  # what was imported need not be looked through for garbage
     sys.path[:] = path
     os.chdir(ROOT)
     opened = output()

@@ -98,7 +98,7 @@ def test_every_strategy_with_the_trained_methods(train: Train, tmp_path: Path) -
     methods = f"method={','.join(TRAINED)}"
     small = ("method.epochs=1", "method.batch_size=2")
     narrow = ("method.reconstructive_width=4", "method.discriminative_width=4")  # DRAEM's, and no other's
-    small += (*narrow, "method.texture_count=3", "method.penalty_count=3")
+    small += (*narrow, "method.texture_count=3", "method.penalty_count=3", "method.steps=2")
     small += ("task_order.tasks=[brick,cloth]",)
     result = train("-m", methods, "strategy=finetune,joint,single", *small)
     assert result.returncode == 0, result.stderr

@@ -23,6 +23,11 @@ METHODS = {  # the paper's in its order, then others
     "rd4ad": "RD4AD",
     "simplenet": "SimpleNet",
     "supersimplenet": "SuperSimpleNet",
+    "dinomaly": "Dinomaly",
+    "anomalydino": "AnomalyDINO",
+    "dinosaur": "DINOSaur",
+    "cadic": "CADIC",
+    "ucad": "UCAD",
 }
 STRATEGIES = ("native", "replay", "finetune", "joint", "single")
 
