@@ -27,7 +27,7 @@ KINDS = ("launch", "wait", "blocking copy", "refusal")
 ROOT = Path(__file__).parent.parent
 METHODS = {  # the smallest that still go through all of their code
     "patchcore": ["method.memory_size=60"],
-    "anomalydino": ["method.memory_size=60", "method.masking=true"],
+    "anomalydino": ["method.memory_size=60", "method.rotations=2"],
     "dinosaur": ["method.smallest=3", "method.radius=1"],
     "cadic": ["method.memory_size=60"],
     "padim": ["method.features=12"],

@@ -14,6 +14,7 @@ from clbench.methods.banks import MemoryMb, PatchBank
 from clbench.methods.base import Prediction, Share
 from clbench.methods.maps import Sigma, to_image_size
 from clbench.methods.patches import tokens
+from clbench.methods.tables import table
 from clbench.precision import single_precision
 
 _OBJECT = 10.0  # a token's first principal component beyond which it is of the object
@@ -105,13 +106,18 @@ def rotated(images: Tensor, degrees: float) -> Tensor:
     Float32 in [0, 1], the same size, bilinear, counter-clockwise.
     """
     batch, _, height, width = images.shape
-    angle = torch.deg2rad(torch.tensor(degrees, dtype=torch.float64))
-    sine, cosine = float(angle.sin()), float(angle.cos())
     # affine_grid's coordinates run from -1 to 1 over each side, whatever its length.
     across = (width - 1) / max(height - 1, 1)
-    turn = torch.tensor([[cosine, -sine / across, 0.0], [sine * across, cosine, 0.0]], device=images.device)
+    turn = table(_turn, degrees, across, device=images.device)
     grid = F.affine_grid(turn.expand(batch, 2, 3), [batch, 3, height, width], align_corners=True)
     return F.grid_sample(unit(images), grid, padding_mode="reflection", align_corners=True)
+
+
+def _turn(degrees: float, across: float) -> Tensor:
+    """The matrix [2, 3] that turns coordinates of an image `across` times as wide as high."""
+    angle = torch.deg2rad(torch.tensor(degrees, dtype=torch.float64))
+    sine, cosine = float(angle.sin()), float(angle.cos())
+    return torch.tensor([[cosine, -sine / across, 0.0], [sine * across, cosine, 0.0]])
 
 
 def objects(patches: Tensor) -> Tensor:
