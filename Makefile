@@ -5,7 +5,7 @@ INSTALLED := .venv/.installed
 SLURM_TESTS ?=  # of pytest -k
 EXPERIMENT ?= demo
 
-.PHONY: install demo report pictures test test-slurm lint bench clean
+.PHONY: install demo report pictures test test-long test-slurm lint bench clean
 .DEFAULT_GOAL := demo
 
 $(INSTALLED): pyproject.toml
@@ -31,6 +31,10 @@ pictures: install  ## the README's picture of a report, of runs on the synthetic
 
 test: install
 	$(BIN)/python -m pytest -q
+
+test-long: install  ## further cases of the same, and everything with everything on the pretend device: an hour
+	$(BIN)/python -m pytest -q -m long
+	CLBENCH_TEST_PRETEND=all $(BIN)/python -m pytest -q tests/test_pretend_device.py
 
 # Debian's packages and root; a cluster of this machine alone, for these tests alone.
 test-slurm: install  ## sweeps through a real SLURM, killed in every way that a cluster knows

@@ -14,11 +14,12 @@ from clbench.backbones import Backbone
 from clbench.config import check, composed
 from clbench.errors import UserError, first_line
 
-# Every choice that a transformer can be named in: `small` has arguments of a ResNet, and says so; DINOv2 takes any size.
+# Every choice that a transformer can be named in: `small` has arguments of a ResNet, and says so; DINOv2 and `small_vit` take
+# any size.
 GROUPS = sorted(
     path.stem
     for path in (ROOT / "conf" / "backbone").glob("*.yaml")
-    if path.stem != "small" and "dinov2" not in path.stem
+    if not path.stem.startswith(("small", "dinov2"))
 )
 
 

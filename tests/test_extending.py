@@ -126,7 +126,7 @@ def test_wrong_values_are_refused_before_the_first_run(
     assert not (tmp_path / "outputs").exists()
 
 
-@pytest.mark.parametrize("strategy", ["stay_close", "first_images"])
+@pytest.mark.parametrize("strategy", ["stay_close", pytest.param("first_images", marks=pytest.mark.long)])
 def test_a_user_s_strategy_that_is_killed_and_continued_ends_in_the_same_metrics(
     strategy: str, mine: Path, folder: Path, tmp_path: Path, train: Train
 ) -> None:

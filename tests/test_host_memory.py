@@ -14,9 +14,9 @@ from clbench.config.sources import composed
 from clbench.data import images as images_of
 from clbench.data.images import sent
 from clbench.errors import UserError
-from clbench.methods import patchcore
+from clbench.methods import banks
 from clbench.methods.base import Prediction
-from clbench.methods.patchcore import PatchCore
+from clbench.methods.banks import PatchCore
 from clbench.out_of_memory import memory_named
 
 CUDA = torch.device("cuda", 0)
@@ -107,7 +107,7 @@ def test_the_limit_that_patches_are_beyond_is_named(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(feature_store, "free_on_gpu", lambda device: free)
-    monkeypatch.setattr(patchcore, "on_disk", full)
+    monkeypatch.setattr(banks, "on_disk", full)
     backbone = Backbone(
         "resnet18", pretrained=False, arguments={"channels": [8, 8, 8, 8]}, feature_memory_mb=3
     )

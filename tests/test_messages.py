@@ -157,7 +157,7 @@ COMMAND_LINE = [
     (["outputs=${nope}"], "there is no setting nope, which outputs refers to"),
     (["seed=${method.nope}"], "the file of method=patchcore must have it"),
     (["seed=${oc.env:NOT_SET_BY_ANYBODY}"], "seed: KeyError raised while resolving interpolation: "),
-    (["method="], "method= does not exist; there are: cfa"),
+    (["method="], "method= does not exist; there are: anomalydino, cadic, cfa"),
     (["maps=all"], "maps=all: input should be a valid boolean, or 'few'"),
     (["experiment=2024"], "experiment=2024: input should be a valid string; "),
     (["experiment=2024"], "quoted, for the shell too: experiment=\"'2024'\""),

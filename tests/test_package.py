@@ -70,7 +70,7 @@ def test_a_wheel_holds_every_module_and_config_and_nobody_s_own_settings(wheel: 
     assert "clbench/conf/local.yaml" not in held
 
 
-@pytest.mark.parametrize("way", ["wheel", "editable"])
+@pytest.mark.parametrize("way", ["wheel", pytest.param("editable", marks=pytest.mark.long)])
 def test_an_installed_package_runs_reports_predicts_and_exports_in_an_empty_folder(
     way: str, wheel: Path, folder: Path, tmp_path: Path
 ) -> None:

@@ -124,7 +124,7 @@ def test_every_strategy_with_the_trained_methods(train: Train, tmp_path: Path) -
 
 def test_the_paper_s_replay_is_what_auto_means_for_trained_methods(train: Train, tmp_path: Path) -> None:
     refused = train("method=stfpm", "method.batch_size=2")
-    assert "replay.size=40 (the method's own, where none is given) is larger than all 18" in refused.stderr
+    assert "replay.size=40 (the method's own, where none is given) is larger than all of 18" in refused.stderr
     paper = train("method=stfpm", "benchmark=paper", "backbone=small", "task_order=alphabetical")
     assert "replay.size=300" in paper.stderr
 
@@ -205,8 +205,10 @@ def test_random_order_is_a_function_of_the_seed(train: Train, tmp_path: Path) ->
     "setting",
     [
         ("method=patchcore", "replay.size=7"),
-        ("method=cfa", "replay.size=7", "method.epochs=4", "method.batch_size=2"),
-        ("method=padim", "strategy=single"),
+        pytest.param(
+            ("method=cfa", "replay.size=7", "method.epochs=4", "method.batch_size=2"), marks=pytest.mark.long
+        ),
+        pytest.param(("method=padim", "strategy=single"), marks=pytest.mark.long),
         ("method=draem", "replay.size=7", "method.epochs=1", "method.batch_size=2"),
     ],
 )

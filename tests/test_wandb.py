@@ -564,7 +564,14 @@ def _whose_wandb_dies(words: list[str], step: int) -> None:
     main(words)
 
 
-@pytest.mark.parametrize("step", [0, 5, -1], ids=["first", "middle", "end"])
+@pytest.mark.parametrize(
+    "step",
+    [
+        pytest.param(0, id="first", marks=pytest.mark.long),
+        pytest.param(5, id="middle"),
+        pytest.param(-1, id="end", marks=pytest.mark.long),
+    ],
+)
 def test_a_run_whose_wandb_dies_is_complete_and_lacks_nothing_after_sync(
     step: int, folder: Path, tmp_path: Path
 ) -> None:
