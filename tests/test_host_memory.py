@@ -16,7 +16,7 @@ from clbench.data.images import sent
 from clbench.errors import UserError
 from clbench.methods import banks
 from clbench.methods.base import Prediction
-from clbench.methods.banks import PatchCore
+from clbench.methods.patchcore import PatchCore
 from clbench.out_of_memory import memory_named
 
 CUDA = torch.device("cuda", 0)
