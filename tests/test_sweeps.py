@@ -122,8 +122,13 @@ SWEEPS.remove("order_study")  # which needs a finished run: see test_protocols.p
 
 @pytest.mark.parametrize("name", SWEEPS)
 def test_every_ready_made_sweep_can_be_started(
-    name: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    name: str,
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(assembly, "model_bytes", lambda config: 0.0)  # tests/test_dry_run.py asks for them
     count = {
         "backbones": 4,
         "bank_memory": 12,
