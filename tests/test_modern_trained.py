@@ -262,3 +262,14 @@ def test_what_cannot_be_is_refused_with_the_way_out(call: Callable[[], object], 
     ):
         call()
     assert said in str(refused.value) and "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("method", [RD4AD, SimpleNet, SuperSimpleNet])
+def test_a_frozen_backbone_keeps_its_weights(method: type[Detector]) -> None:
+    """Each once gave its own first weights to the pretrained network too."""
+    backbone = Backbone("resnet18", pretrained=False)
+    layers = {} if method is RD4AD else {"layers": [2, 3]}
+    (pyramid,) = method(backbone, **layers).pyramids()
+    wanted = backbone.pyramid(layers.get("layers", [1, 2, 3])).state_dict()
+    found = pyramid.state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())

@@ -55,7 +55,8 @@ class SimpleNet(Detector):
         torch.manual_seed(seed_for(seed, "simplenet weights"))
         self.adaptor = nn.Conv2d(channels, channels, 1)
         self.discriminator = discriminator(channels, hidden)
-        self.apply(initialise)
+        for trained in (self.adaptor, self.discriminator):  # and not the backbone
+            trained.apply(initialise)
         self.noise, self.sigma = noise, sigma
         self.epochs, self.batch_size, self.held_out = epochs, batch_size, held_out
         self.learning_rate, self.weight_decay = learning_rate, weight_decay

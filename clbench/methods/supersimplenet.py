@@ -71,7 +71,8 @@ class SuperSimpleNet(Detector):
         torch.manual_seed(seed_for(seed, "supersimplenet weights"))
         self.adaptor = nn.Conv2d(channels, channels, 1)
         self.heads = Heads(channels, hidden, stop_grad)
-        self.apply(initialise)
+        for trained in (self.adaptor, self.heads):  # and not the backbone
+            trained.apply(initialise)
         self.align_corners, self.adapt_cls_features = align_corners, adapt_cls_features
         self.perlin_threshold, self.noise, self.sigma = perlin_threshold, noise, sigma
         self.epochs, self.batch_size, self.held_out = epochs, batch_size, held_out
