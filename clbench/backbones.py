@@ -4,7 +4,7 @@ import difflib
 import logging
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import urlsplit
@@ -262,7 +262,7 @@ class Backbone:
         """
         unreachable = None
         try:
-            with _asking_hub() as unreachable:
+            with _asking_hub() if pretrained else nullcontext() as unreachable:
                 yield
         except (IndexError, AssertionError) as error:
             raise UserError(
@@ -484,6 +484,10 @@ class FeaturePyramid(nn.Module):
     def train(self, mode: bool = True) -> "FeaturePyramid":
         """Always in evaluation mode: frozen normalisation statistics stay as they are."""
         return super().train(False)
+
+    def apply(self, fn: Callable[[nn.Module], Any]) -> "FeaturePyramid":
+        """Nothing: what gives a detector's modules their first weights leaves the frozen ones as they are."""
+        return self
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Images, uint8 or float in [0, 1], [B, 3, H, W] -> levels, float32 [B, C_l, H_l, W_l]."""

@@ -64,8 +64,7 @@ class RD4AD(Detector):
         torch.manual_seed(seed_for(seed, "rd4ad weights"))
         self.embedding = Embedding([level.channels for level in levels], width, levels[0].blocks)
         self.decoder = Decoder(levels)
-        for trained in (self.embedding, self.decoder):  # and not the encoder
-            trained.apply(_initialise)
+        self.apply(_initialise)
         self.dims = (1, 2, 3) if loss == "flattened" else (1,)
         self.sigma, self.beta2 = sigma, beta2
         self.epochs, self.batch_size, self.learning_rate = epochs, batch_size, learning_rate

@@ -55,23 +55,17 @@ class SimpleNet(Detector):
         torch.manual_seed(seed_for(seed, "simplenet weights"))
         self.adaptor = nn.Conv2d(channels, channels, 1)
         self.discriminator = discriminator(channels, hidden)
-        for trained in (self.adaptor, self.discriminator):  # and not the backbone
-            trained.apply(initialise)
+        self.apply(initialise)
         self.noise, self.sigma = noise, sigma
         self.epochs, self.batch_size, self.held_out = epochs, batch_size, held_out
         self.learning_rate, self.weight_decay = learning_rate, weight_decay
         self.adaptor_learning_rate, self.adaptor_weight_decay = adaptor_learning_rate, adaptor_weight_decay
 
     def optimizer(self) -> torch.optim.Optimizer:
-        groups: list[dict[str, Any]] = [
-            {"params": self.discriminator.parameters()},
-            {
-                "params": self.adaptor.parameters(),
-                "lr": self.adaptor_learning_rate,
-                "weight_decay": self.adaptor_weight_decay,
-            },
-        ]
-        return torch.optim.AdamW(groups, self.learning_rate, weight_decay=self.weight_decay, fused=True)
+        return adamw(
+            (self.discriminator, self.learning_rate, self.weight_decay),
+            (self.adaptor, self.adaptor_learning_rate, self.adaptor_weight_decay),
+        )
 
     def training_step(self, images: Tensor) -> Tensor:
         """Images [B, 3, H, W] -> the loss, a scalar (section 3.5)."""
@@ -126,6 +120,14 @@ def discriminator(channels: int, hidden: int) -> nn.Sequential:
         nn.LeakyReLU(0.2, inplace=True),
         nn.Conv2d(hidden, 1, 1, bias=False),
     )
+
+
+def adamw(*parts: tuple[nn.Module, float, float]) -> torch.optim.AdamW:
+    """An optimizer of modules, each with its own learning rate and weight decay."""
+    groups: list[dict[str, Any]] = [
+        {"params": module.parameters(), "lr": rate, "weight_decay": decay} for module, rate, decay in parts
+    ]
+    return torch.optim.AdamW(groups, fused=True)
 
 
 def gaussian_noise(features: Tensor, count: int, deviation: float) -> Tensor:

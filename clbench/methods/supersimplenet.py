@@ -1,7 +1,5 @@
 """SuperSimpleNet: heads find noise that Perlin masks lay over features, and judge the image (Rolih et al., 2024)."""
 
-from typing import Any
-
 import torch
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor, nn
@@ -10,7 +8,7 @@ from torch.nn import functional as F
 from clbench.backbones import Backbone, Layers
 from clbench.methods.base import Detector, Prediction, Share
 from clbench.methods.maps import Sigma, to_image_size
-from clbench.methods.simplenet import discriminator, gaussian_noise, initialise
+from clbench.methods.simplenet import adamw, discriminator, gaussian_noise, initialise
 from clbench.methods.simulated import perlin
 from clbench.precision import single_precision
 from clbench.randomness import seed_for
@@ -71,8 +69,7 @@ class SuperSimpleNet(Detector):
         torch.manual_seed(seed_for(seed, "supersimplenet weights"))
         self.adaptor = nn.Conv2d(channels, channels, 1)
         self.heads = Heads(channels, hidden, stop_grad)
-        for trained in (self.adaptor, self.heads):  # and not the backbone
-            trained.apply(initialise)
+        self.apply(initialise)
         self.align_corners, self.adapt_cls_features = align_corners, adapt_cls_features
         self.perlin_threshold, self.noise, self.sigma = perlin_threshold, noise, sigma
         self.epochs, self.batch_size, self.held_out = epochs, batch_size, held_out
@@ -80,15 +77,10 @@ class SuperSimpleNet(Detector):
         self.adaptor_learning_rate, self.adaptor_weight_decay = adaptor_learning_rate, adaptor_weight_decay
 
     def optimizer(self) -> torch.optim.Optimizer:
-        groups: list[dict[str, Any]] = [
-            {"params": self.heads.parameters()},
-            {
-                "params": self.adaptor.parameters(),
-                "lr": self.adaptor_learning_rate,
-                "weight_decay": self.adaptor_weight_decay,
-            },
-        ]
-        return torch.optim.AdamW(groups, self.learning_rate, weight_decay=self.weight_decay, fused=True)
+        return adamw(
+            (self.heads, self.learning_rate, self.weight_decay),
+            (self.adaptor, self.adaptor_learning_rate, self.adaptor_weight_decay),
+        )
 
     def learning_rate_factor(self, done: float) -> float:
         return 1.0 if done < 0.8 else 0.4 if done < 0.9 else 0.16
