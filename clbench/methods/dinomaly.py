@@ -14,7 +14,7 @@ from clbench.backbones import Backbone
 from clbench.data.images import Images
 from clbench.errors import UserError
 from clbench.methods.base import Detector, Prediction, Share
-from clbench.methods.maps import Sigma
+from clbench.methods.maps import Sigma, resampling, to_image_size
 from clbench.methods.stable_adamw import StableAdamW
 from clbench.methods.tables import table
 from clbench.precision import single_precision
@@ -172,17 +172,14 @@ class Dinomaly(Detector):
         distances = torch.stack([1 - F.cosine_similarity(*pair, dim=2) for pair in levels]).mean(0)
         grid = distances.unflatten(1, self.encoder.network.grid((height, width)))  # type: ignore[operator]
         with single_precision(images.device):
-            scored = self._resample(_smoothed, grid, height, width, self.map_side, self.sigma)
-            maps = self._resample(_resized, scored, height, width)
+            rows, columns = (
+                table(_smoothed, source, size, self.map_side, self.sigma, device=grid.device)
+                for source, size in zip(grid.shape[1:], (height, width), strict=True)
+            )
+            scored = rows @ grid @ columns.T
+        maps = to_image_size(scored, (height, width), 0.0)
         largest = scored.flatten(1).topk(max(int(self.top * self.map_side**2), 1), dim=1).values
         return Prediction(maps, largest.mean(1))
-
-    @staticmethod
-    def _resample(make: object, grid: Tensor, height: int, width: int, *further: float) -> Tensor:
-        """Grid [B, h, w], with the matrices [.., h] and [.., w] that `make` gives applied to its sides."""
-        rows = table(make, grid.shape[1], height, *further, device=grid.device)  # type: ignore[arg-type]
-        columns = table(make, grid.shape[2], width, *further, device=grid.device)  # type: ignore[arg-type]
-        return rows @ grid @ columns.T
 
     def groups_of(self, images: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Images [B, 3, H, W] -> for each group the encoder's patches, and the decoder's, float32 [B, h * w, d]."""
@@ -300,17 +297,9 @@ def _heads(backbone: Backbone, network: nn.Module) -> int:
 
 def _smoothed(source: int, size: int, side: int, sigma: float) -> Tensor:
     """The matrix [side, source] that brings a side of a grid to an image's, then to the scored map's, and smooths that."""
-    upsampled = F.interpolate(torch.eye(source)[None], size=size, mode="linear", align_corners=True)[0].T
-    resized = _resized(size, side) @ upsampled
+    resized = resampling(size, side) @ resampling(source, size, align_corners=True)
     if sigma == 0:
         return resized
     weights = torch.exp(-((torch.arange(_TAPS) - _TAPS // 2) ** 2) / (2 * sigma**2))
     blur = F.conv1d(torch.eye(side)[:, None], (weights / weights.sum())[None, None], padding=_TAPS // 2)
     return blur[:, 0] @ resized
-
-
-def _resized(source: int, target: int) -> Tensor:
-    """The matrix [target, source] that resamples a side bilinearly, without smoothing where it shrinks."""
-    return F.interpolate(torch.eye(source)[None], size=target, mode="linear", align_corners=False)[
-        0
-    ].T.contiguous()

@@ -27,13 +27,13 @@ def to_image_size(grid: Tensor, size: Sequence[int], sigma: float, *, align_corn
     """
     with single_precision(grid.device):
         rows, columns = (
-            table(_resampling, source, target, sigma, align_corners, device=grid.device).to(grid.dtype)
+            table(resampling, source, target, sigma, align_corners, device=grid.device).to(grid.dtype)
             for source, target in zip(grid.shape[1:], size, strict=True)
         )
         return rows @ grid @ columns.T
 
 
-def _resampling(source: int, target: int, sigma: float, align_corners: bool) -> Tensor:
+def resampling(source: int, target: int, sigma: float = 0.0, align_corners: bool = False) -> Tensor:
     """The matrix [target, source] that resamples a side bilinearly, then blurs it with mirrored borders."""
     upsampled = F.interpolate(
         torch.eye(source)[None], size=target, mode="linear", align_corners=align_corners
