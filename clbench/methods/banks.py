@@ -231,6 +231,24 @@ def check_room(memory_mb: float | None, entry: int, wanted: int, what: str) -> N
         )
 
 
+def farthest_patches(
+    patches: Tensor, distances: Tensor, rows: Tensor, bank: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Each image's patch with the largest distance to what is memorised.
+
+    Args:
+        patches: float32 [B, N, D].
+        distances, rows: of each patch the distance to the nearest entry, and its row of `bank`, both [B, N].
+        bank: entries, float32 [M, D].
+
+    Returns:
+        Its distance float32 [B], itself float32 [B, D], and the entry nearest to it, float32 [B, D].
+    """
+    highest, where = distances.max(1)
+    each = torch.arange(len(patches), device=patches.device)
+    return highest, patches[each, where], bank[rows[each, where]]
+
+
 def score_weights(
     bank: Tensor, farthest: Tensor, matched: Tensor, highest: Tensor, neighbours: int
 ) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from clbench.backbones import Backbone, Layers
 from clbench.data.images import Images
-from clbench.methods.banks import MemoryMb, capacity, check_room, score_weights
+from clbench.methods.banks import MemoryMb, capacity, check_room, farthest_patches, score_weights
 from clbench.methods.base import Detector, Prediction, Share
 from clbench.methods.maps import Sigma, to_image_size
 from clbench.methods.nearest import Search
@@ -120,9 +120,9 @@ class CADIC(Detector):
         distances, rows = self._search(patches.flatten(0, 2), self.bank, [len(self.bank)])
         distances, rows = distances.view(batch, -1), rows.view(batch, -1)
         maps = to_image_size(distances.view(batch, height, width), images.shape[-2:], self.sigma)
-        highest, where = distances.max(1)
-        each = torch.arange(batch, device=patches.device)
-        farthest, matched = patches.view(batch, -1, size)[each, where], self.bank[rows[each, where]]
+        highest, farthest, matched = farthest_patches(
+            patches.view(batch, -1, size), distances, rows, self.bank
+        )
         return Prediction(
             maps, highest * score_weights(self.bank, farthest, matched, highest, self.neighbours)
         )

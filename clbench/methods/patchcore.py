@@ -8,7 +8,7 @@ from pydantic import PositiveInt
 from torch import Tensor
 
 from clbench.backbones import Backbone, Layers
-from clbench.methods.banks import MemoryMb, PatchBank, score_weights
+from clbench.methods.banks import MemoryMb, PatchBank, farthest_patches, score_weights
 from clbench.methods.base import Prediction, Share
 from clbench.methods.coreset import projection
 from clbench.methods.maps import Sigma, to_image_size
@@ -76,11 +76,10 @@ class PatchCore(PatchBank):
         batch, height, width, size = patches.shape
         # The task is unknown: take the coreset that the image is nearest to on average.
         selected, chosen, rows = self.nearest(patches)
-        each = torch.arange(batch, device=patches.device)
         maps = to_image_size(chosen.view(batch, height, width), images.shape[-2:], self.sigma)
-        highest, where = chosen.max(1)
-        farthest, matched = patches.view(batch, -1, size)[each, where], self.bank[rows[each, where]]
+        highest, farthest, matched = farthest_patches(patches.view(batch, -1, size), chosen, rows, self.bank)
         weights = torch.stack(
             [score_weights(bank, farthest, matched, highest, self.neighbours) for bank in self.banks()]
         )
+        each = torch.arange(batch, device=patches.device)
         return Prediction(maps, highest * weights[selected, each], selected)
