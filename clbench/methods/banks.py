@@ -245,7 +245,7 @@ def farthest_patches(
         Its distance float32 [B], itself float32 [B, D], and the entry nearest to it, float32 [B, D].
     """
     highest, where = distances.max(1)
-    each = torch.arange(len(patches), device=patches.device)
+    each = torch.arange(patches.shape[0], device=patches.device)
     return highest, patches[each, where], bank[rows[each, where]]
 
 
