@@ -126,7 +126,14 @@ class Epochs(Callback):
         self.last = now
 
     def on_train_epoch_end(self, *_: object) -> None:
+        wait()
         self.epochs.append(time.perf_counter() - self.begun)
+
+
+def wait() -> None:
+    """For what a GPU was asked to do."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def simulation(settings: dict) -> float:
@@ -160,7 +167,7 @@ def main() -> None:
     limit = settings.get("steps")
     engine = Engine(
         max_epochs=settings["epochs"],
-        accelerator="cpu",
+        accelerator=settings["device"],
         precision=settings["precision"],
         logger=False,
         default_root_dir=settings["folder"],
@@ -171,17 +178,17 @@ def main() -> None:
         **({"limit_train_batches": limit} if limit else {}),
     )
     engine.fit(model=model, datamodule=data)
-    model.eval()
+    model.eval().to(settings["device"])
     maps, scores, paths, seconds = [], [], [], 0.0
     with torch.no_grad():
         for batch in data.test_dataloader():
             begin = time.perf_counter()
-            prediction = model.model(model.pre_processor.transform(batch.image))
+            images = batch.image.to(settings["device"])
+            prediction = model.model(model.pre_processor.transform(images))
+            found = prediction.anomaly_map.cpu()
             seconds += time.perf_counter() - begin
-            maps.append(
-                prediction.anomaly_map.reshape(len(batch.image), *prediction.anomaly_map.shape[-2:]).numpy()
-            )
-            scores.append(prediction.pred_score.reshape(-1).numpy())
+            maps.append(found.reshape(len(batch.image), *found.shape[-2:]).numpy())
+            scores.append(prediction.pred_score.cpu().reshape(-1).numpy())
             paths += [str(Path(path).relative_to(settings["root"])) for path in batch.image_path]
     np.savez(
         settings["output"],

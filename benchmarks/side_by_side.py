@@ -8,7 +8,8 @@ Both learn one category at a time from the same pixels, with the same backbone w
 epochs, without early stopping, in single precision unless said otherwise; maps of both go through the same metrics.
 With several --seeds, metrics are means and sample deviations. --narrow divides the widths of DRAEM's and EfficientAD's
 networks, on both sides, for what a CPU cannot do at full size. With --steps, an epoch ends after so many steps and
-nothing is said of quality: for times alone. The method `simulation` is DRAEM's data side: batches of 8 images of 256
+nothing is said of quality: for times alone. Both compute on a GPU where there is one; --device cpu leaves it alone. The
+method `simulation` is DRAEM's data side: batches of 8 images of 256
 pixels to anomalous ones and their masks.
 """
 
@@ -73,9 +74,13 @@ def main() -> None:
     parser.add_argument("--precision", default="fp32", help="of our training: fp32 or bf16")
     parser.add_argument("--their-precision", default="32-true", help="of anomalib's: 32-true or bf16-mixed")
     parser.add_argument("--seeds", default="0", help="of weights and order, on both sides: 0,1,2 gives means")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=None, help="of both sides")
     given = parser.parse_args()
+    given.device = given.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    where = torch.cuda.get_device_name() if given.device == "cuda" else "CPU"
     table = Table(
-        title=f"ours / anomalib: {given.epochs} epochs" + (f" of {given.steps} steps" if given.steps else ""),
+        title=f"ours / anomalib, {where}: {given.epochs} epochs"
+        + (f" of {given.steps} steps" if given.steps else ""),
         title_justify="left",
     )
     metrics = [] if given.steps else SHOWN
@@ -138,6 +143,7 @@ def _settings(given: argparse.Namespace, method: str, category: str, seed: int) 
         f"method={method}",
         f"seed={seed}",
         f"gpu.precision={given.precision}",
+        f"gpu.device={given.device}",
         "benchmark=paper",
         "backbone=resnet18",
         f"backbone.checkpoint={given.checkpoint}",
@@ -179,7 +185,9 @@ def _settings(given: argparse.Namespace, method: str, category: str, seed: int) 
 
 def _ours(settings: Config, task: Task, steps: int | None) -> dict[str, Any]:
     """Metrics, seconds an epoch, steps a second, and milliseconds an image."""
-    detector = assembly.build_detector(settings)
+    device = assembly.select_device(settings.gpu)
+    detector = assembly.place(assembly.build_detector(settings), settings.gpu, device)
+    torch.backends.cudnn.benchmark = device.type == "cuda"  # as a run has it
     strategy = assembly.build_strategy(settings, detector)
     images = task.train.images[: steps * detector.batch_size if steps else None]
     begun: list[float] = []
@@ -193,14 +201,13 @@ def _ours(settings: Config, task: Task, steps: int | None) -> dict[str, Any]:
     strategy.learn(0, images)
     # From the first step on, as the other side's epochs are counted.
     spent = time.perf_counter() - begun[0]
-    cpu = torch.device("cpu")
-    prediction = evaluation.predict(strategy, task.categories[0].test, 0, cpu, lambda *_: None)
+    prediction = evaluation.predict(strategy, task.categories[0].test, 0, device, lambda *_: None)
     return {
         **evaluation.metrics_of(prediction, task.categories[0].test),
         "epoch": spent / detector.epochs,
         "rate": len(begun) / spent,
         "image": evaluation.inference_cost(
-            strategy, task.categories[0].test.images, 0, cpu, lambda *_: None, Meter(cpu)
+            strategy, task.categories[0].test.images, 0, device, lambda *_: None, Meter(device)
         )["ms"],
     }
 
@@ -211,13 +218,14 @@ def _theirs(
     folder.mkdir()
     settings = {
         "method": method,
+        "device": given.device,
         "seed": seed,
         "precision": given.their_precision,
         "root": str(folder.parent / "images"),
         "category": category,
         "size": task.train.images.shape[-1],
         "batch_size": BATCHES[method],
-        "workers": 0,
+        "workers": 8 if given.device == "cuda" else 0,
         "epochs": given.epochs,
         "steps": given.steps,
         "narrow": given.narrow,

@@ -173,26 +173,26 @@ def use(kill_after: tuple[int, int] | None = None) -> None:
         with phase("timed batch" if current_phase() == "timing" else "batch"):
             return before(*given)
 
-    _around(Strategy, "learn", learn)
-    _around(Strategy, "learn", named("stage"))
-    _around(training.Descent, "_epoch", named("epoch"))
-    _around(training.Descent, "_step", step)
-    _around(training.Descent, "_check", named("look at the loss"))
-    _around(training.Descent, "_validate", named("validation"))
+    around(Strategy, "learn", learn)
+    around(Strategy, "learn", named("stage"))
+    around(training.Descent, "_epoch", named("epoch"))
+    around(training.Descent, "_step", step)
+    around(training.Descent, "_check", named("look at the loss"))
+    around(training.Descent, "_validate", named("validation"))
     for kind in (PatchCore, AnomalyDINO, DINOSaur, CADIC, PaDiM):
-        _around(kind, "training_step", named("step"))
-        _around(kind, "training_step", collected)
-    _around(checkpoint.Checkpoints, "place", named("checkpoint"))
-    _around(checkpoint.Checkpoints, "save_stage", named("checkpoint"))
-    _around(evaluation, "predict", named("evaluation"))
-    _around(evaluation, "inference_cost", named("timing"))
-    _around(Strategy, "predict", batch)
+        around(kind, "training_step", named("step"))
+        around(kind, "training_step", collected)
+    around(checkpoint.Checkpoints, "place", named("checkpoint"))
+    around(checkpoint.Checkpoints, "save_stage", named("checkpoint"))
+    around(evaluation, "predict", named("evaluation"))
+    around(evaluation, "inference_cost", named("timing"))
+    around(Strategy, "predict", batch)
     training._LOOK_S = float("inf")  # at the ends of epochs alone, so that counts are always the same
     evaluation._TIMED_IMAGES = evaluation.BATCH_SIZE  # more would tell no more
 
 
 def named(name: str) -> Callable[..., Any]:
-    """For `_around`: what is called is this phase."""
+    """For `around`: what is called is this phase."""
 
     def inside(before: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         with phase(name):
@@ -201,7 +201,7 @@ def named(name: str) -> Callable[..., Any]:
     return inside
 
 
-def _around(owner: Any, attribute: str, outer: Callable[..., Any]) -> None:
+def around(owner: Any, attribute: str, outer: Callable[..., Any]) -> None:
     before = getattr(owner, attribute)
     setattr(owner, attribute, lambda *args, **kwargs: outer(before, *args, **kwargs))
 

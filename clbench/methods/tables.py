@@ -13,12 +13,12 @@ def table(make: Callable[..., Tensor], *sizes: float, device: torch.device) -> T
     So a training step has no launches for it, and no copy to the device, which would wait for it. A graph that is traced
     has one of its own.
     """
-    return (_made if torch.compiler.is_compiling() else _kept)(make, *sizes, device=device)
+    if torch.compiler.is_compiling():  # in single precision and without gradients already
+        return make(*sizes).to(device)
+    return _kept(make, *sizes, device=device)
 
 
-def _made(make: Callable[..., Tensor], *sizes: float, device: torch.device) -> Tensor:
+@lru_cache(maxsize=32)
+def _kept(make: Callable[..., Tensor], *sizes: float, device: torch.device) -> Tensor:
     with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
         return make(*sizes).to(device)
-
-
-_kept = lru_cache(maxsize=32)(_made)
