@@ -187,7 +187,6 @@ def _ours(settings: Config, task: Task, steps: int | None) -> dict[str, Any]:
     """Metrics, seconds an epoch, steps a second, and milliseconds an image."""
     device = assembly.select_device(settings.gpu)
     detector = assembly.place(assembly.build_detector(settings), settings.gpu, device)
-    torch.backends.cudnn.benchmark = device.type == "cuda"  # as a run has it
     strategy = assembly.build_strategy(settings, detector)
     images = task.train.images[: steps * detector.batch_size if steps else None]
     begun: list[float] = []

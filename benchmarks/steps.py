@@ -88,7 +88,6 @@ def _measure(settings: Config, batch: int, side: int) -> tuple[float, float, int
     where = assembly.select_device(settings.gpu)
     on_gpu = where.type == "cuda"
     detector = assembly.place(assembly.build_detector(settings), settings.gpu, where)
-    torch.backends.cudnn.benchmark = on_gpu  # as a run has it
     current, past = torch.randint(256, (2, STEPS * batch, 3, side, side), dtype=torch.uint8, device=where)
     ended: list[float] = []
     recorded = profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])])

@@ -84,10 +84,6 @@ def assemble(config: Config, progress: Progress) -> Assembly:
     read = reader(config, dataset)
     with memory_for("building the detector", config, device, *_OF_NETWORKS):
         detector = place(build_detector(config), config.gpu, device)
-    # Trained networks see batches of the same few shapes again and again; what only collects sees each image once.
-    torch.backends.cudnn.benchmark = (
-        device.type == "cuda" and not config.gpu.deterministic and detector.has_gradients()
-    )
     with memory_for("reading the images", config, torch.device("cpu"), "dataset.resize"):
         tasks = read(progress)
     strategy = build_strategy(config, detector)
@@ -134,6 +130,7 @@ def select_device(gpu: Gpu) -> torch.device:
     if gpu.deterministic:  # older releases of torch refuse without it
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(gpu.deterministic, warn_only=False)
+    # cuDNN does not try which algorithm is fastest: it is no faster here, and takes all of a GPU's memory to try some in.
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = gpu.deterministic, False
     precision.use_tf32(gpu.precision == "tf32")
     if chosen.type == "cuda":

@@ -17,7 +17,7 @@ from clbench.backbones import Backbone, FeaturePyramid
 from clbench.config import check
 from clbench.config.sources import composed
 from clbench.loading import load
-from clbench.methods.base import Detector, Prediction, silent
+from clbench.methods.base import Detector, Prediction
 from clbench.methods.cfa import CFA
 from clbench.methods.draem import DRAEM
 from clbench.methods.efficientad import EfficientAD
@@ -291,40 +291,6 @@ def test_frozen_networks_are_laid_out_for_tensor_cores(name: str, monkeypatch: p
         weights = [each for each in detector.parameters() if each.dim() == 4 and min(each.shape[1:3]) > 1]
         last = all(each.is_contiguous(memory_format=torch.channels_last) for each in weights)
         assert last == (device.type == "cuda" and name != "fp32")
-
-
-@pytest.mark.parametrize(
-    ("words", "tried"),
-    [
-        (["method=stfpm"], True),
-        (["method=stfpm", "gpu.deterministic=true"], False),
-        (["method=padim"], False),
-    ],
-)
-def test_algorithms_are_tried_where_networks_are_trained(
-    words: list[str], tried: bool, gpu: None, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    small = (
-        f"dataset.root={folder}",
-        "dataset=mvtec",
-        "dataset.resize=48",
-        "dataset.crop=null",
-        "strategy=finetune",
-        "method.batch_size=2",
-        f"cache={tmp_path}",
-    )
-    words = [*words, *(text for text in small if words[0] == "method=stfpm" or "batch" not in text)]
-    monkeypatch.setattr(assembly, "place", lambda detector, gpu, device: detector)
-    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
-    monkeypatch.setattr(torch.backends.cudnn, "benchmark", not tried)
-    try:
-        assembly.assemble(check(composed(*words, "gpu=cuda")), silent)
-        assert torch.backends.cudnn.benchmark == tried
-        assert torch.backends.cudnn.deterministic == ("gpu.deterministic=true" in words)
-        assembly.select_device(check(composed("gpu=cpu")).gpu)
-        assert not torch.backends.cudnn.benchmark  # of a detector that is used afterwards
-    finally:
-        torch.use_deterministic_algorithms(False)
 
 
 def test_a_run_that_was_made_with_gpu_compile_is_read_and_known(train: Train, tmp_path: Path) -> None:

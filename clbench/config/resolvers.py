@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
@@ -55,4 +57,12 @@ def register() -> None:
     store.store(name="open", node=DictConfig({}, flags={"struct": False}))
     beside = [] if sources.sweeps().is_relative_to(sources.conf()) else sources.sweeps().glob("*.yaml")
     for file in beside:
-        store.store(group="sweep", name=file.stem, node=OmegaConf.load(file), package="_global_")
+        store.store(
+            group="sweep", name=file.stem, node=_sweep(file, file.stat().st_mtime_ns), package="_global_"
+        )
+
+
+@cache
+def _sweep(file: Path, changed: int) -> Any:
+    """A sweep's settings, read once while its file is as it is; Hydra copies them."""
+    return OmegaConf.load(file)
