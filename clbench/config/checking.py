@@ -67,7 +67,7 @@ def resolved(composed: DictConfig, allow_missing: bool = False) -> dict[str, Any
 
 
 def with_protocol_buffer(config: Config) -> Config:
-    """The config with the buffer size of the method's protocol, where the strategy has a buffer and none is given.
+    """The config with the buffer size of the method's protocol, where the strategy needs a buffer and none is given.
 
     Raises:
         UserError: the strategy's class cannot be imported.
@@ -77,7 +77,7 @@ def with_protocol_buffer(config: Config) -> Config:
 
 
 def buffer_size(given: int | None, protocol: int | None, strategy: str) -> int | None:
-    """The size of a run's buffer, in images: the one given, or else the protocol's, where the strategy has a buffer.
+    """The size of a run's buffer, in images: the one given, or else the protocol's, where the strategy needs a buffer.
 
     Args:
         strategy: dotted path of the strategy's class.
@@ -85,9 +85,9 @@ def buffer_size(given: int | None, protocol: int | None, strategy: str) -> int |
     Raises:
         UserError: the class cannot be imported.
     """
-    if given is None and protocol is not None and getattr(classes.class_of(strategy), "has_buffer", False):
-        return protocol
-    return given
+    kind = classes.class_of(strategy)
+    needed = getattr(kind, "has_buffer", False) and getattr(kind, "needs_buffer", False)
+    return protocol if given is None and needed else given
 
 
 # Hydra's settings of where runs go, which nobody may change: key -> value in conf/, and the way out.
@@ -217,13 +217,13 @@ def _with_checked_settings(config: Config) -> Config:
 
 
 def _check_buffer_given(config: Config) -> None:
-    """Check that a buffer is given where the strategy has one and only there.
+    """Check that a buffer is given where the strategy needs one, and only where it can have one.
 
     Raises:
         UserError: it is not so.
     """
     strategy, name, size = strategy_of(config), config.strategy.name, config.replay.size
-    if strategy.has_buffer and size is None:
+    if strategy.has_buffer and strategy.needs_buffer and size is None:
         raise UserError(f"strategy={name} needs a buffer: give replay.size, e.g. replay.size=300")
     if not strategy.has_buffer and size is not None:
         raise UserError(

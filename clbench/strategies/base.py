@@ -34,8 +34,10 @@ class Strategy(Hooks):
         seed: seed of the random numbers that the strategy draws.
 
     Attributes:
-        has_buffer: whether it keeps images of earlier tasks. Then its constructor takes the settings of the
+        has_buffer: whether it can keep images of earlier tasks. Then its constructor takes the settings of the
             `replay` group, under names that begin with `replay_`.
+        needs_buffer: whether one that has a buffer makes no sense without; if not, `replay_size` is None where none is
+            asked for.
         joint: whether one stage learns all tasks.
         task_known: whether an image comes with its task, so that each task has a model of its own.
         continual: whether it learns task by task and predicts without being told the task. Reports mark the
@@ -52,6 +54,7 @@ class Strategy(Hooks):
     """
 
     has_buffer = False
+    needs_buffer = True
     joint = False
     task_known = False
     continual = True

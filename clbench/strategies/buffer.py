@@ -67,19 +67,20 @@ class Buffer:
     def tensors(self) -> dict[str, Tensor]:
         """The stored images, name -> uint8 [M, 3, H, W], for `Strategy.kept`."""
         return {
-            f"buffer.{stage}.{kind}": images
+            f"{PREFIX}{stage}.{kind}": images
             for stage, share in enumerate(self.shares)
             for kind, images in zip(_KINDS, share, strict=True)
         }
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """Take what `tensors` gave, which may be among others."""
-        stages = sum(name.startswith("buffer.") for name in tensors) // len(_KINDS)
+        stages = sum(name.startswith(PREFIX) for name in tensors) // len(_KINDS)
         learned, held_out = (
-            [tensors[f"buffer.{stage}.{kind}"].cpu() for stage in range(stages)] for kind in _KINDS
+            [tensors[f"{PREFIX}{stage}.{kind}"].cpu() for stage in range(stages)] for kind in _KINDS
         )
         self.shares = list(zip(learned, held_out, strict=True))
 
 
+PREFIX = "buffer."  # of the names of its tensors
 _KINDS = ("learned", "held_out")
 _CPU = torch.device("cpu")

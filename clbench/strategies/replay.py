@@ -8,7 +8,7 @@ from torch import Tensor
 from clbench.data.images import Images
 from clbench.methods.base import Detector
 from clbench.strategies.base import Strategy
-from clbench.strategies.buffer import Buffer
+from clbench.strategies.buffer import PREFIX, Buffer
 from clbench.training import split
 
 
@@ -20,27 +20,31 @@ class Replay(Strategy):
 
     Args:
         detector, seed: as for `Strategy`.
-        replay_size: number of images in the buffer, see `Buffer`.
+        replay_size: number of images in the buffer, see `Buffer`; None for no buffer, which is fine-tuning: for strategies
+            that extend this one, say `needs_buffer = False`, and keep tensors of their own in `memory`.
     """
 
     has_buffer = True
 
-    def __init__(self, detector: Detector, *, seed: int = 0, replay_size: PositiveInt):
+    def __init__(self, detector: Detector, *, seed: int = 0, replay_size: PositiveInt | None = None):
         super().__init__(detector, seed=seed)
-        self.buffer = Buffer(replay_size, seed)
+        self.buffer = Buffer(replay_size, seed) if replay_size is not None else None
 
     def begin_stage(self, stage: int, images: Images) -> None:
         if self.detector.rebuilt_by_replay:
             self.detector.forget()
 
     def replayed(self) -> Sequence[tuple[Tensor, Tensor]]:
-        return self.buffer.shares
+        return self.buffer.shares if self.buffer else ()
 
     def end_stage(self, stage: int, images: Images) -> None:
-        self.buffer.add(stage, *split(images, self.detector.held_out, self.seed, stage))
+        if self.buffer:
+            self.buffer.add(stage, *split(images, self.detector.held_out, self.seed, stage))
 
     def kept(self) -> dict[str, Tensor]:
-        return self.buffer.tensors()
+        return {**self.memory, **(self.buffer.tensors() if self.buffer else {})}
 
     def restore_kept(self, tensors: dict[str, Tensor]) -> None:
-        self.buffer.restore(tensors)
+        self.memory = {name: tensor for name, tensor in tensors.items() if not name.startswith(PREFIX)}
+        if self.buffer:
+            self.buffer.restore(tensors)
