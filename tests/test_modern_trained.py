@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from clbench import footprint
 from clbench.backbones import Backbone
 from clbench.errors import UserError
 from clbench.methods.base import Detector
@@ -15,6 +16,7 @@ from clbench.methods.rd4ad import RD4AD, Block, distance
 from clbench.methods.simplenet import SimpleNet
 from clbench.methods.simulated import perlin
 from clbench.methods.supersimplenet import SuperSimpleNet, focal, truncated
+from clbench.strategies.finetune import Finetune
 from clbench.testing import DetectorContract
 from clbench.testing.detectors import BuildDetector
 from clbench.testing.small import images
@@ -66,6 +68,21 @@ def test_parameter_counts_of_the_originals() -> None:
         assert sum(p.numel() for p in published.encoder.parameters()) == 24862528
         assert trained(SimpleNet(wide, layers=[2, 3])) == 3937792
         assert trained(SuperSimpleNet(wide, layers=[2, 3])) == 8856835
+
+
+def test_footprints_of_the_originals_are_the_networks_and_nothing_besides() -> None:
+    """MB of Wide ResNet-50-2 whole, of what is trained, and of its running statistics."""
+    with torch.device("meta"):
+        wide = Backbone("wide_resnet50_2.tv_in1k", pretrained=False)
+        expected = {
+            RD4AD(wide): 335.2,
+            SimpleNet(wide, layers=[2, 3]): 15.8,
+            SuperSimpleNet(wide, layers=[2, 3]): 35.4,
+        }
+        for detector, trained_mb in expected.items():
+            counted = footprint.measure(Finetune(detector))
+            assert counted["architecture_mb"] == pytest.approx(275.5 + trained_mb, abs=0.3)
+            assert counted["additional_mb"] == 0
 
 
 # RD4AD
