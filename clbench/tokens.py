@@ -23,6 +23,7 @@ class Transformer(nn.Module):
     Attributes:
         width: d, of a token.
         before: P, the number of tokens before the patches.
+        depth: number of blocks that the whole network has.
     """
 
     def __init__(
@@ -33,6 +34,7 @@ class Transformer(nn.Module):
         self.blocks = sorted({block for group in groups for block in group})
         self.normalised, self.prefix = normalised, prefix
         network: Any = model  # timm's transformers share these names, and no class
+        self.depth = len(network.blocks)
         network.prune_intermediate_layers(self.blocks, prune_norm=not normalised)
         self.width: int = network.num_features
         self.before: int = getattr(network, "num_prefix_tokens", 0)

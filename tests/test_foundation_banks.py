@@ -71,6 +71,13 @@ def test_an_object_is_what_its_first_component_sets_apart(size: int) -> None:
     assert torch.equal(objects(hole), wanted.expand(2, -1, -1))
 
 
+def test_an_object_does_not_depend_on_the_sign_of_an_eigenvector() -> None:
+    two_sided = torch.zeros(6, 6, 4)
+    two_sided[:, :3, 0], two_sided[:, 3:, 0] = 20.0, -20.5
+    two_sided += 0.1 * torch.randn(6, 6, 4, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(objects(two_sided[None]), objects(-two_sided[None]))
+
+
 def test_a_memory_in_megabytes_has_as_many_entries_as_fit() -> None:
     assert capacity(5, None, 1536) == 5
     assert capacity(5, 46.08, 1536) == 30_000

@@ -13,7 +13,7 @@ from clbench.backbones import Backbone
 from clbench.errors import UserError
 from clbench.methods.base import Detector
 from clbench.methods.rd4ad import RD4AD, Block, distance
-from clbench.methods.simplenet import SimpleNet
+from clbench.methods.simplenet import Discriminator, SimpleNet
 from clbench.methods.simulated import perlin
 from clbench.methods.supersimplenet import SuperSimpleNet, focal, truncated
 from clbench.strategies.finetune import Finetune
@@ -164,6 +164,24 @@ def test_simplenet_s_features_are_means_of_consecutive_values_of_a_neighbourhood
     values = values.permute(0, 1, 4, 5, 2, 3).flatten(1, 3)  # by channel, row, column
     values = F.interpolate(values, (6, 6), mode="bilinear")
     torch.testing.assert_close(found[0, 24:], values[0].view(24, 12, 6, 6).mean(1))
+
+
+@pytest.mark.parametrize("layers", [[1, 2, 3], [3]])
+def test_simplenet_takes_any_number_of_levels(layers: list[int]) -> None:
+    detector = SimpleNet(backbone(channels=[8, 17, 32, 64]), layers=layers, hidden=4)
+    assert detector.features(images(1, 0)).shape[1] == detector.adaptor.in_channels
+    assert detector.training_step(images(2, 0)).isfinite()
+
+
+def test_noise_that_bf16_would_round_away_reaches_the_discriminator() -> None:
+    layer = Discriminator(3, 4)
+    features = torch.randint(4, 8, (2, 3, 8, 8)).float()  # bf16 has no numbers within 0.015 of these
+    seen: list[Tensor] = []
+    layer[1].register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(layer[0](features), layer[0](features + 0.007))
+        layer(features), layer(features + 0.007)
+    assert not torch.equal(*seen)
 
 
 def test_focal_and_truncated_losses_of_worked_examples() -> None:

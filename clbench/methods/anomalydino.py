@@ -24,8 +24,9 @@ _IN_THE_MIDDLE = 0.35  # share of the image's middle that an object takes at lea
 class AnomalyDINO(PatchBank):
     """Distance of each token to the nearest memorised one, without training; one coreset per task.
 
-    As in the original's full-shot setting, but for the coresets: it memorises all tokens of all images, here each task
-    has its share of the memory, chosen farthest first among unit vectors. The task of an image is the one whose coreset
+    As in the original's full-shot setting, but for the coresets (it memorises all tokens of all images, here each task
+    has its share of the memory, chosen farthest first among unit vectors), and for sizes: it keeps an image's aspect ratio
+    and smooths at the image's own size, here both are those of the run. The task of an image is the one whose coreset
     its tokens are nearest to on average, as PatchCore's (supplement, section 1.2.4).
 
     Args:
@@ -123,24 +124,21 @@ def _turn(degrees: float, across: float) -> Tensor:
 def objects(patches: Tensor) -> Tensor:
     """Tokens [B, h, w, D] -> whether each is of the object and not of the background, bool [B, h, w] (section 3.3).
 
-    The object is where the first principal component of the image's tokens is above 10, or below -10 where the one side
-    has at most 35 % of the image's middle; then it is grown by one token, and holes are closed. In single precision.
+    The object is where the first principal component of the image's tokens is above 10, its largest value being positive;
+    or below -10 where the one side has at most 35 % of the image's middle. Then it is grown by one token, and holes are closed. In single precision.
     """
     with single_precision(patches.device):
         return _objects(patches)
 
 
 def _objects(patches: Tensor) -> Tensor:
-    batch, height, width, size = patches.shape
+    batch, height, width, _ = patches.shape
     centred = patches.flatten(1, 2) - patches.mean((1, 2))[:, None]
-    # The last eigenvector of the smaller product: of the covariance, or of the tokens' inner products.
-    if size <= height * width:
-        component = torch.linalg.eigh(centred.mT @ centred).eigenvectors[:, :, -1:]
-        scores = (centred @ component)[..., 0]
-    else:
-        values, vectors = torch.linalg.eigh(centred @ centred.mT)
-        scores = vectors[:, :, -1] * values[:, -1:].clamp(min=0).sqrt()
-    scores = scores.view(batch, height, width)
+    component = torch.linalg.eigh(centred.mT @ centred).eigenvectors[:, :, -1:]
+    scores = (centred @ component)[..., 0]
+    # An eigenvector has no sign of its own: the score furthest from 0 is positive.
+    furthest = scores.gather(1, scores.abs().argmax(1, keepdim=True))
+    scores = (scores * furthest.sign()).view(batch, height, width)
     middle = scores[:, int(height * 0.2) : int(height * 0.8), int(width * 0.2) : int(width * 0.8)]
     other_way = (middle > _OBJECT).float().mean((1, 2)) <= _IN_THE_MIDDLE
     found = torch.where(other_way[:, None, None], -scores, scores) > _OBJECT

@@ -180,6 +180,11 @@ class PatchBank(TaskBanks):
     def check_stages(self, counts: Sequence[int], kept: int) -> None:
         width = self.bank.shape[1]
         check_room(self.memory_mb, 4 * width, kept, f"patches of {width} numbers")
+        if self.memory_size < kept:
+            raise UserError(
+                f"method.memory_size={self.memory_size} has room for fewer patches than the stream has tasks, {kept}: give "
+                f"at least {kept}"
+            )
 
     def space(self, patches: Tensor, random: torch.Generator) -> Tensor:
         """Patches [N, D] -> points on the detector's device, float32 [N, d], whose distances coresets are chosen by."""

@@ -28,9 +28,10 @@ class CADIC(Detector):
     that is farthest from the coreset is farther than its two closest entries are from each other, it takes the place of
     the first of these two. So the smallest distance within the coreset never falls.
 
-    Inferred, as no code of the authors was found, from two reimplementations that say the same of themselves: the
-    network, its layer and image size, the number of entries, one image as the unit of an update, and the image score's
-    weights. Ours: the map's smoothing, which is PatchCore's; a budget of bytes (`memory_mb`). Under replay the coreset goes
+    No code of the authors was found. From reimplementations that call themselves partly inferred: the block, the number of
+    entries, one image as the unit of an update, and the image score's weights. Ours: the network and image size, DINOv2's
+    tokens after its last normalisation, blocks numbered from 0; the map's smoothing, which is PatchCore's; a budget of bytes
+    (`memory_mb`). Under replay the coreset goes
     on too, and stored images are candidates again.
 
     Args:

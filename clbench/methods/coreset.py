@@ -13,6 +13,7 @@ from clbench.precision import single_precision
 _CHUNK = 4096
 _SHARE = 8  # of a position's points, one in so many makes the pool, and
 _LEAST = 64  # at least so many
+_AT_ONCE = 1 << 16  # points whose norms are computed at a time, so that no second copy of all is made
 _TOGETHER = 1 << 27  # numbers of points that are worked on at a time on a GPU: 512 MB
 
 
@@ -53,7 +54,7 @@ def _farthest_first(
 ) -> Tensor:
     total = len(points)
     count = min(count, total)
-    norms = points.square().sum(1)
+    norms = torch.cat([part.square().sum(1) for part in points.split(_AT_ONCE)])
     distances = torch.full((total,), math.inf, device=points.device, dtype=points.dtype)
     chosen = torch.empty(count, dtype=torch.int64, device=points.device)
     chosen[0] = start

@@ -23,6 +23,7 @@ from clbench.randomness import seed_for
 _EASY = 0.1  # what gradients at points that are reconstructed well are multiplied by
 _MOST_EASY = 0.9  # share of points that count as such at the end
 _LOWEST = 0.1  # share of the learning rate that the cosine ends at
+_OF_12 = [[2, 3, 4, 5], [6, 7, 8, 9]]  # the original's groups for networks of 12 blocks
 _TAPS = 5  # side of the map's smoothing, pixels of the judged map
 
 
@@ -44,8 +45,9 @@ class Dinomaly(Detector):
 
     Args:
         backbone: the encoder; DINOv2 with registers of size B in the original, S and L as variants.
-        groups: blocks whose raw tokens are averaged and reconstructed together; the decoder has as many as all of them,
-            and its last ones are for the first group.
+        groups: blocks whose raw tokens are averaged and reconstructed together; the decoder has a block for each of them,
+            and the first group is compared with the decoder's last blocks. Those of a network of 24 blocks, such as
+            DINOv2 of size L, are [[4,6,8,10],[12,14,16,18]] in the original: others are refused there.
         dropout: share of numbers that the bottleneck drops, in three places; 0.4 for Real-IAD.
         recentred: whether each block's class token is taken off its patches, which alone go on, as in Dinomaly2 (Guo et
             al., 2025b), of which nothing else is known well enough.
@@ -93,6 +95,11 @@ class Dinomaly(Detector):
         self.groups = groups
         self.encoder = backbone.blocks(groups)
         width, heads = self.encoder.channels[0], _heads(backbone, self.encoder.network)
+        if groups == _OF_12 and self.encoder.network.depth == 24:
+            raise UserError(
+                f"method.groups={_OF_12} is of networks of 12 blocks, and backbone.name={backbone.name} has 24: give the "
+                "original's, method.groups=[[4,6,8,10],[12,14,16,18]]"
+            )
         self.prefix: int = self.encoder.network.before  # type: ignore[assignment]
         if recentred and not self.prefix:
             raise UserError(

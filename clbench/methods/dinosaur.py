@@ -33,8 +33,8 @@ class DINOSaur(TaskBanks):
     Beyond the paper: a budget of bytes for all tasks (`memory_mb`), in which earlier tasks' banks are cut to their first
     entries, which are the k-centers of that size; other backbones, whose image vector is the mean of the last level where
     they have no class token; and `metric=cosine`. What the paper's text leaves open is as its authors' code has it: tokens
-    after the network's last normalisation, of no special length, and a score and a map without smoothing. Inferred: the
-    first entry is drawn for each position on its own, and a task of fewer images than `smallest` is refused, which that
+    after the network's last normalisation, not brought to unit length, and a score and a map without smoothing. Inferred: the
+    first entry is drawn for each position on its own. Ours: a task of fewer images than `smallest` is refused, which that
     code would search for ever.
 
     Args:

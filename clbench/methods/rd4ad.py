@@ -21,7 +21,7 @@ _SMALLEST_NORM = 1e-8  # of features, where cosines are computed
 class RD4AD(Detector):
     """Anomaly where the decoder fails to reproduce the encoder's features (Deng & Li, 2022, section 3).
 
-    The embedding of an image is so small that only what normal images have in common passes. The layer that the
+    The embedding of an image is small, so that what only anomalies have should not pass. The layer that the
     published code registers after the embedding and never calls is left out.
 
     Args:

@@ -51,10 +51,11 @@ class SimpleNet(Detector):
     ):
         super().__init__()
         self.pyramid = backbone.pyramid(layers)
-        channels = sum(self.pyramid.channels)
+        self.share = sum(self.pyramid.channels) // len(layers)  # channels of a level's features
+        channels = self.share * len(layers)
         torch.manual_seed(seed_for(seed, "simplenet weights"))
         self.adaptor = nn.Conv2d(channels, channels, 1)
-        self.discriminator = discriminator(channels, hidden)
+        self.discriminator = Discriminator(channels, hidden)
         self.apply(initialise)
         self.noise, self.sigma = noise, sigma
         self.epochs, self.batch_size, self.held_out = epochs, batch_size, held_out
@@ -97,29 +98,42 @@ class SimpleNet(Detector):
     def features(self, images: Tensor) -> Tensor:
         """Images [B, 3, H, W] -> features of 3x3 neighbourhoods, float32 [B, C, h, w] (section 3.2).
 
-        Each level has an equal share of the C channels, so many as the levels have together. They are means of as many
-        consecutive values of a neighbourhood, which are ordered by channel, row and column. With two levels of c and
-        2c channels: of 6 and of 12.
+        Each level has an equal share of the C channels, which are as many as the levels have together, or a few less where
+        that does not divide evenly. They are means of as many consecutive values of a neighbourhood, which are ordered by
+        channel, row and column. With two levels of c and 2c channels: of 6 and of 12.
         """
         levels = self.pyramid(images)
-        share, grid = sum(self.pyramid.channels) // len(levels), levels[0].shape[-2:]
+        grid = levels[0].shape[-2:]
         parts = []
         for level in levels:
             values = F.unfold(level, 3, padding=1)  # [B, 9 C_l, h_l * w_l]
-            means = F.adaptive_avg_pool1d(values.transpose(1, 2), share).transpose(1, 2)
+            means = F.adaptive_avg_pool1d(values.transpose(1, 2), self.share).transpose(1, 2)
             means = means.unflatten(2, level.shape[-2:])
             parts.append(means if means.shape[-2:] == grid else F.interpolate(means, grid, mode="bilinear"))
         return torch.cat(parts, 1)
 
 
-def discriminator(channels: int, hidden: int) -> nn.Sequential:
-    """Features [B, channels, h, w] -> scores [B, 1, h, w], from each position by itself."""
-    return nn.Sequential(
-        nn.Conv2d(channels, hidden, 1),
-        nn.BatchNorm2d(hidden),
-        nn.LeakyReLU(0.2, inplace=True),
-        nn.Conv2d(hidden, 1, 1, bias=False),
-    )
+class Discriminator(nn.Sequential):
+    """Features [B, channels, h, w] -> scores [B, 1, h, w], from each position by itself.
+
+    The first layer is computed in single precision whatever gpu.precision is, which would round small noise away.
+    """
+
+    def __init__(self, channels: int, hidden: int):
+        super().__init__(
+            nn.Conv2d(channels, hidden, 1),
+            nn.BatchNorm2d(hidden),
+            nn.LeakyReLU(0.2, inplace=True),
+            nn.Conv2d(hidden, 1, 1, bias=False),
+        )
+
+    def forward(self, features: Tensor) -> Tensor:
+        first, *others = self
+        with single_precision(features.device):
+            found = first(features.float())
+        for layer in others:
+            found = layer(found)
+        return found
 
 
 def adamw(*parts: tuple[nn.Module, float, float]) -> torch.optim.AdamW:
@@ -136,8 +150,7 @@ def gaussian_noise(features: Tensor, count: int, deviation: float) -> Tensor:
     It is drawn with channels last in memory, as trained convolutions take their inputs.
     """
     _, channels, height, width = features.shape
-    with single_precision(features.device):
-        drawn = torch.randn(count, height, width, channels, device=features.device).mul_(deviation)
+    drawn = torch.randn(count, height, width, channels, device=features.device).mul_(deviation)
     return drawn.permute(0, 3, 1, 2)
 
 

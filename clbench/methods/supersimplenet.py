@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from clbench.backbones import Backbone, Layers
 from clbench.methods.base import Detector, Prediction, Share
 from clbench.methods.maps import Sigma, to_image_size
-from clbench.methods.simplenet import adamw, discriminator, gaussian_noise, initialise
+from clbench.methods.simplenet import Discriminator, adamw, gaussian_noise, initialise
 from clbench.methods.simulated import perlin
 from clbench.precision import single_precision
 from clbench.randomness import seed_for
@@ -94,7 +94,7 @@ class SuperSimpleNet(Detector):
     def masks(self, features: Tensor, count: int) -> Tensor:
         """Where noise is added to so many feature maps like these [B, C, h, w]: float32 [count, 1, h, w] of 0 and 1.
 
-        Half of them are empty. Perlin noise is drawn on a grid of powers of two, as the authors' is, and turned, as
+        Each is emptied with a probability of one half, and one in which no noise is above the threshold is empty too. Perlin noise is drawn on a grid of powers of two, as the authors' is, and turned, as
         theirs is not.
         """
         height, width = features.shape[-2:]
@@ -152,7 +152,7 @@ class Heads(nn.Module):
     def __init__(self, channels: int, hidden: int, stop_grad: bool):
         super().__init__()
         self.stop_grad = stop_grad
-        self.segmentation = discriminator(channels, hidden)
+        self.segmentation = Discriminator(channels, hidden)
         self.classification = nn.Sequential(
             nn.Conv2d(channels + 1, _CLASSIFIED, 5, padding=2),
             nn.BatchNorm2d(_CLASSIFIED),

@@ -30,7 +30,7 @@ class UCAD(Detector):
     """Distance to the memorised patches of the task whose key is nearest, under that task's prompt.
 
     The paper's figures (MVTec AD, image AUROC 0.930) are not to be expected. The released code scores the test set after
-    each epoch and keeps the best one; its scores are sums over all epochs so far, each normalised on the test set; and what
+    each epoch and keeps the best one; its scores are averaged over all epochs so far, each rescaled on the test set; and what
     tells the task is given the whole test set of one category at once. Here epochs are fixed, and each image is scored, and its
     task found, by itself; another clean version has 0.798 (Weatherly and Lin, 2026). Other differences:
 
@@ -39,7 +39,9 @@ class UCAD(Detector):
     - it has prompts for all 12 blocks, 18,432 numbers, of which those after the block that features come from do nothing:
       here they are left out, and half of the numbers is left;
     - it stretches features from 768 to 1,024 numbers by means of neighbours, in which nothing is learned: left out;
-    - its segments come from SAM, a network with a licence and a download of its own; here they are clusters;
+    - its segments come from SAM, a network with a licence and a download of its own, and are blended at their borders; here
+      they are clusters, of which `segment_count` is our choice, and a patch is of one;
+    - it chooses coresets by approximate distances to ten first entries; here they are exact, from one;
     - it normalises images as for ImageNet, where its network was trained with means and deviations of 0.5. A backbone of ours
       is given what it was trained with.
 
@@ -160,7 +162,7 @@ class UCAD(Detector):
                 found = patches(part).float()
             with single_precision(self.device):
                 parts.append(found @ projection)
-            self.progress(what, len(parts) * self.batch_size, len(images))
+            self.progress(what, min(len(parts) * self.batch_size, len(images)), len(images))
         points = torch.cat(parts)  # [M, N, size]
         start = int(torch.randint(points.shape[0] * points.shape[1], (1,), generator=random))
         chosen = farthest_first(points.flatten(0, 1), count, start).cpu()
