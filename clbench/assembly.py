@@ -99,8 +99,9 @@ def assemble(config: Config, progress: Progress) -> Assembly:
 def licences(detector: Detector) -> list[str]:
     """A line for each frozen network whose weights are under another licence than the usual open-source ones."""
     return [
-        f"{pyramid.name}: its weights are under {pyramid.licence}, which is not open source: read it before you use "
-        "them, or what is made with them"
+        f"{pyramid.name}: the licence of its weights is {pyramid.licence}"
+        + ("" if pyramid.licence == "unknown" else ", which is not open source")
+        + ": find out what it allows before you use them, or what is made with them"
         for pyramid in detector.pyramids()
         if pyramid.licence not in (None, *_OPEN)
     ]

@@ -153,14 +153,17 @@ class Backbone:
         if not self._is_transformer():
             return self.pyramid(layers)
         return self._frozen(
-            lambda pretrained: self._transformer([[layer] for layer in layers], pretrained, normalised=True)
+            lambda pretrained: self._transformer(
+                [[layer] for layer in layers], pretrained, f"method.layers={layers}", normalised=True
+            )
         )
 
-    def blocks(self, groups: Sequence[Sequence[int]]) -> "FeaturePyramid":
+    def blocks(self, groups: Sequence[Sequence[int]], setting: str) -> "FeaturePyramid":
         """A frozen transformer giving all tokens as its blocks give them, [B, P + N, d] for each group: their mean.
 
         Args:
             groups: of blocks, numbered from 0.
+            setting: what they were given with, `key=value`, quoted in error messages.
 
         Raises:
             UserError: the network is no transformer; and as `pyramid`.
@@ -171,7 +174,7 @@ class Backbone:
                 "backbone=dinov2_small or another of conf/backbone that is one"
             )
         return self._frozen(
-            lambda pretrained: self._transformer(groups, pretrained, normalised=False, prefix=True)
+            lambda pretrained: self._transformer(groups, pretrained, setting, normalised=False, prefix=True)
         )
 
     def _frozen(self, create: Callable[[bool], nn.Module]) -> "FeaturePyramid":
@@ -226,9 +229,11 @@ class Backbone:
                 levels.register_forward_hook(_channels_first)
             return levels
 
-    def _transformer(self, groups: Sequence[Sequence[int]], pretrained: bool, **forms: bool) -> Transformer:
+    def _transformer(
+        self, groups: Sequence[Sequence[int]], pretrained: bool, setting: str, **forms: bool
+    ) -> Transformer:
         """A transformer whose blocks give tokens; random weights are by torch's global seed."""
-        with self._creating(f"blocks {[list(group) for group in groups]} are not all blocks", pretrained):
+        with self._creating(f"the blocks of {setting} are not all blocks", pretrained):
             whole = self._whole(pretrained)
             network = Transformer(whole, groups, **forms)
             network.pretrained_cfg = whole.pretrained_cfg

@@ -47,7 +47,7 @@ def test_tokens_are_the_networks_own_after_its_last_normalisation() -> None:
 
 @torch.no_grad()
 def test_groups_of_blocks_are_means_of_raw_tokens_with_class_token_and_registers() -> None:
-    pyramid = backbone().blocks([[0, 1], [2]])
+    pyramid = backbone().blocks([[0, 1], [2]], "method.groups=...")
     wanted = whole_of(pyramid).forward_intermediates(
         pyramid.normalisation(IMAGES),
         indices=[0, 1, 2],
@@ -92,8 +92,14 @@ def test_other_networks_give_neighbourhoods_and_the_mean_of_their_last_level() -
 @pytest.mark.parametrize(
     ("of", "message"),
     [
-        (lambda: Backbone("resnet18", pretrained=False).blocks([[1]]), "resnet18 is no vision transformer"),
-        (lambda: backbone().blocks([[1], [4]]), r"blocks \[\[1\], \[4\]\] .*: it has 4 blocks"),
+        (
+            lambda: Backbone("resnet18", pretrained=False).blocks([[1]], "method.block=1"),
+            "resnet18 is no vision transformer",
+        ),
+        (
+            lambda: backbone().blocks([[1], [4]], "method.groups=[[1],[4]]"),
+            r"method.groups=\[\[1\],\[4\]\] .* has 4 blocks",
+        ),
         (lambda: backbone().tokens([4]), "it has 4 blocks"),
         (
             lambda: backbone().tokens([1]).check(IMAGES[:, :, :40]),

@@ -93,7 +93,7 @@ class Dinomaly(Detector):
     ):
         super().__init__()
         self.groups = groups
-        self.encoder = backbone.blocks(groups)
+        self.encoder = backbone.blocks(groups, f"method.groups={groups}")
         width, heads = self.encoder.channels[0], _heads(backbone, self.encoder.network)
         if groups == _OF_12 and self.encoder.network.depth == 24:
             raise UserError(

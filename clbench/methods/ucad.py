@@ -91,7 +91,7 @@ class UCAD(Detector):
         seed: int = 0,
     ):
         super().__init__()
-        self.encoder = backbone.blocks([[block]])
+        self.encoder = backbone.blocks([[block]], f"method.block={block}")
         _check_attention(backbone, self.encoder.network)
         self.prefix: int = self.encoder.network.before  # type: ignore[assignment]
         width = self.encoder.channels[0]

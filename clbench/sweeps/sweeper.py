@@ -165,6 +165,11 @@ class RunSweeper(Sweeper):
                 run = finished_unchanged(self._config, overrides) or self._composed(overrides)
             except UnknownSetting as error:
                 raise setting_of_other_choices(error, self._loader.get_group_options, settings_of) from error
+            except UserError as error:  # which of the runs it is
+                shared = set.intersection(*map(set, given))
+                if own := [text for text in overrides if text not in shared]:
+                    raise UserError(f"{' '.join(own)}: {error}") from error
+                raise
             if run.state == "finished" and run.directory.path not in found:
                 images.check(run.directory)
             found.setdefault(run.directory.path, run)
