@@ -106,7 +106,9 @@ def _finite(prediction: Prediction, strategy: Strategy) -> Prediction:
         Diverged: a map or score is not finite.
     """
     if not all(bool(found.isfinite().all()) for found in prediction):
-        raise Diverged(f"an anomaly map or score is not finite: {advice_on_divergence(strategy.detector)}")
+        raise Diverged(
+            f"an anomaly map or score is not finite: {advice_on_divergence(strategy.detector, strategy)}"
+        )
     return prediction
 
 

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from clbench.data.images import Images
+from clbench.data.images import Images, part
 from clbench.errors import UserError
 from clbench.methods.base import Detector, kept_state
 from clbench.out_of_memory import free_on_gpu
@@ -23,9 +23,10 @@ class Diverged(UserError):
     """The loss, a weight or an anomaly map is not finite."""
 
 
-def advice_on_divergence(detector: Detector) -> str:
+def advice_on_divergence(detector: Detector, hooks: "Hooks") -> str:
     """What to try where a detector diverged, as the end of an error message."""
-    return "lower method.learning_rate" + (", or set gpu.precision=fp32" if detector.precision else "")
+    precision = ["set gpu.precision=fp32"] if detector.precision else []
+    return ", or ".join(["lower method.learning_rate", *hooks.ways_out(), *precision])
 
 
 class Bookmark(Protocol):
@@ -82,9 +83,27 @@ class Batch:
         """Whether each image is replayed, bool [B], on the CPU."""
         return self.stages != self.stage
 
+    def apart(self) -> tuple["Batch", "Batch"]:
+        """The images of this stage, and the replayed ones; none is copied."""
+        count = int((~self.replayed).sum())
+        first, second = (
+            Batch(part(self.images, rows), self.stages[rows], self.rows[rows], self.stage)
+            for rows in (slice(count), slice(count, None))
+        )
+        return first, second
+
 
 class Hooks:
     """What a strategy does inside the training loop. These methods do nothing; `Strategy` inherits them."""
+
+    def before_epoch(self, detector: Detector, stage: int) -> None:
+        """Called before the steps of an epoch, with the detector in training mode; again in a process that continues
+        within the epoch.
+
+        Args:
+            detector: which layers of it are in training mode may be changed.
+            stage: the one being learned, 0-based.
+        """
 
     def penalty(self, detector: Detector, batch: Batch) -> Tensor | None:
         """A scalar to add to the method's loss of a batch; None for nothing.
@@ -92,6 +111,18 @@ class Hooks:
         Computed in the loss's precision.
         """
         return None
+
+    def combine(self, gradients: Mapping[str, Tensor], replayed: Mapping[str, Tensor]) -> None:
+        """Change in place the gradients of a step's own images, by those of the replayed ones.
+
+        For a class that overrides it, the loss of a step is that of the stage's own images; the replayed images have a
+        loss and a backward pass of their own before it. It is called where there are replayed images.
+
+        Args:
+            gradients, replayed: name of the parameter -> gradient. In float16 training all are multiplied by the same
+                scale, and one that overflowed has to show in `gradients` as a number that is not finite: the scaler
+                then passes the step over.
+        """
 
     def after_backward(self, gradients: Mapping[str, Tensor]) -> None:
         """Read a step's gradients, name of the parameter -> gradient, or change them in place.
@@ -101,6 +132,10 @@ class Hooks:
 
     def after_step(self) -> None:
         """Called after the optimizer has changed the weights."""
+
+    def ways_out(self) -> list[str]:
+        """What else to try where the training diverged, such as "lower strategy.weight"."""
+        return []
 
     def kept(self) -> dict[str, Tensor]:
         """The tensors that a strategy keeps, name -> tensor: checkpointed, and counted as its footprint.
@@ -115,12 +150,19 @@ class Hooks:
 
 
 OF_GRADIENTS = ("after_backward", "after_step")  # hooks that are called where there is an optimizer,
-OF_STEPS = ("penalty", *OF_GRADIENTS)  # and with the one of its loss
+OF_STEPS = ("penalty", "combine", *OF_GRADIENTS)  # and with those of its loss
 
 
 def overrides(strategy: type[Hooks], names: Sequence[str], parent: type[Hooks] = Hooks) -> bool:
     """Whether a class has one of these hooks otherwise than its parent has."""
     return any(getattr(strategy, name) is not getattr(parent, name) for name in names)
+
+
+def trained_by(detector: Detector, optimizer: torch.optim.Optimizer | None) -> dict[str, Tensor]:
+    """The parameters that an optimizer trains, in its order: name in the detector -> parameter; none without one."""
+    names = {id(parameter): name for name, parameter in detector.named_parameters()}
+    groups = optimizer.param_groups if optimizer else []
+    return {names[id(parameter)]: parameter for group in groups for parameter in group["params"]}
 
 
 def train(
@@ -242,9 +284,9 @@ class Descent:
         if self.scaler.is_enabled() and detector.gradient_scale:
             self.scaler.load_state_dict(dict(detector.gradient_scale))
         self.rates = [group["lr"] for group in optimizer.param_groups]
-        names = {id(parameter): name for name, parameter in detector.named_parameters()}
-        self.trained = {names[id(parameter)]: parameter for parameter in self._parameters()}
+        self.trained = trained_by(detector, optimizer)
         self.watched = overrides(type(hooks), OF_GRADIENTS)
+        self.apart = overrides(type(hooks), ["combine"])
         self.kept_before = {name: (tensor, tensor._version) for name, tensor in hooks.kept().items()}
         self.epoch, self.step = 0, 0
         self.losses = torch.empty(0)
@@ -282,7 +324,7 @@ class Descent:
             detector.restore(self.best)
         finite = [parameter.isfinite().all() for parameter in self.trained.values()]
         if not bool(torch.stack(finite).all()):
-            advice = advice_on_divergence(detector)
+            advice = advice_on_divergence(detector, self.hooks)
             raise Diverged(f"a weight is not finite after the last step of epoch {self.epoch}: {advice}")
 
     def _epoch(self, images: Images, owners: Sequence[tuple[int, int]], per_epoch: int, budget: int) -> None:
@@ -295,6 +337,7 @@ class Descent:
         """
         detector = self.detector
         detector.train()
+        self.hooks.before_epoch(detector, self.stage)
         before = self.epoch * per_epoch  # steps of earlier epochs
         steps = min(per_epoch, budget - before)
         if self.step == 0:
@@ -328,13 +371,18 @@ class Descent:
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * self.detector.learning_rate_factor(done)
         torch.manual_seed(seed_for(self.seed, "step", self.stage, self.epoch, self.step))
+        replayed: dict[str, Tensor] = {}
+        if self.apart:
+            batch, past = batch.apart()
+            if len(past.images):
+                replayed = self._gradients(self._loss(past))
         loss = self._loss(batch)
-        self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(loss).backward()
+        gradients = self._gradients(loss)
+        if replayed:
+            self.hooks.combine(gradients, replayed)
         taken = True  # not where half precision overflowed: the scaler passes such a step over
         if self.watched or self.detector.gradient_clip is not None:
             self.scaler.unscale_(self.optimizer)
-            gradients = {name: p.grad for name, p in self.trained.items() if p.grad is not None}
             if self.watched and self.scaler.is_enabled():
                 taken = bool(
                     torch.stack([gradient.isfinite().all() for gradient in gradients.values()]).all()
@@ -349,6 +397,12 @@ class Descent:
             self.hooks.after_step()
         self.losses[self.step] = loss.detach()
         self.step += 1
+
+    def _gradients(self, loss: Tensor) -> dict[str, Tensor]:
+        """The gradients of a loss, times the scale of float16 training: name -> the parameter's new `grad`."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(loss).backward()
+        return {name: p.grad for name, p in self.trained.items() if p.grad is not None}
 
     def _loss(self, batch: Batch) -> Tensor:
         """The method's loss and the strategy's penalty together, a scalar.
@@ -383,7 +437,7 @@ class Descent:
             step = int(bad[0])
             raise Diverged(
                 f"the loss became {float(self.losses[step])} in epoch {self.epoch + 1}, step {step + 1}: "
-                f"{advice_on_divergence(self.detector)}"
+                f"{advice_on_divergence(self.detector, self.hooks)}"
             )
 
     @torch.no_grad()

@@ -268,6 +268,11 @@ def _check_combinations(config: Config) -> None:
             f"{combination}: the strategy works on the steps of an optimizer, and the method has none; "
             "take a method that is trained by gradients, or another strategy"
         )
+    if strategy.needs_outputs and not detector.gives_outputs():
+        raise UserError(
+            f"{combination}: the strategy works on the outputs of the trained networks, and the method gives none "
+            "(Detector.outputs); take another method or strategy"
+        )
     _check_saturations(config)
     wandb_mode(config.wandb.model_dump())
     if config.gpu.device == "cpu" and config.gpu.precision == "fp16":

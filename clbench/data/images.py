@@ -210,6 +210,14 @@ def origin(images: Tensor) -> tuple[Images, Tensor] | None:
     return found[:2] if found is not None and found[2] == images._version else None
 
 
+def part(images: Tensor, rows: slice) -> Tensor:
+    """A slice of images [B, 3, H, W], a view, of which `origin` knows what it knows of them."""
+    found = images[rows]
+    if (known := origin(images)) is not None:
+        _ORIGINS[found] = known[0], known[1][rows], found._version
+    return found
+
+
 def identities(images: Tensor) -> list[Identity]:
     """What images [B, 3, H, W], uint8 or float32, are known by; computed anew unless `origin` knows them."""
     if (known := origin(images)) is not None:

@@ -173,6 +173,11 @@ class Detector(nn.Module):
         """
         return []
 
+    @classmethod
+    def gives_outputs(cls) -> bool:
+        """Whether the method gives `outputs`."""
+        return cls.outputs is not Detector.outputs
+
     def consolidate(self, images: Images, stored: Images) -> None:
         """Make what is kept of the images that were learned from, where that takes trained weights; before `finish_task`.
 

@@ -25,7 +25,7 @@ class Strategy(Hooks):
     Class attributes say what a strategy can do; config, footprint, recording and report look there and never
     at its name. A subclass's further constructor arguments are the settings of its file in `conf/strategy/`,
     checked against their annotations when a run is composed. It takes part through hooks: `begin_stage` and
-    `end_stage` here, and inside the training loop `penalty`, `after_backward` and `after_step` (see `Hooks`).
+    `end_stage` here, and inside the training loop those of `Hooks`.
     Random numbers are drawn from `clbench.randomness.generator(self.seed, purpose, ...)`: a run that is
     killed and continued draws the same.
 
@@ -43,8 +43,10 @@ class Strategy(Hooks):
         continual: whether it learns task by task and predicts without being told the task. Reports mark the
             best among such strategies and put them into Pareto fronts; the others are bounds to compare with.
         needs_gradients: whether it works on an optimizer's steps, so that it makes no sense for a detector
-            without one. True for a class that overrides `penalty`, `after_backward` or `after_step`, unless it
-            says False itself: then it does something for detectors without one too, as to replay images.
+            without one. True for a class that overrides `penalty`, `combine`, `after_backward` or `after_step`, unless
+            it says False itself: then it does something for detectors without one too, as to replay images.
+        needs_outputs: whether it works on what `Detector.outputs` gives, so that it makes no sense for a detector that
+            gives none.
         needs_native_update: whether it relies on the method's own update of banks and statistics.
         why_no_buffer: the reason given in the error where a buffer is asked for.
         memory: tensors that it keeps, by name: what `kept` gives and `restore_kept` takes, unless a class
@@ -59,6 +61,7 @@ class Strategy(Hooks):
     task_known = False
     continual = True
     needs_gradients = False
+    needs_outputs = False
     needs_native_update = False
     why_no_buffer = "it keeps no images"
 
