@@ -1,0 +1,70 @@
+"""SI: synaptic intelligence (Zenke et al., 2017)."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from pydantic import PositiveFloat
+from torch import Tensor
+
+from clbench.data.images import Images
+from clbench.methods.base import Detector
+from clbench.strategies.anchored import Anchored
+
+
+class SI(Anchored):
+    """Weights whose change has lowered the loss of earlier tasks are drawn back to their values after the last task.
+
+    The loss gets weight * sum_i importance_i * (weight_i - anchor_i)^2 (Zenke et al., 2017, equation 4). In each step
+    path_i grows by -g_i * (change of the weight), with g the gradient of the loss without the penalty and before it is
+    clipped, and the change that the optimizer really makes. After a task the importance grows by
+    max(path_i, 0) / ((weight_i - anchor_i)^2 + damping) (equation 5; the paper does not cut off below 0). Where training
+    ends with the weights of an earlier epoch, the path still counts all steps.
+
+    Replayed images count as part of the task. While a task is learned 4 bytes more are kept for each trained weight, and
+    within a step a copy of gradients and one of weights.
+
+    Args:
+        detector, seed: as for `Strategy`.
+        damping: xi in equation 5, which keeps weights that hardly moved from counting without bound; 0.1 for MNIST in the
+            paper, 1e-3 for CIFAR.
+        settings: those of `Anchored`.
+
+    Attributes:
+        memory: while a task is learned also `path.NAME`, of the parameter's shape, and from its first step on `anchor.NAME`
+            in the first task.
+    """
+
+    def __init__(self, detector: Detector, *, seed: int = 0, damping: PositiveFloat = 1e-3, **settings: Any):
+        super().__init__(detector, seed=seed, **settings)
+        self.damping = damping
+        self._before: dict[str, tuple[Tensor, Tensor]] = {}  # within a step: gradients, and weights before it
+
+    @torch.no_grad()
+    def after_backward(self, gradients: Mapping[str, Tensor]) -> None:
+        for name, gradient in gradients.items():
+            weights = self.detector.get_parameter(name)
+            if self.kept_of("anchor", name) is None:
+                self.memory[f"anchor.{name}"] = weights.clone()
+            if self.kept_of("path", name) is None:
+                self.memory[f"path.{name}"] = torch.zeros_like(weights)
+            self._before[name] = gradient.clone(), weights.clone()
+        super().after_backward(gradients)
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        for name, (gradient, weights) in self._before.items():
+            fallen = weights.sub_(self.detector.get_parameter(name))
+            self.memory[f"path.{name}"].addcmul_(gradient, fallen)
+        self._before = {}
+
+    def end_stage(self, stage: int, images: Images) -> None:
+        with torch.no_grad():
+            found = {}
+            for name in self.trained():
+                path = self.memory.pop(f"path.{name}", None)
+                if path is not None:
+                    moved = self.detector.get_parameter(name) - self.memory[f"anchor.{name}"]
+                    found[name] = path.clamp_min_(0).div_(moved.square_().add_(self.damping))
+        self.remember(found)
+        super().end_stage(stage, images)
