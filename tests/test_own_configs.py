@@ -63,7 +63,7 @@ REFUSED = [
     (["strategy=elastic", "strategy.detector=1"], "no setting strategy.detector"),
     (
         ["strategy=finetune", "strategy.weight=1"],
-        "strategy.weight is a setting of elastic: give strategy=elastic",
+        "strategy.weight is a setting of elastic, ",  # and of others, of the package
     ),
     (
         ["strategy=elastic", "replay.size=6"],

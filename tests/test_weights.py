@@ -169,7 +169,7 @@ def test_si_takes_what_a_loss_has_fallen_by() -> None:
 
 
 class Noisy(SmallDetector):
-    """With dropout, batch normalisation and a parameter that nothing uses."""
+    """With dropout, batch normalisation, a parameter that nothing uses, and a loss that follows a schedule."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(held_out=1 / 3, **settings)
@@ -179,6 +179,9 @@ class Noisy(SmallDetector):
 
     def _reconstructed(self, images: Tensor) -> Tensor:
         return self.dropout(self.normalisation(super()._reconstructed(images)))
+
+    def training_step(self, images: Tensor) -> Tensor:
+        return (1 + self.done) * super().training_step(images)
 
 
 def by_hand(
@@ -202,6 +205,7 @@ def test_importance_is_the_mean_over_single_images_without_dropout(kind: type[EW
     given, detector = images(6, 0), Noisy()
     strategy = kind(detector)
     strategy.learn(0, given)
+    assert detector.done > 0.99  # the schedule is at its end, not at the last step
     state = {name: tensor.clone() for name, tensor in kept_state(detector).items()}
     if kind is EWC:
         expected = by_hand(detector, given, detector.training_step, Tensor.square)
