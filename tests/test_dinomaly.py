@@ -137,7 +137,7 @@ def test_decoded_blocks_stand_for_the_encoders_in_reverse_and_recentred_patches_
         tokens = judge.bottleneck((2 * one + other) / 3)
         outputs = [tokens := block(tokens) for block in judge.decoder]
         before = 0 if recentred else 1
-        found = judge.outputs(IMAGES)
+        found = [output.flatten(2).mT for output in judge.outputs(IMAGES)]
         torch.testing.assert_close(found[0], (outputs[2] + outputs[1])[:, before:] / 2)
         torch.testing.assert_close(found[1], outputs[0][:, before:])
 

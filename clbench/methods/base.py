@@ -10,6 +10,7 @@ from typing import Annotated, Any, NamedTuple, Protocol
 import torch
 from annotated_types import Ge, Lt
 from torch import Tensor, nn
+from torch.nn import functional as F
 from typing_extensions import Self
 
 from clbench.backbones import FeaturePyramid
@@ -102,6 +103,7 @@ class Detector(nn.Module):
     image_memory: int | None = None
     gradient_scale: Mapping[str, Any] = {}
     done = 0.0
+    _noted: list[Tensor] | None = None
 
     def __init__(self) -> None:
         super().__init__()
@@ -166,17 +168,46 @@ class Detector(nn.Module):
         return loss
 
     def outputs(self, images: Tensor) -> list[Tensor]:
-        """Images, uint8 [B, 3, H, W] -> the trained outputs, with gradients: float tensors [B, ...].
+        """Images, uint8 [B, 3, H, W] -> the trained outputs, with gradients: float32 [B, ...], maps as [B, C, h, w].
 
-        Strategies compare them with those of an earlier model, or with stored ones: there are always as many,
-        in the same order. None of them where nothing is trained, or where a method does not give them.
+        Strategies compare them with those of an earlier model, or with stored ones: there are always as many, in the
+        same order and of the same shapes. They are those of images as they are given, without simulated anomalies or
+        noise, and raw: of no fixed length, so that their norm can be differentiated. None of them where nothing is
+        trained, or where a method does not give them.
         """
         return []
 
     @classmethod
     def gives_outputs(cls) -> bool:
-        """Whether the method gives `outputs`."""
+        """Whether the method gives its trained outputs."""
         return cls.outputs is not Detector.outputs
+
+    def distance(self, outputs: Sequence[Tensor], others: Sequence[Tensor]) -> Tensor:
+        """How far `outputs` are from others of the same images, a scalar: 0 where they are equal.
+
+        Here the mean squared difference of all numbers of each output, averaged over outputs; methods that compare by
+        angles do so here too. It is computed in single precision.
+
+        Args:
+            outputs: what `outputs` gives, of maps also what they are at a coarser grid.
+            others: those of an earlier model, or stored ones, in any precision.
+        """
+        pairs = zip(outputs, others, strict=True)
+        return torch.stack([F.mse_loss(own.float(), other.float()) for own, other in pairs]).mean()
+
+    def note(self, outputs: Sequence[Tensor]) -> None:
+        """Called by a `training_step` that computes the outputs of its images for its loss: strategies need not again."""
+        if self._noted is not None:
+            self._noted[:] = outputs
+
+    @contextmanager
+    def noting(self) -> Iterator[list[Tensor]]:
+        """Gives a list, which has the outputs that a training step inside notes; none where it notes none."""
+        self._noted = noted = []  # type: list[Tensor]
+        try:
+            yield noted
+        finally:
+            self._noted = None
 
     def consolidate(self, images: Images, stored: Images) -> None:
         """Make what is kept of the images that were learned from, where that takes trained weights; before `finish_task`.
@@ -340,6 +371,18 @@ def kept_state(detector: Detector) -> dict[str, Tensor]:
         f"{name}." for name, module in detector.named_modules() if isinstance(module, FeaturePyramid)
     )
     return {name: tensor for name, tensor in detector.state_dict().items() if not name.startswith(frozen)}
+
+
+def trained_state(detector: Detector) -> dict[str, Tensor]:
+    """What training changes: parameters, and running statistics of normalisation, without frozen networks: name -> tensor."""
+    trained = {name for name, _ in detector.named_parameters()}
+    kinds = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
+    normalisation = {name for name, module in detector.named_modules() if isinstance(module, kinds)}
+    return {
+        name: tensor
+        for name, tensor in kept_state(detector).items()
+        if name in trained or name.rpartition(".")[0] in normalisation
+    }
 
 
 def _overruns(module: nn.Module) -> bool:

@@ -117,7 +117,9 @@ class CFA(Detector):
 
         D is the squared Euclidean distance.
         """
-        described = self.describe(images).flatten(0, 1)
+        described = self.describe(images)
+        self.note([self._placed(described)])
+        described = described.flatten(0, 1)
         distances, _ = k_nearest(described, self.centroids, self.attracted + self.repelled)
         boundary = self.radius.square()
         attraction = (distances[:, : self.attracted] - boundary).clamp_min(0).mean()
@@ -135,6 +137,14 @@ class CFA(Detector):
         weighted = torch.softmax(-distances, 1)[:, 0] * distances[:, 0]
         maps = to_image_size(weighted.view(images.shape[0], *self._grid), images.shape[-2:], self.sigma)
         return Prediction(maps, maps.amax((1, 2)))
+
+    def outputs(self, images: Tensor) -> list[Tensor]:
+        """Images [B, 3, H, W] -> the adapted features of patches, [B, D, h, w], in a list."""
+        return [self._placed(self.describe(images))]
+
+    def _placed(self, described: Tensor) -> Tensor:
+        """What `describe` gave last, [B, P, D], as maps [B, D, h, w]."""
+        return described.mT.unflatten(2, self._grid)
 
     def describe(self, images: Tensor) -> Tensor:
         """Images [B, 3, H, W] -> the adapted features phi(p_t) of every patch, float32 [B, P, D]."""

@@ -1,7 +1,7 @@
 """Dinomaly: transformer blocks that cannot quite copy reconstruct a foundation network's tokens (Guo et al., 2025)."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated
 
 import torch
@@ -161,12 +161,30 @@ class Dinomaly(Detector):
     def training_step(self, images: Tensor) -> Tensor:
         """Images [B, 3, H, W] -> the loss, a scalar: the mean over groups of `loose_distance`."""
         easy = self.easy_share()
-        pairs = zip(*self.groups_of(images), strict=True)
+        groups = self.groups_of(images)
+        self.note(self._placed(groups[1], images))
+        pairs = zip(*groups, strict=True)
         return torch.stack([loose_distance(wanted, learned, easy) for wanted, learned in pairs]).mean()
 
     def outputs(self, images: Tensor) -> list[Tensor]:
-        """Images [B, 3, H, W] -> the reconstruction of each group's patches, [B, h * w, d]."""
-        return self.groups_of(images)[1]
+        """Images [B, 3, H, W] -> the reconstruction of each group's patches, float32 [B, d, h, w]."""
+        return self._placed(self.groups_of(images)[1], images)
+
+    def distance(self, outputs: Sequence[Tensor], others: Sequence[Tensor]) -> Tensor:
+        """Maps [B, d, h, w] -> a scalar: the cosine distance of an image's numbers, its mean over images and groups.
+
+        It is that of the loss, but for the gradients, which are damped at no point.
+        """
+        pairs = zip(outputs, others, strict=True)
+        cosines = [
+            F.cosine_similarity(own.float().flatten(1), other.float().flatten(1)) for own, other in pairs
+        ]
+        return (1 - torch.stack(cosines)).mean()
+
+    def _placed(self, groups: Sequence[Tensor], images: Tensor) -> list[Tensor]:
+        """Patches of images, [B, h * w, d] each -> [B, d, h, w]."""
+        grid = self.encoder.network.grid(images.shape[-2:])  # type: ignore[operator]
+        return [patches.mT.unflatten(2, grid) for patches in groups]
 
     def forward(self, images: Tensor) -> Prediction:
         """Images [B, 3, H, W] -> maps [B, H, W], and scores [B], the mean of the largest values of the map that is scored.

@@ -1,6 +1,7 @@
 """DRAEM: a network repairs simulated anomalies, and another finds what was repaired (Zavrtanik et al., 2021)."""
 
 import itertools
+from collections.abc import Sequence
 from typing import Annotated
 
 import torch
@@ -108,6 +109,21 @@ class DRAEM(Detector):
             change_some(normal, turned, lambda t: rotated(t, uniform(t, -90, 90)))
             anomalous, masks = simulate(normal, self._textures)
         return normal, anomalous, masks
+
+    def outputs(self, images: Tensor) -> list[Tensor]:
+        """Images [B, 3, H, W] -> repaired images [B, 3, H, W] and logits [B, 2, H, W], without simulated anomalies."""
+        return list(self.parts(unit(images)))
+
+    def distance(self, outputs: Sequence[Tensor], others: Sequence[Tensor]) -> Tensor:
+        """The mean squared difference of repaired images, plus the divergence of probabilities; a scalar.
+
+        That is Kullback and Leibler's, from the others' probabilities of normal and anomalous, in nats; its mean over
+        pixels.
+        """
+        (repaired, logits), (other_repaired, other_logits) = outputs, others
+        learned, taught = (F.log_softmax(each.float(), 1) for each in (logits, other_logits))
+        divergence = F.kl_div(learned, taught, reduction="none", log_target=True).sum(1).mean()
+        return F.mse_loss(repaired.float(), other_repaired.float()) + divergence
 
     def parts(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Images [B, 3, H, W] in [0, 1] -> repaired images [B, 3, H, W] and logits [B, 2, H, W].

@@ -227,10 +227,19 @@ class EfficientAD(Detector):
         Squared differences, averaged over channels: of teacher and student, and of autoencoder and student. In single
         precision, as are the statistics and quantiles that scale them.
         """
-        as_teacher, as_autoencoder = self.student(self.normalisation(images)).float().chunk(2, 1)
+        as_teacher, as_autoencoder, coded = self.outputs(images)
         targets = self._teacher_features(images)
-        coded = self.autoencoder(self.normalisation(images), targets.shape[-2:]).float()
         return (targets - as_teacher).square().mean(1), (coded - as_autoencoder).square().mean(1)
+
+    def outputs(self, images: Tensor) -> list[Tensor]:
+        """Images [B, 3, H, W] -> what the student says of the teacher and of the autoencoder, and the autoencoder.
+
+        Each is float32 [B, C, h, w]. A training step shows the student's second half and the autoencoder jittered images,
+        and these as they are.
+        """
+        normalised = self.normalisation(images)
+        as_teacher, as_autoencoder = self.student(normalised).float().chunk(2, 1)
+        return [as_teacher, as_autoencoder, self.autoencoder(normalised, as_teacher.shape[-2:]).float()]
 
     def _teacher_features(self, images: Tensor) -> Tensor:
         return self._normalised(self.teacher(images)[0])

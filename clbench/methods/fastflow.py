@@ -92,9 +92,10 @@ class FastFlow(Detector):
 
         With z = f(x) standard normal, and without the constant: |z|^2 / 2 - log |det dz/dx|.
         """
+        transformed = self.transformed(images)
+        self.note([z for z, _ in transformed])
         losses = [
-            (0.5 * z.square().sum((1, 2, 3)) - log_determinant).mean()
-            for z, log_determinant in self.transformed(images)
+            (0.5 * z.square().sum((1, 2, 3)) - log_determinant).mean() for z, log_determinant in transformed
         ]
         return torch.stack(losses).sum()
 
@@ -110,6 +111,10 @@ class FastFlow(Detector):
         ]
         maps = torch.cat([F.interpolate(-level, size, mode="bilinear") for level in likelihoods], 1).mean(1)
         return Prediction(maps, maps.amax((1, 2)))
+
+    def outputs(self, images: Tensor) -> list[Tensor]:
+        """Images [B, 3, H, W] -> each level's z, float32 [B, C_l, h_l, w_l]."""
+        return [z for z, _ in self.transformed(images)]
 
     def transformed(self, images: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Images [B, 3, H, W] -> for each level, its flow's z [B, C_l, h_l, w_l] and log-determinants [B]."""

@@ -86,10 +86,11 @@ class RD4AD(Detector):
         return torch.optim.Adam(parameters, self.learning_rate, (0.5, self.beta2), fused=True)
 
     def training_step(self, images: Tensor) -> Tensor:
-        """Images [B, 3, H, W] -> the loss, a scalar: each level's mean distance, summed over levels."""
+        """Images [B, 3, H, W] -> the loss, a scalar: the `distance` of the decoder's levels from the encoder's."""
         levels = self.encoder(images)
-        pairs = zip(levels, self.reconstructed(levels), strict=True)
-        return torch.stack([distance(seen, made, self.dims).mean() for seen, made in pairs]).sum()
+        made = self.reconstructed(levels)
+        self.note(made)
+        return self.distance(made, levels)
 
     def forward(self, images: Tensor) -> Prediction:
         """Images [B, 3, H, W] -> maps [B, H, W], and scores [B], their maxima (section 3.4).
@@ -105,12 +106,17 @@ class RD4AD(Detector):
         return Prediction(maps, maps.amax((1, 2)))
 
     def outputs(self, images: Tensor) -> list[Tensor]:
-        """Images [B, 3, H, W] -> the decoder's levels [B, C_l, h_l, w_l]."""
+        """Images [B, 3, H, W] -> the decoder's levels, float32 [B, C_l, h_l, w_l]."""
         return self.reconstructed(self.encoder(images))
 
+    def distance(self, outputs: Sequence[Tensor], others: Sequence[Tensor]) -> Tensor:
+        """Levels [B, C_l, h_l, w_l] -> a scalar: each level's mean distance, summed over levels, as in the loss."""
+        pairs = zip(outputs, others, strict=True)
+        return torch.stack([distance(other, own, self.dims).mean() for own, other in pairs]).sum()
+
     def reconstructed(self, levels: Sequence[Tensor]) -> list[Tensor]:
-        """The encoder's levels [B, C_l, h_l, w_l] -> the decoder's, of the same shapes."""
-        return self.decoder(self.embedding(levels))
+        """The encoder's levels [B, C_l, h_l, w_l] -> the decoder's, float32 of the same shapes."""
+        return [level.float() for level in self.decoder(self.embedding(levels))]
 
 
 def distance(seen: Tensor, made: Tensor, dims: tuple[int, ...]) -> Tensor:

@@ -92,7 +92,10 @@ class SimpleNet(Detector):
         return Prediction(maps, grid.amax((1, 2, 3)))
 
     def outputs(self, images: Tensor) -> list[Tensor]:
-        """Images [B, 3, H, W] -> the grid's scores [B, 1, h, w], higher where anomalous, in a list."""
+        """Images [B, 3, H, W] -> the grid's scores [B, 1, h, w], higher where anomalous, in a list.
+
+        Of the scores, and not of adapted features: they depend on all weights, and are few.
+        """
         return [self.discriminator(self.adaptor(self.features(images))).float()]
 
     def features(self, images: Tensor) -> Tensor:

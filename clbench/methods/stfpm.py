@@ -1,5 +1,6 @@
 """STFPM: a student matches a frozen teacher's feature pyramid (Wang et al., 2021)."""
 
+from collections.abc import Sequence
 from typing import Annotated
 
 import torch
@@ -52,8 +53,19 @@ class STFPM(Detector):
         )
 
     def training_step(self, images: Tensor) -> Tensor:
-        """Images [B, 3, H, W] -> the loss, a scalar: each level's mean discrepancy, summed over levels."""
-        return torch.stack([discrepancy.mean() for discrepancy in self.discrepancies(images)]).sum()
+        """Images [B, 3, H, W] -> the loss, a scalar: the student's `distance` from the teacher."""
+        taught, learned = self.teacher(images), self.outputs(images)
+        self.note(learned)
+        return self.distance(learned, taught)
+
+    def outputs(self, images: Tensor) -> list[Tensor]:
+        """Images [B, 3, H, W] -> the student's levels, float32 [B, C_l, h_l, w_l]."""
+        return [level.float() for level in self.student(images)]
+
+    def distance(self, outputs: Sequence[Tensor], others: Sequence[Tensor]) -> Tensor:
+        """Levels [B, C_l, h_l, w_l] -> a scalar: each level's mean `discrepancy`, summed over levels."""
+        pairs = zip(outputs, others, strict=True)
+        return torch.stack([discrepancy(own, other).mean() for own, other in pairs]).sum()
 
     def forward(self, images: Tensor) -> Prediction:
         """Images [B, 3, H, W] -> maps [B, H, W], and scores [B], their maxima (supplement, section 1.4.3).
@@ -61,18 +73,17 @@ class STFPM(Detector):
         A map is the product over levels of the upsampled discrepancies.
         """
         size = images.shape[-2:]
-        levels = self.discrepancies(images)
+        levels = map(discrepancy, self.outputs(images), self.teacher(images))
         upsampled = [F.interpolate(level[:, None], size, mode="bilinear")[:, 0] for level in levels]
         maps = torch.stack(upsampled).prod(0)
         return Prediction(maps, maps.amax((1, 2)))
 
-    def discrepancies(self, images: Tensor) -> list[Tensor]:
-        """Images [B, 3, H, W] -> a map [B, h_l, w_l] for each level (supplement, section 1.4.1).
 
-        At each position: half the squared distance between the features of teacher and student, each of unit
-        length (Wang et al., 2021), in single precision.
-        """
-        return [
-            0.5 * (F.normalize(taught, dim=1) - F.normalize(learned.float(), dim=1)).square().sum(1)
-            for taught, learned in zip(self.teacher(images), self.student(images), strict=True)
-        ]
+def discrepancy(learned: Tensor, taught: Tensor) -> Tensor:
+    """Features of two networks [B, C, h, w] -> a map [B, h, w] (supplement, section 1.4.1).
+
+    At each position: half the squared distance between their features, each of unit length (Wang et al., 2021), in single
+    precision.
+    """
+    difference = F.normalize(taught.float(), dim=1) - F.normalize(learned.float(), dim=1)
+    return 0.5 * difference.square().sum(1)

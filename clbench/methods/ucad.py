@@ -118,7 +118,8 @@ class UCAD(Detector):
 
     def training_step(self, images: Tensor) -> Tensor:
         """Images [B, 3, H, W] -> the loss, a scalar: `contrast` of patches under the prompt, by segments."""
-        (features,) = self.outputs(images)
+        features = self._under_the_prompt(images)
+        self.note([self._placed(features, images)])
         with torch.no_grad(), single_precision(images.device):
             labels = clusters(self._segmented(images), self.segment_count)
         return contrast(features, labels)
@@ -135,14 +136,22 @@ class UCAD(Detector):
         return torch.cat([colours, places], 1).flatten(2).mT
 
     def outputs(self, images: Tensor) -> list[Tensor]:
-        """Images [B, 3, H, W] -> their patches under the prompt that is being learned, [B, N, d]."""
-        return [self.prompted(images, self.prompt.expand(len(images), -1, -1, -1))]
+        """Images [B, 3, H, W] -> their patches under the prompt that is being learned, float32 [B, d, h, w], in a list."""
+        return [self._placed(self._under_the_prompt(images), images)]
+
+    def _under_the_prompt(self, images: Tensor) -> Tensor:
+        """Images [B, 3, H, W] -> their patches under the prompt that is being learned, float32 [B, N, d]."""
+        return self.prompted(images, self.prompt.expand(len(images), -1, -1, -1))
+
+    def _placed(self, patches: Tensor, images: Tensor) -> Tensor:
+        """Patches of images, [B, N, d] -> [B, d, h, w]."""
+        return patches.mT.unflatten(2, self.encoder.network.grid(images.shape[-2:]))  # type: ignore[operator]
 
     def consolidate(self, images: Images, stored: Images) -> None:
         """Add the task's key, prompt and memory: coresets of its patches, without the prompt and under it."""
         learned = Images.concatenate([images, stored])
         key = self._coreset(learned, self.plain, self.key_size, "key")
-        memory = self._coreset(learned, lambda some: self.outputs(some)[0], self.memory_size, "knowledge")
+        memory = self._coreset(learned, self._under_the_prompt, self.memory_size, "knowledge")
         self.keys = torch.cat([self.keys, key[None]])
         self.prompts = torch.cat([self.prompts, self.prompt.detach()[None]])
         self.knowledge = torch.cat([self.knowledge, memory[None]])
