@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from clbench.backbones import Student
-from clbench.methods.base import kept_state
+from clbench.methods.base import trained_state
 from clbench.strategies.base import Strategy
 
 MB = 10**6
@@ -33,16 +33,9 @@ def measure(strategy: Strategy) -> dict[str, float]:
     detector = strategy.detector
     pyramids = detector.pyramids()
     students = [module for module in detector.modules() if isinstance(module, Student)]
-    running = {
-        f"{name}.{leaf}" if name else leaf
-        for name, module in detector.named_modules()
-        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d)
-        for leaf in module._buffers
-    }
-    trained = {name for name, _ in detector.named_parameters()} | running
+    trained = trained_state(detector)
     states = strategy.detectors()
-    one = kept_state(detector)
-    networks = _bytes(tensor for name, tensor in one.items() if name in trained)
+    networks = _bytes(trained.values())
     additional = sum(
         _bytes(tensor for name, tensor in state.items() if name not in trained) for state in states
     )

@@ -4,13 +4,13 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from clbench.data.images import Images, part
+from clbench.data.images import Images, part_of
 from clbench.errors import UserError
 from clbench.methods.base import Detector, kept_state
 from clbench.out_of_memory import free_on_gpu
@@ -71,30 +71,52 @@ class Batch:
         rows: int64 [B], on the CPU: the index of each image among those of this stage that are learned from,
             or, where it is replayed, among the stored images of its stage.
         stage: the stage being learned, 0-based.
+        outputs: for `Hooks.penalty`, the detector's outputs of the images that the method's loss is of, [B, ...] with
+            gradients, where its training step computed them, see `Detector.note`; else none.
     """
 
     images: Tensor
     stages: Tensor
     rows: Tensor
     stage: int
+    outputs: Sequence[Tensor] = ()
 
     @property
     def replayed(self) -> Tensor:
         """Whether each image is replayed, bool [B], on the CPU."""
         return self.stages != self.stage
 
-    def apart(self) -> tuple["Batch", "Batch"]:
-        """The images of this stage, and the replayed ones; none is copied."""
-        count = int((~self.replayed).sum())
-        first, second = (
-            Batch(part(self.images, rows), self.stages[rows], self.rows[rows], self.stage)
-            for rows in (slice(count), slice(count, None))
-        )
-        return first, second
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def new(self) -> "Batch":
+        """The images of this stage."""
+        return self.some(slice(0, int((~self.replayed).sum())))
+
+    @property
+    def past(self) -> "Batch":
+        """The replayed images."""
+        return self.some(slice(int((~self.replayed).sum()), None))
+
+    def some(self, rows: slice) -> "Batch":
+        """Some of the images, and their outputs where there are those of all: nothing is copied."""
+        outputs = [output[rows] for output in self.outputs if len(output) == len(self)]
+        images = part_of(self.images, rows)
+        return Batch(images, self.stages[rows], self.rows[rows], self.stage, outputs)
 
 
 class Hooks:
-    """What a strategy does inside the training loop. These methods do nothing; `Strategy` inherits them."""
+    """What a strategy does inside the training loop. These methods do nothing; `Strategy` inherits them.
+
+    Attributes:
+        learns_replayed: whether the method's loss is of replayed images too; if not, of those of the stage alone, and
+            replayed ones are for `penalty`.
+        draws: how many times as many replayed images as new ones a batch has, drawn independently.
+    """
+
+    learns_replayed = True
+    draws = 1
 
     def before_epoch(self, detector: Detector, stage: int) -> None:
         """Called before the steps of an epoch, with the detector in training mode; again in a process that continues
@@ -344,7 +366,9 @@ class Descent:
             self.losses = torch.full((steps,), math.nan, device=images.device)
         looked = time.perf_counter()
         counts = [count for _, count in owners]
-        batches = _batches(counts, detector.batch_size, self.stage, self.epoch, self.seed)[self.step : steps]
+        draws = self.hooks.draws
+        batches = _batches(counts, detector.batch_size, self.stage, self.epoch, self.seed, draws)
+        batches = batches[self.step : steps]
         rows = torch.cat([*batches, torch.empty(0, dtype=torch.int64)])
         starts = torch.tensor([0, *itertools.accumulate(counts)])
         owner = torch.bucketize(rows, starts, right=True) - 1
@@ -373,7 +397,7 @@ class Descent:
         torch.manual_seed(seed_for(self.seed, "step", self.stage, self.epoch, self.step))
         replayed: dict[str, Tensor] = {}
         if self.apart:
-            batch, past = batch.apart()
+            batch, past = batch.new, batch.past
             if len(past.images):
                 replayed = self._gradients(self._loss(past))
         loss = self._loss(batch)
@@ -412,9 +436,11 @@ class Descent:
         """
         try:
             with self.detector.mixed():
-                loss = self.detector.training_step(batch.images)
+                learned = batch if self.hooks.learns_replayed else batch.new
+                with self.detector.noting() as outputs:
+                    loss = self.detector.training_step(learned.images)
                 assert loss is not None
-                penalty = self.hooks.penalty(self.detector, batch)
+                penalty = self.hooks.penalty(self.detector, replace(batch, outputs=outputs))
                 return loss if penalty is None else loss + penalty
         except ValueError as error:
             if "more than 1 value per channel" not in str(error):
@@ -534,13 +560,16 @@ def with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
-def _batches(counts: Sequence[int], size: int, stage: int, epoch: int, seed: int) -> list[Tensor]:
-    """Rows of the batches of an epoch, int64 [up to 2 * size] each: new images at random, as many replayed.
+def _batches(
+    counts: Sequence[int], size: int, stage: int, epoch: int, seed: int, draws: int = 1
+) -> list[Tensor]:
+    """Rows of the batches of an epoch, int64 [up to (1 + draws) * size] each: new images at random, then replayed ones.
 
     Args:
         counts: number of new images, then of the images of each past stage; rows count through all in this
             order.
         size: new images of a batch.
+        draws: of replayed images, each of as many as there are new ones.
     """
     current, *past = counts
     starts = list(itertools.accumulate(counts))
@@ -550,8 +579,10 @@ def _batches(counts: Sequence[int], size: int, stage: int, epoch: int, seed: int
         random = generator(seed, "replay batch", stage, epoch, step)
         # Past stages take turns, in an order that each batch draws anew: all are replayed equally often.
         rounds = math.ceil(len(rows) / len(past)) if past else 0
-        tasks = torch.randperm(len(past), generator=random).repeat(rounds)[: len(rows)].tolist()
-        drawn = [starts[task] + int(torch.randint(past[task], (), generator=random)) for task in tasks]
+        drawn: list[int] = []
+        for _ in range(draws):
+            tasks = torch.randperm(len(past), generator=random).repeat(rounds)[: len(rows)].tolist()
+            drawn += [starts[task] + int(torch.randint(past[task], (), generator=random)) for task in tasks]
         batches.append(torch.cat([rows, torch.tensor(drawn, dtype=torch.int64)]))
     return batches
 

@@ -210,12 +210,10 @@ def origin(images: Tensor) -> tuple[Images, Tensor] | None:
     return found[:2] if found is not None and found[2] == images._version else None
 
 
-def part(images: Tensor, rows: slice) -> Tensor:
-    """A slice of images [B, 3, H, W], a view, of which `origin` knows what it knows of them."""
-    found = images[rows]
-    if (known := origin(images)) is not None:
-        _ORIGINS[found] = known[0], known[1][rows], found._version
-    return found
+def part_of(images: Tensor, rows: slice) -> Tensor:
+    """Some images of a tensor [B, 3, H, W], a view of which `origin` knows what it knows of the tensor."""
+    known = origin(images)
+    return images[rows] if known is None else known[0]._noted(images[rows], known[1][rows])
 
 
 def identities(images: Tensor) -> list[Identity]:

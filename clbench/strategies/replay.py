@@ -39,7 +39,16 @@ class Replay(Strategy):
 
     def end_stage(self, stage: int, images: Images) -> None:
         if self.buffer:
-            self.buffer.add(stage, *split(images, self.detector.held_out, self.seed, stage))
+            learned, held_out = split(images, self.detector.held_out, self.seed, stage)
+            self.keep([rows for rows, _ in self.buffer.add(stage, learned, held_out)])
+
+    def keep(self, rows: Sequence[Tensor]) -> None:
+        """Called after the buffer has changed, for what is kept beside an image and goes with it.
+
+        Args:
+            rows: for each stage, which of the images that are replayed stay, int64 and ascending: of those that were stored
+                so far, or for the last one that could be.
+        """
 
     def kept(self) -> dict[str, Tensor]:
         return {**self.memory, **(self.buffer.tensors() if self.buffer else {})}

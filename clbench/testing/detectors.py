@@ -4,12 +4,12 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from clbench import footprint
 from clbench.data.images import Images
 from clbench.evaluation import BATCH_SIZE
-from clbench.methods.base import Detector, Prediction, kept_state
+from clbench.methods.base import Detector, Prediction, kept_state, trained_state
 from clbench.strategies.base import copy_of
 from clbench.strategies.native import Native
 from clbench.testing.small import (
@@ -85,18 +85,6 @@ class DetectorContract:
         """Let it judge batches of a product that it has not learned, and of what is no product."""
         for given in strange_images(product, self.sizes[0]):
             self.judged(detector, given)
-
-    @staticmethod
-    def weights(detector: Detector) -> dict[str, Tensor]:
-        """What training changes: parameters, and running statistics of normalisation, name -> tensor."""
-        kinds = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
-        normalisation = {name for name, module in detector.named_modules() if isinstance(module, kinds)}
-        trained = {name for name, _ in detector.named_parameters()}
-        return {
-            name: tensor
-            for name, tensor in kept_state(detector).items()
-            if name in trained or name.rpartition(".")[0] in normalisation
-        }
 
     @pytest.mark.parametrize("which", [0, 1])
     def test_maps_and_scores_fit_images_of_two_sizes(self, build: BuildDetector, which: int) -> None:
@@ -180,7 +168,7 @@ class DetectorContract:
             detector = build()
             detector.held_out, detector.patience = 1 / 3, None
             train(detector, 0, shown, [], 0)
-            return self.weights(detector)
+            return trained_state(detector)
 
         assert_equal(trained(other), trained(given), "learned beside other held-out images")
 
@@ -226,7 +214,7 @@ class DetectorContract:
         """And the state has every byte that is kept of what was learned."""
         detector, new = self.learned(build), build()
         counted = footprint.measure(Native(detector))
-        state, weights = kept_state(detector), bytes_of(self.weights(detector).values())
+        state, weights = kept_state(detector), bytes_of(trained_state(detector).values())
         assert counted["additional_mb"] == pytest.approx((bytes_of(state.values()) - weights) / footprint.MB)
         assert counted["executed_mb"] >= weights / footprint.MB - 1e-9
         new.prepare(Images.of(images(6, 0, self.sizes[0])))
