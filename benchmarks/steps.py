@@ -52,7 +52,7 @@ def table(checkpoint: str | None = None, root: str | None = None) -> Table:
     for method in METHODS:
         for precision in ("fp32", "tf32", "bf16") if on_gpu else ("fp32",):
             settings = _settings(method, "paper" if on_gpu else "demo", precision)
-            batch, side = settings.method.settings["batch_size"], _side(settings)
+            batch, side = settings.method.settings["batch_size"], side_of(settings)
             seconds, computing, peak = _measure(settings, batch, side)
             cells = (
                 f"{batch} + {batch}",
@@ -77,7 +77,7 @@ def _settings(method: str, benchmark: str, precision: str) -> Config:
     return settings.changed("method", **there)
 
 
-def _side(settings: Config) -> int:
+def side_of(settings: Config) -> int:
     size = settings.dataset.crop or settings.dataset.resize
     assert isinstance(size, int)
     return size
