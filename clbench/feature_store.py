@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -49,12 +50,15 @@ class FeatureStore:
         paused: True while nothing is to be found or kept.
         learning: True while training images are seen, whose features `release` drops after the stage.
         full: whether there was no room for the image that came last.
+        given: levels that somebody else keeps, such as a replay buffer: they are found as those that are kept here, as
+            float32, and are neither counted nor dropped here.
     """
 
     def __init__(self, memory_limit: int, disk_limit: int):
         self.memory_limit, self.disk_limit = memory_limit, disk_limit
         self.memory_used = self.disk_used = 0
         self.paused = self.learning = self.full = self.by_gpu = False
+        self.given: Mapping[Identity, Sequence[Tensor]] = {}
         self._entries: dict[Identity, list[Tensor]] = {}
         self._places: dict[Identity, Tensor] = {}  # on disk
         self._free: dict[int, list[Tensor]] = {}  # places on disk that were released, by length
@@ -65,7 +69,10 @@ class FeatureStore:
 
     def get(self, image: Identity) -> list[Tensor] | None:
         """The levels [C_l, H_l, W_l] of an image; None where they are not kept."""
-        return None if self.paused else self._entries.get(image)
+        if self.paused:
+            return None
+        given = self.given.get(image)
+        return self._entries.get(image) if given is None else [level.float() for level in given]
 
     def put(self, image: Identity, levels: list[Tensor]) -> None:
         """Keep the levels [C_l, H_l, W_l] of an image, where there is room for them."""

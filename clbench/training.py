@@ -191,7 +191,7 @@ def train(
     detector: Detector,
     stage: int,
     images: Tensor | Images,
-    stored: Sequence[tuple[Tensor, Tensor]],
+    stored: Sequence[tuple[Tensor | Images, Tensor | Images]],
     seed: int,
     bookmark: Bookmark | None = None,
     on_epoch: Callable[[int, int, float], None] = lambda stage, epoch, loss: None,
@@ -208,7 +208,7 @@ def train(
         stage: 0-based.
         images: the stage's images, uint8 [N, 3, H, W]. With an optimizer, all that is learned from is copied to the
             device once, see `Images.copied`; else a batch at a time goes there.
-        stored: for each earlier stage, two tensors uint8 [M, 3, H, W]: images that it was learned from, which are
+        stored: for each earlier stage, twice images uint8 [M, 3, H, W]: those that it was learned from, which are
             replayed, one with every new image; and images that were held out of it, and stay held out.
         seed: the run's.
         bookmark: where the state is kept and looked for; None for nowhere. Methods that only collect begin

@@ -67,11 +67,13 @@ def resolved(composed: DictConfig, allow_missing: bool = False) -> dict[str, Any
 
 
 def with_protocol_buffer(config: Config) -> Config:
-    """The config with the buffer size of the method's protocol, where the strategy needs a buffer and none is given.
+    """The config with the buffer size of the method's protocol, where the strategy needs a buffer and no size is given.
 
     Raises:
         UserError: the strategy's class cannot be imported.
     """
+    if config.replay.settings.get("budget_mb") is not None:
+        return config
     size = buffer_size(config.replay.size, config.method.protocol.replay_size, config.strategy.target)
     return config if size == config.replay.size else config.changed("replay", size=size)
 
@@ -223,8 +225,11 @@ def _check_buffer_given(config: Config) -> None:
         UserError: it is not so.
     """
     strategy, name, size = strategy_of(config), config.strategy.name, config.replay.size
-    if strategy.has_buffer and strategy.needs_buffer and size is None:
-        raise UserError(f"strategy={name} needs a buffer: give replay.size, e.g. replay.size=300")
+    in_bytes = config.replay.settings.get("budget_mb") is not None
+    if strategy.has_buffer and strategy.needs_buffer and size is None and not in_bytes:
+        raise UserError(
+            f"strategy={name} needs a buffer: give replay.size, e.g. replay.size=300, or replay.budget_mb"
+        )
     if not strategy.has_buffer and size is not None:
         raise UserError(
             f"strategy={name} with replay.size={size} makes no sense: {strategy.why_no_buffer}; "
@@ -273,6 +278,10 @@ def _check_combinations(config: Config) -> None:
             f"{combination}: the strategy works on the outputs of the trained networks, and the method gives none "
             "(Detector.outputs); take another method or strategy"
         )
+    if strategy.has_buffer:
+        side = config.dataset.crop or config.dataset.resize
+        has_backbone = "backbone" in classes.constructor(detector)
+        strategy.check_buffer(dict(config.replay), detector, has_backbone, side)
     _check_saturations(config)
     wandb_mode(config.wandb.model_dump())
     if config.gpu.device == "cpu" and config.gpu.precision == "fp16":

@@ -21,6 +21,35 @@ _PIECE = 64  # images that are copied to a device at a time
 _PINNED = 1 << 28  # bytes of a tensor that is pinned to be copied, at most
 
 
+class Made:
+    """Images that are made when rows of them are asked for, as from compressed bytes: a part of `Images` beside tensors.
+
+    The same rows are always the same pixels. They are on the CPU.
+
+    Attributes:
+        shape: [N, 3, H, W].
+    """
+
+    shape: torch.Size
+    dtype = torch.uint8
+    device = torch.device("cpu")
+    _version = 0  # as of a tensor that is never changed
+
+    def made(self, rows: Tensor) -> Tensor:
+        """The images of some rows, int64 [M] -> uint8 [M, 3, H, W]."""
+        raise NotImplementedError
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: Any) -> Tensor:
+        return self.made(torch.arange(len(self))[rows])
+
+    def split(self, size: int) -> Iterator[Tensor]:
+        """All of them in their order, uint8 [at most `size`, 3, H, W] each."""
+        return (self[begin : begin + size] for begin in range(0, len(self), size))
+
+
 class Images:
     """Images of one size in one or several tensors, which come to a device when they are asked for.
 
@@ -29,13 +58,16 @@ class Images:
     `images[:]`.
 
     Args:
-        parts: uint8 [M, 3, H, W] each, at least one: files that are mapped into memory, for example.
+        parts: uint8 [M, 3, H, W] each, at least one: files that are mapped into memory, for example, or `Made`.
         device: what rows are on; None for that of the first part.
         places: which of all parts' images these are, int64 [N] on the CPU; None for all of them in their order.
     """
 
     def __init__(
-        self, parts: Sequence[Tensor], device: torch.device | None = None, places: Tensor | None = None
+        self,
+        parts: Sequence[Tensor | Made],
+        device: torch.device | None = None,
+        places: Tensor | None = None,
     ):
         self._parts = list(parts)
         self._starts = torch.tensor([0, *accumulate(map(len, self._parts))])
@@ -223,7 +255,7 @@ def identities(images: Tensor) -> list[Identity]:
     return [digests.of_bytes(image.data) for image in images.cpu().contiguous().numpy()]
 
 
-def _identities_of_part(part: Tensor) -> list[Identity]:
+def _identities_of_part(part: Tensor | Made) -> list[Identity]:
     known = _IDENTITIES.get(part)
     if known is None or known[0] != part._version:
         found = [each for some in part.split(_PIECE) for each in identities(some)]

@@ -73,6 +73,9 @@ class Detector(nn.Module):
         chooses: whether its own update keeps a model for each stage and predictions say which was chosen.
         rebuilt_by_replay: whether replay drops banks and statistics and makes them from new and stored
             images; if not, the method's own update goes on.
+        needs_only_features: whether training looks at an image only through its `FeaturePyramid`s, which it gives the rows of
+            images that it was given, unchanged: then frozen features can stand for a stored image
+            (`replay.storage=latent`). What it takes from the image otherwise is at most its size.
         epochs: passes over a task's images; 1 for methods that only collect.
         step_budget: optimizer steps for a task, in place of `epochs`; None where `epochs` counts.
         batch_size: number of new images of a training step, which has as many replayed ones.
@@ -93,6 +96,7 @@ class Detector(nn.Module):
     native = False
     chooses = False
     rebuilt_by_replay = True
+    needs_only_features = False
     epochs = 1
     step_budget: int | None = None
     gradient_clip: float | None = None

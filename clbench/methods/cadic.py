@@ -50,6 +50,7 @@ class CADIC(Detector):
     """
 
     native = True
+    needs_only_features = True
     rebuilt_by_replay = False
 
     bank: Tensor

@@ -39,6 +39,7 @@ class CFA(Detector):
     """
 
     native = True
+    needs_only_features = True
     rebuilt_by_replay = False  # under replay too, the paper averages the centroids over tasks (Algorithm 3)
 
     centroids: Tensor

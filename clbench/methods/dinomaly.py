@@ -68,6 +68,7 @@ class Dinomaly(Detector):
         steps_before: steps of earlier tasks, int64, where the share of damped points goes on over the tasks.
     """
 
+    needs_only_features = True
     steps_before: Tensor
 
     def __init__(

@@ -55,6 +55,7 @@ class DINOSaur(TaskBanks):
         prototypes: float32 [tasks, d].
     """
 
+    needs_only_features = True
     prototypes: Tensor
 
     def __init__(

@@ -34,6 +34,8 @@ class FastFlow(Detector):
         seed: seed of the flows' permutations and first weights.
     """
 
+    needs_only_features = True
+
     def __init__(
         self,
         backbone: Backbone,

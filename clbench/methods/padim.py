@@ -45,6 +45,7 @@ class PaDiM(Detector):
     """
 
     native = True
+    needs_only_features = True
 
     mean: Tensor
     factor: Tensor

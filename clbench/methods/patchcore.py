@@ -37,6 +37,8 @@ class PatchCore(PatchBank):
     Buffers: as `PatchBank`, which has Algorithm 2.
     """
 
+    needs_only_features = True
+
     def __init__(
         self,
         backbone: Backbone,

@@ -37,6 +37,8 @@ class RD4AD(Detector):
         seed: seed of the first weights.
     """
 
+    needs_only_features = True
+
     def __init__(
         self,
         backbone: Backbone,

@@ -32,6 +32,8 @@ class SimpleNet(Detector):
         seed: seed of the first weights.
     """
 
+    needs_only_features = True
+
     def __init__(
         self,
         backbone: Backbone,

@@ -42,6 +42,8 @@ class SuperSimpleNet(Detector):
         seed: seed of the first weights.
     """
 
+    needs_only_features = True
+
     def __init__(
         self,
         backbone: Backbone,

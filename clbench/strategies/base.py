@@ -84,6 +84,22 @@ class Strategy(Hooks):
         names = ("has_buffer", "joint", "task_known", "continual", "needs_gradients")
         return {name: getattr(cls, name) for name in names}
 
+    @classmethod
+    def check_buffer(
+        cls, given: Mapping[str, Any], detector: type[Detector], has_backbone: bool, side: int | None
+    ) -> None:
+        """Check, when a run is composed, that the settings of the buffer go together, and with the method.
+
+        Args:
+            given: settings by their keys in the group `replay`, each checked by itself.
+            detector: the method's class.
+            has_backbone: whether it takes features from a frozen backbone.
+            side: of images, in pixels; None where it is not known yet.
+
+        Raises:
+            UserError: they do not.
+        """
+
     @property
     def routes(self) -> bool:
         """Whether the detector keeps a model for each stage and chooses one for an image."""
@@ -128,9 +144,17 @@ class Strategy(Hooks):
         torch.manual_seed(seed_for(self.seed, "begin of stage", stage))
         self.begin_stage(stage, images)
         stored = self.replayed()
-        train(self.detector, stage, images, stored, self.seed, self.bookmark, self.on_epoch, self)
+        shown = self.shown(stage, images)
+        train(self.detector, stage, shown, stored, self.seed, self.bookmark, self.on_epoch, self)
         torch.manual_seed(seed_for(self.seed, "end of stage", stage))
         self.end_stage(stage, images)
+
+    def shown(self, stage: int, images: Images) -> Images:
+        """A stage's images, uint8 [N, 3, H, W], as training is to see them, in their order; a continued stage asks again.
+
+        Thresholds are set on images as they are.
+        """
+        return images
 
     def begin_stage(self, stage: int, images: Images) -> None:
         """Called before a stage is learned from its images, uint8 [N, 3, H, W], of which the rows that are asked for are on
@@ -145,7 +169,7 @@ class Strategy(Hooks):
         seeded for it.
         """
 
-    def replayed(self) -> Sequence[tuple[Tensor, Tensor]]:
+    def replayed(self) -> Sequence[tuple[Tensor | Images, Tensor | Images]]:
         """Stored images of each earlier stage, both uint8 [M, 3, H, W]: those that are learned again, and
         those that were held out and stay so. Nothing where there is no buffer.
         """

@@ -1,86 +1,265 @@
-"""The replay buffer: stored images of earlier stages, an equal share for each."""
+"""The replay buffer: which images of earlier stages are kept, and how many."""
 
-from collections.abc import Mapping
+import itertools
+import re
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from clbench.data.images import Images
+from clbench.errors import UserError, counted
 from clbench.randomness import generator
+from clbench.strategies.selection import BY_FEATURES, Selection
+from clbench.strategies.storage import Storage, Stored
+
+MB = 10**6
+
+Pair = tuple[Tensor, Tensor]  # for images that were learned from and for those held out
 
 
 class Buffer:
-    """Stored images: an equal share for each stage seen, chosen at random by seed.
+    """Stored images of each stage seen, in as many images or bytes as it may have.
 
-    A share that shrinks keeps a random part of itself. Images that were held out of a stage's training are
-    stored apart, in the proportion that they had, and stay held out when the others are replayed.
+    Stages have equal shares, but for `reservoir`. A share that shrinks keeps a random part of itself under `random`; else it is
+    kept in an order of which the beginning stays. Images that were held out of a stage's training are stored apart, in
+    the proportion that they had, and stay held out when the others are replayed.
 
     Args:
-        size: number of images in all, at most.
+        size: number of images in all, at most; None where bytes count.
         seed: seed of the choice.
-
-    Attributes:
-        shares: for each stage, the stored images that it was learned from and those held out of it, both
-            uint8 [M, 3, H, W], on the CPU.
+        budget: bytes of all that is kept, at most; None where images count. As many images are kept as fit.
+        selection: which images are kept. `reservoir` keeps each image seen with the same chance, so that stages share in
+            proportion to their sizes: each image draws a number once, and those with the least stay, which is a reservoir
+            (Vitter, 1985) for bytes too.
+        order: images, uint8 [N, 3, H, W] -> the order in which they are chosen, int64 [N], for selection by features.
+        storage: how images are kept.
     """
 
-    def __init__(self, size: int, seed: int):
-        self.size = size
+    def __init__(
+        self,
+        size: int | None,
+        seed: int,
+        *,
+        budget: int | None = None,
+        selection: Selection = "random",
+        order: Callable[[Images], Tensor] | None = None,
+        storage: Storage | None = None,
+    ):
+        self.size, self.budget = size, budget
         self.seed = seed
-        self.shares: list[tuple[Tensor, Tensor]] = []
+        self.selection = selection
+        self.storage = storage or Storage()
+        self._order = order
+        self._stored: list[tuple[Stored, Stored]] = []
+        self._seen = torch.empty(0, len(_KINDS), dtype=torch.int64)  # images of each stage, for the reservoir
 
-    def add(
-        self, stage: int, learned: Tensor | Images, held_out: Tensor | Images
-    ) -> list[tuple[Tensor, Tensor]]:
-        """Store images of a new stage, and cut the shares of the earlier ones to the same size.
+    @property
+    def shares(self) -> list[tuple[Tensor | Images, Tensor | Images]]:
+        """For each stage, the images that it was learned from and those held out of it, both uint8 [M, 3, H, W], on the CPU.
+
+        What the storage does not keep as it is comes as `Images` that are made when they are asked for.
+        """
+        return [(learned.images, held_out.images) for learned, held_out in self._stored]
+
+    def begin(self, images: Images) -> None:
+        """Make ready for a stage that learns from images, uint8 [N, 3, H, W]."""
+        self.storage.see(images)
+        self.storage.ready([share for pair in self._stored for share in pair])
+
+    def check(self, images: Sequence[Tensor | Images]) -> None:
+        """Check, before training, that the bytes have room for an image of each stage.
+
+        Args:
+            images: one of each stage, uint8 [1, 3, H, W].
+
+        Raises:
+            UserError: they have not, or images are too small for the storage.
+        """
+        self.storage.see(images[0])
+        if self.budget is None:
+            return
+        fixed = self.storage.store(Images.of(images[0]).on(_CPU)).fixed
+        largest = fixed + max(int(self.storage.costs(Images.of(one).on(_CPU))) for one in images)
+        stages = len(images)
+        least = largest + self._fixed(stages) if self.selection == "reservoir" else stages * largest
+        if self.budget < least:
+            whose = "" if self.selection == "reservoir" else f" for each of {counted(stages, 'stage')}"
+            raise UserError(
+                f"replay.budget_mb={self.budget / MB:g} has no room for an image{whose}, which takes {largest:,} bytes with "
+                f"{self.storage.name}: give {_rounded_up(least)} or more"
+            )
+
+    def add(self, stage: int, learned: Tensor | Images, held_out: Tensor | Images) -> list[Pair]:
+        """Store images of a new stage, and cut the shares of the earlier ones.
 
         Args:
             stage: 0-based.
             learned, held_out: the stage's images, uint8 [N, 3, H, W].
 
         Returns:
-            For each stage, which of its images stay, int64 and ascending: of those that were stored so far, or for
-            the new stage were given. What else is kept of an image stays with it by that.
+            For each stage, which of its images stay, int64, in the order in which they are stored: of those that were stored so
+            far, or for the new stage were given. What else is kept of an image stays with it by that.
         """
-        shares = [
-            (Images.of(learned).on(_CPU), Images.of(held_out).on(_CPU))
-            for learned, held_out in (*self.shares, (learned, held_out))
+        given = Images.of(learned).on(_CPU), Images.of(held_out).on(_CPU)
+        self.storage.see(given[0])
+        sizes = [*((len(one), len(other)) for one, other in self._stored), (len(given[0]), len(given[1]))]
+        if self.selection == "reservoir":
+            self._seen = torch.cat([self._seen, torch.tensor([sizes[-1]])])
+        orders = [self._orders(stage, owner, counts, given) for owner, counts in enumerate(sizes)]
+        costs = self._costs(orders, given) if self.budget is not None else None
+        choose = self._from_all if self.selection == "reservoir" else self._from_each
+        rows: list[Pair] = []
+        for (first, second), (one, other) in zip(orders, choose(orders, costs), strict=True):
+            pair = first[:one], second[:other]
+            rows.append((pair[0].sort().values, pair[1].sort().values) if self.selection == "random" else pair)
+        kept = [
+            (one.some(first), other.some(second))
+            for (one, other), (first, second) in zip(self._stored, rows, strict=False)
         ]
-        whole, extra = divmod(self.size, len(shares))
-        self.shares = []
-        rows: list[tuple[Tensor, Tensor]] = []
-        for owner, share in enumerate(shares):
-            stored = sum(map(len, share))
-            # What does not divide evenly goes to the oldest stages.
-            count = min(whole + (owner < extra), stored)
-            count_held_out = round(count * len(share[1]) / stored) if stored else 0
-            random = generator(self.seed, "replay buffer", stage, owner)
-            sizes = count - count_held_out, count_held_out
-            first, second = (
-                torch.randperm(len(images), generator=random)[:size].sort().values
-                for images, size in zip(share, sizes, strict=True)
-            )
-            rows.append((first, second))
-            self.shares.append((share[0][first], share[1][second]))
+        new = [self.storage.store(images.some(chosen)) for images, chosen in zip(given, rows[-1], strict=True)]
+        self._stored = [*kept, (new[0], new[1])]
+        self.storage.ready(())
         return rows
 
+    def _orders(
+        self, stage: int, owner: int, counts: tuple[int, int], given: tuple[Images, Images]
+    ) -> Pair:
+        """The orders in which images of a share are chosen, learned ones and held-out ones, int64 [M] each.
+
+        Args:
+            stage: the new stage.
+            owner: whose share it is.
+            counts: how many images of it there are.
+            given: the new stage's images.
+        """
+        if self.selection == "random":
+            random = generator(self.seed, "replay buffer", stage, owner)
+            one, other = (torch.randperm(count, generator=random) for count in counts)
+        elif owner < stage:
+            one, other = map(torch.arange, counts)
+        elif self.selection == "reservoir":
+            one, other = (drawn.argsort() for drawn in self._drawn(stage))
+        else:
+            assert self._order is not None and self.selection in BY_FEATURES
+            one, other = map(self._order, given)
+        return one, other
+
+    def _drawn(self, stage: int) -> Sequence[Tensor]:
+        """What each image of a stage drew, float64 in [0, 1): those learned from, and those held out."""
+        counts = self._seen[stage].tolist()
+        random = generator(self.seed, "reservoir", stage)
+        return torch.rand(sum(counts), generator=random, dtype=torch.float64).split(counts)
+
+    def _costs(self, orders: Sequence[Pair], given: tuple[Images, Images]) -> list[tuple[list[int], list[int]]]:
+        """What the beginnings of each order take: bytes of the first 0, 1, 2, ... images."""
+        each = [(one.costs(), other.costs()) for one, other in self._stored]
+        each.append((self.storage.costs(given[0]), self.storage.costs(given[1])))
+        fixed = self.storage.store(given[0].some(slice(0))).fixed
+        found = []
+        for pair, costs in zip(orders, each, strict=True):
+            one, other = (
+                [0, *(fixed + cost[order].cumsum(0)).tolist()] for order, cost in zip(pair, costs, strict=True)
+            )
+            found.append((one, other))
+        return found
+
+    def _from_each(
+        self, orders: Sequence[Pair], costs: Sequence[tuple[list[int], list[int]]] | None
+    ) -> list[tuple[int, int]]:
+        """How many images of each stage stay, learned ones and held-out ones: equal shares.
+
+        Args:
+            orders: of each stage.
+            costs: see `_costs`; None where images count.
+        """
+        whole, extra = divmod(self.size or self.budget or 0, len(orders))
+        found = []
+        for owner, (first, second) in enumerate(orders):
+            stored = len(first) + len(second)
+
+            def parts(count: int, held: int = len(second), stored: int = stored) -> tuple[int, int]:
+                held_out = round(count * held / stored) if stored else 0
+                return count - held_out, held_out
+
+            if costs is None:  # what does not divide evenly goes to the oldest stages
+                found.append(parts(min(whole + (owner < extra), stored)))
+            else:
+                one, other = costs[owner]
+                fitting = itertools.takewhile(
+                    lambda count, one=one, other=other, parts=parts: (  # type: ignore[misc]
+                        one[parts(count)[0]] + other[parts(count)[1]] <= whole
+                    ),
+                    range(stored + 1),
+                )
+                found.append(parts(max(fitting, default=0)))
+        return found
+
+    def _from_all(
+        self, orders: Sequence[Pair], costs: Sequence[tuple[list[int], list[int]]] | None
+    ) -> list[tuple[int, int]]:
+        """How many images of each stage stay, learned ones and held-out ones: those that drew the least of all.
+
+        Args:
+            orders, costs: as for `_from_each`.
+        """
+        drawn: list[tuple[float, int, int]] = []
+        limit = 1.0  # no image that was dropped drew less
+        for owner, pair in enumerate(orders):
+            for kind, (order, numbers) in enumerate(zip(pair, self._drawn(owner), strict=True)):
+                ascending = numbers.sort().values.tolist()
+                drawn += [(number, owner, kind) for number in ascending[: len(order)]]
+                limit = min([limit, *ascending[len(order) : len(order) + 1]])
+        counts = [[0, 0] for _ in orders]
+        spent = self._fixed(len(orders))
+        for done, (number, owner, kind) in enumerate(sorted(drawn)):
+            if number >= limit or (self.size is not None and done == self.size):
+                break
+            if costs is not None:
+                own = costs[owner][kind]
+                count = counts[owner][kind]
+                spent += own[count + 1] - own[count]
+                if spent > (self.budget or 0):
+                    break
+            counts[owner][kind] += 1
+        return [(one, other) for one, other in counts]
+
+    def _fixed(self, stages: int) -> int:
+        """Bytes that are kept beside images after so many stages."""
+        return self._seen.element_size() * len(_KINDS) * stages if self.selection == "reservoir" else 0
+
     def tensors(self) -> dict[str, Tensor]:
-        """The stored images, name -> uint8 [M, 3, H, W], for `Strategy.kept`."""
-        return {
-            f"{PREFIX}{stage}.{kind}": images
-            for stage, share in enumerate(self.shares)
-            for kind, images in zip(_KINDS, share, strict=True)
+        """All that is kept, name -> tensor, for `Strategy.kept`: of images that are kept as they are, uint8 [M, 3, H, W]."""
+        found = {
+            f"{PREFIX}{stage}.{kind}{ending}": tensor
+            for stage, pair in enumerate(self._stored)
+            for kind, share in zip(_KINDS, pair, strict=True)
+            for ending, tensor in share.tensors().items()
         }
+        return {**found, **({_SEEN: self._seen} if self.selection == "reservoir" else {})}
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """Take what `tensors` gave, which may be among others."""
-        stages = sum(name.startswith(PREFIX) for name in tensors) // len(_KINDS)
+        parts: dict[tuple[int, str], dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            if found := _NAME.fullmatch(name):
+                stage, kind, ending = found.groups()
+                parts.setdefault((int(stage), kind), {})[ending] = tensor.cpu()
         learned, held_out = (
-            [tensors[f"{PREFIX}{stage}.{kind}"].cpu() for stage in range(stages)] for kind in _KINDS
+            [self.storage.restored(parts[stage, kind]) for stage in range(len(parts) // len(_KINDS))]
+            for kind in _KINDS
         )
-        self.shares = list(zip(learned, held_out, strict=True))
+        self._stored = list(zip(learned, held_out, strict=True))
+        self._seen = tensors.get(_SEEN, self._seen[:0]).cpu()
 
 
 PREFIX = "buffer."  # of the names of its tensors
 _KINDS = ("learned", "held_out")
+_SEEN = f"{PREFIX}seen"
+_NAME = re.compile(rf"buffer\.(\d+)\.({'|'.join(_KINDS)})(.*)")
 _CPU = torch.device("cpu")
+
+
+def _rounded_up(size: int) -> str:
+    """Bytes in MB, of which no digit is lost but those below 0.0001 MB, rounded up."""
+    return f"{-(-size // 100) / 10_000:g}"

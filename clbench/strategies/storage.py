@@ -1,0 +1,374 @@
+"""How a buffer keeps images: as they are, compressed, smaller, or as features of frozen networks."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor
+
+from clbench.data.images import Images, Made
+from clbench.errors import UserError
+from clbench.methods.base import Detector
+
+Kind = Literal["raw", "jpeg", "webp", "small", "latent"]
+
+QUALITY, SCALE = 75, 2  # where none is given
+CODECS = {"jpeg": ".jpg", "webp": ".webp"}
+_BATCH = 16  # images whose features are there at a time
+
+
+class Stored:
+    """Images as a storage keeps them, on the CPU.
+
+    Attributes:
+        fixed: bytes that they take together, beside those of each, where there are any.
+    """
+
+    fixed = 0
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    @property
+    def images(self) -> Tensor | Images:
+        """The images that are replayed, uint8 [M, 3, H, W]."""
+        raise NotImplementedError
+
+    def some(self, rows: Tensor) -> "Stored":
+        """Copies of some of them, rows int64 [M]."""
+        raise NotImplementedError
+
+    def costs(self) -> Tensor:
+        """Bytes that each takes, int64 [M]."""
+        raise NotImplementedError
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that is kept of them: an ending of a name -> tensor."""
+        raise NotImplementedError
+
+
+class Storage:
+    """A way to keep images. This one keeps them as they are.
+
+    Attributes:
+        size: height and width of the stream's images, in pixels; known once one was seen.
+    """
+
+    name = "replay.storage=raw"
+    size = (0, 0)
+
+    def see(self, images: Tensor | Images) -> None:
+        """Take the size of images of the stream, uint8 [N, 3, H, W].
+
+        Raises:
+            UserError: they are too small for what the storage makes of them.
+        """
+        height, width = images.shape[-2:]
+        self.size = height, width
+
+    def store(self, images: Images) -> Stored:
+        """The images, uint8 [N, 3, H, W] and on the CPU, as they are kept."""
+        return _Pixels(images[torch.arange(len(images))])  # a copy, where a slice may be a part of a larger tensor
+
+    def restored(self, tensors: Mapping[str, Tensor]) -> Stored:
+        """What `Stored.tensors` gave."""
+        return _Pixels(tensors[""])
+
+    def costs(self, images: Images) -> Tensor:
+        """Bytes that each of the images, uint8 [N, 3, H, W], would take, int64 [N]; here the same for all."""
+        return self.store(images.some(slice(1))).costs().expand(len(images))
+
+    def passed(self, images: Images) -> Images | None:
+        """The images, uint8 [N, 3, H, W], as they come back when they are replayed; None where they come as they are."""
+        return None
+
+    def ready(self, stored: Sequence[Stored]) -> None:
+        """Have ready what learning from these takes beside their images, and nothing else; none of them when a stage ends."""
+
+
+class _Pixels(Stored):
+    """Images as they are: uint8 [M, 3, H, W]."""
+
+    def __init__(self, pixels: Tensor):
+        self.pixels = pixels
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    @property
+    def images(self) -> Tensor | Images:
+        return self.pixels
+
+    def some(self, rows: Tensor) -> Stored:
+        return _Pixels(self.pixels[rows])
+
+    def costs(self) -> Tensor:
+        return torch.full((len(self),), self.pixels[:1].nbytes)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"": self.pixels}
+
+
+class _Made(Stored, Made):
+    """Stored images that are made when rows are asked for.
+
+    Args:
+        storage: which knows their size by then.
+    """
+
+    def __init__(self, storage: Storage):
+        self._storage = storage
+
+    @property
+    def shape(self) -> torch.Size:  # type: ignore[override]
+        return torch.Size((len(self), 3, *self._storage.size))
+
+    @property
+    def images(self) -> Images:
+        return Images([self])
+
+    def made(self, rows: Tensor) -> Tensor:
+        found = torch.empty((len(rows), *self.shape[1:]), dtype=torch.uint8)
+        for place, row in enumerate(rows.tolist()):
+            found[place] = self._one(row)
+        return found
+
+    def _one(self, row: int) -> Tensor:
+        """The image of a row, uint8 [3, H, W]."""
+        raise NotImplementedError
+
+
+class Compressed(Storage):
+    """Keeps images as JPEG or WebP files, without names: all bytes one after the other, and where each begins.
+
+    JPEG keeps colours at full resolution (4:4:4), with the usual Huffman tables, so that libraries agree on the bytes; lossy
+    WebP has them at half of it (4:2:0) by its format. A row is decoded each time it is asked for.
+
+    Args:
+        kind: a key of `CODECS`.
+        quality: from 1 to 100, as the encoder's; none is lossless.
+    """
+
+    def __init__(self, kind: Literal["jpeg", "webp"], quality: int):
+        self.name = f"replay.storage={kind}"
+        self._ending = CODECS[kind]
+        self._options = (
+            [
+                *(cv2.IMWRITE_JPEG_QUALITY, quality),
+                *(cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444),
+                *(cv2.IMWRITE_JPEG_OPTIMIZE, 0),
+                *(cv2.IMWRITE_JPEG_PROGRESSIVE, 0),
+            ]
+            if kind == "jpeg"
+            else [cv2.IMWRITE_WEBP_QUALITY, quality]
+        )
+
+    def store(self, images: Images) -> Stored:
+        files = [self._encoded(image) for image in images]
+        offsets = torch.tensor([len(file) for file in files]).cumsum(0)
+        joined = np.concatenate(files) if files else np.empty(0, np.uint8)
+        return _Files(torch.from_numpy(joined), _from_zero(offsets), self)
+
+    def restored(self, tensors: Mapping[str, Tensor]) -> Stored:
+        return _Files(tensors[".bytes"], tensors[".offsets"], self)
+
+    def costs(self, images: Images) -> Tensor:
+        return torch.tensor([len(self._encoded(image)) + 8 for image in images], dtype=torch.int64)
+
+    def passed(self, images: Images) -> Images | None:
+        return Images.of(self.store(images).images)
+
+    def _encoded(self, image: Tensor) -> Any:
+        """An image, uint8 [3, H, W] -> the bytes of its file, uint8 [length]."""
+        done, file = cv2.imencode(self._ending, _bgr(image), self._options)
+        assert done
+        return file.reshape(-1)
+
+
+class _Files(_Made):
+    """Compressed images: the bytes of all files, uint8 [length], and where they begin and end, int64 [M + 1], or [0] for none."""
+
+    fixed = 8
+
+    def __init__(self, data: Tensor, offsets: Tensor, storage: Storage):
+        super().__init__(storage)
+        self._data, self._offsets = data, offsets
+
+    def __len__(self) -> int:
+        return max(len(self._offsets) - 1, 0)
+
+    def some(self, rows: Tensor) -> Stored:
+        lengths = self._offsets.diff()[rows]
+        empty = self._data.new_empty(0)
+        data = torch.cat([empty, *(self._file(row) for row in rows.tolist())])
+        return _Files(data, _from_zero(lengths.cumsum(0)), self._storage)
+
+    def costs(self) -> Tensor:
+        return self._offsets.diff() + 8
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {".bytes": self._data, ".offsets": self._offsets}
+
+    def _file(self, row: int) -> Tensor:
+        begin, end = self._offsets[row : row + 2].tolist()
+        return self._data[begin:end]
+
+    def _one(self, row: int) -> Tensor:
+        return _rgb(cv2.imdecode(self._file(row).numpy(), cv2.IMREAD_COLOR))
+
+
+class Small(Storage):
+    """Keeps images with sides divided by a number, rounded down: means over areas, brought back by bicubic interpolation.
+
+    Args:
+        scale: the number.
+    """
+
+    def __init__(self, scale: int):
+        self.name = "replay.storage=small"
+        self.scale = scale
+
+    def see(self, images: Tensor | Images) -> None:
+        super().see(images)
+        if min(self.size) < self.scale:
+            raise UserError(
+                f"replay.scale={self.scale} leaves no pixel of images of {self.size[1]}x{self.size[0]}: give less"
+            )
+
+    def store(self, images: Images) -> Stored:
+        height, width = (side // self.scale for side in self.size)
+        pixels = torch.empty((len(images), 3, height, width), dtype=torch.uint8)
+        for row, image in enumerate(images):
+            pixels[row] = _rgb(cv2.resize(_bgr(image), (width, height), interpolation=cv2.INTER_AREA))
+        return _Reduced(pixels, self)
+
+    def restored(self, tensors: Mapping[str, Tensor]) -> Stored:
+        return _Reduced(tensors[""], self)
+
+    def passed(self, images: Images) -> Images | None:
+        return Images.of(self.store(images).images)
+
+
+class _Reduced(_Made):
+    """Smaller images: uint8 [M, 3, h, w]."""
+
+    def __init__(self, pixels: Tensor, storage: Storage):
+        super().__init__(storage)
+        self.pixels = pixels
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def costs(self) -> Tensor:
+        return torch.full((len(self),), self.pixels[:1].nbytes)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"": self.pixels}
+
+    def some(self, rows: Tensor) -> Stored:
+        return _Reduced(self.pixels[rows], self._storage)
+
+    def _one(self, row: int) -> Tensor:
+        height, width = self._storage.size
+        return _rgb(cv2.resize(_bgr(self.pixels[row]), (width, height), interpolation=cv2.INTER_CUBIC))
+
+
+class Latent(Storage):
+    """Keeps all levels of a detector's frozen networks in half precision, for detectors with `needs_only_features`.
+
+    What is replayed are images in name only: black, but for a digest of their features, by which the networks' stores find
+    these. A GPU has a copy of them while a stage is learned, and of those images.
+
+    Args:
+        detector: whose networks they are.
+    """
+
+    def __init__(self, detector: Detector):
+        self.name = "replay.storage=latent"
+        self._detector = detector
+
+    @torch.no_grad()
+    def store(self, images: Images) -> Stored:
+        detector, parts = self._detector, []
+        with detector.learning():
+            for batch in images.on(detector.device).split(_BATCH):
+                parts.append([level.half().cpu() for net in detector.pyramids() for level in net(batch)])
+        levels = [torch.cat(level) for level in zip(*parts, strict=True)]
+        return _Features(levels or [torch.empty(0, dtype=torch.float16)], self)
+
+    def restored(self, tensors: Mapping[str, Tensor]) -> Stored:
+        return _Features([tensors[f".{level}"] for level in range(len(tensors))], self)
+
+    def ready(self, stored: Sequence[Stored]) -> None:
+        pyramids = self._detector.pyramids()
+        found: list[dict[str, list[Tensor]]] = [{} for _ in pyramids]
+        for share in stored:
+            assert isinstance(share, _Features)
+            levels = [level.to(self._detector.device) for level in share.levels]
+            for row, name in enumerate(share.images.identities(torch.arange(len(share)))):
+                own = iter([level[row] for level in levels])
+                for pyramid, known in zip(pyramids, found, strict=True):
+                    known[name] = [next(own) for _ in pyramid.channels]
+        for pyramid, known in zip(pyramids, found, strict=True):
+            pyramid.store.given = known
+
+
+class _Features(_Made):
+    """Levels of features, float16 [M, C_l, H_l, W_l] each, of all networks one after the other."""
+
+    def __init__(self, levels: list[Tensor], storage: Storage):
+        super().__init__(storage)
+        self.levels = levels
+
+    def __len__(self) -> int:
+        return len(self.levels[0])
+
+    def some(self, rows: Tensor) -> Stored:
+        return _Features([level[rows] for level in self.levels], self._storage)
+
+    def costs(self) -> Tensor:
+        return torch.full((len(self),), sum(level[:1].nbytes for level in self.levels))
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {f".{number}": level for number, level in enumerate(self.levels)}
+
+    def _one(self, row: int) -> Tensor:
+        digest = hashlib.sha256()
+        for level in self.levels:
+            digest.update(level[row].numpy().data)
+        image = torch.zeros((3, *self._storage.size), dtype=torch.uint8)
+        name = torch.frombuffer(bytearray(digest.digest()), dtype=torch.uint8)[: image.numel()]
+        image.view(-1)[: len(name)] = name
+        return image
+
+
+def storage_of(kind: Kind, quality: int | None, scale: int | None, detector: Detector) -> Storage:
+    """The storage that settings ask for.
+
+    Args:
+        kind, quality, scale: see `Replay`.
+        detector: whose features are kept, by `latent`.
+    """
+    if kind == "jpeg" or kind == "webp":
+        return Compressed(kind, quality or QUALITY)
+    if kind == "small":
+        return Small(scale or SCALE)
+    return Latent(detector) if kind == "latent" else Storage()
+
+
+def _from_zero(ends: Tensor) -> Tensor:
+    """Where files begin and end, int64 [M + 1], of where they end, int64 [M]; of no files [0]."""
+    return torch.cat([torch.zeros(1, dtype=torch.int64), ends]) if len(ends) else ends.new_empty(0).long()
+
+
+def _bgr(image: Tensor) -> Any:
+    """An image, uint8 [3, H, W], as OpenCV has it: [H, W, 3], blue first."""
+    return np.ascontiguousarray(image.permute(1, 2, 0).flip(2).numpy())
+
+
+def _rgb(image: Any) -> Tensor:
+    """An image of OpenCV's, [H, W, 3] with blue first, as uint8 [3, H, W]."""
+    return torch.from_numpy(image).flip(2).permute(2, 0, 1)
