@@ -5,10 +5,12 @@ import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from clbench import decisions, footprint, precision
 from clbench.backbones import Backbone
@@ -18,6 +20,7 @@ from clbench.config.files import file_digests
 from clbench.config.schema import Gpu
 from clbench.cores import usable_cores
 from clbench.data import stream
+from clbench.data.images import Images
 from clbench.data.samples import Dataset
 from clbench.data.stream import Task
 from clbench.errors import UserError, counted
@@ -26,6 +29,7 @@ from clbench.metrics.names import USUAL, need
 from clbench.out_of_memory import memory_named
 from clbench.recording.recorder import Recorder, Surviving
 from clbench.strategies.base import Strategy
+from clbench.strategies.storage import storage_of
 
 # Settings that need less memory where they are lower, the most effective first: of networks, and of features kept.
 _OF_NETWORKS = (
@@ -209,23 +213,63 @@ def reader(config: Config, dataset: Dataset) -> Callable[[Progress], list[Task]]
 
 
 def stage_bytes(config: Config) -> int:
-    """Bytes of the images that the largest stage of a run learns from, with its buffer, at the run's size.
+    """Bytes of the images that the largest stage of a run learns from, with those of its buffer, at the run's size.
 
     They are on a GPU for its training, up to `gpu.image_memory_mb`.
 
     Raises:
         UserError: a folder or category is not there, or an image cannot be read.
+        Exception: as `model_bytes`, where a buffer keeps features in so many bytes.
     """
+    image, counts = _first_image(config)
+    kind: Any = class_of_kind("strategy", config.strategy.target, Strategy)
+    stored, _ = _buffer_of(config, image, sum(counts))
+    return ((sum(counts) if kind.joint else max(counts)) + stored) * image.numel()
+
+
+def buffer_bytes(config: Config) -> float:
+    """Bytes that a run's buffer takes when it is full; 0 for none. An image of the stream's stands for what others take.
+
+    Raises:
+        UserError: a folder or category is not there, or an image cannot be read.
+        Exception: as `model_bytes`, where a buffer keeps features.
+    """
+    image, counts = _first_image(config)
+    return _buffer_of(config, image, sum(counts))[1]
+
+
+def _first_image(config: Config) -> tuple[Tensor, list[int]]:
+    """The stream's first training image, uint8 [3, H, W], and how many each of its tasks has."""
     dataset = build_dataset(config)
     order = config.task_order
     groups = stream.order(dataset, order.kind, order.tasks, config.seed)
-    kind: Any = class_of_kind("strategy", config.strategy.target, Strategy)
-    if kind.joint:
-        groups = [[name for group in groups for name in group]]
-    samples = [[sample for name in group for sample in dataset.samples(name, "train")] for group in groups]
+    counts = [sum(len(dataset.samples(name, "train")) for name in group) for group in groups]
     geometry = config.dataset.geometry()
-    image, _ = samples[0][0].at(geometry).read()
-    return (max(map(len, samples)) + (config.replay.size or 0)) * geometry.image(image).size
+    image, _ = dataset.samples(groups[0][0], "train")[0].at(geometry).read()
+    return torch.from_numpy(geometry.image(image)).permute(2, 0, 1), counts
+
+
+def _buffer_of(config: Config, image: Tensor, total: int) -> tuple[int, float]:
+    """How many images a run's buffer holds when it is full, and their bytes.
+
+    Args:
+        image: uint8 [3, H, W], which stands for the others.
+        total: images of the stream.
+    """
+    settings = config.replay.settings
+    budget = settings.get("budget_mb")
+    if config.replay.size is None and budget is None:
+        return 0, 0.0
+    kind = settings.get("storage", "raw")
+    storage = storage_of(
+        kind, settings.get("quality"), settings.get("scale"), partial(_without_weights, config)
+    )
+    storage.see(image[None])
+    cost = int(storage.costs(Images.of(image[None])))
+    if budget is not None:
+        return min(int(budget * footprint.MB) // cost, total), min(budget * footprint.MB, float(total * cost))
+    size = config.replay.size or 0
+    return size, float(size * cost)
 
 
 def build_detector(config: Config) -> Detector:
@@ -265,11 +309,20 @@ def model_bytes(config: Config) -> float:
     Raises:
         Exception: whatever a class of the user's own raises that cannot be made without numbers.
     """
-    with warnings.catch_warnings(), torch.device("meta"):
-        warnings.simplefilter("ignore")  # of weights from a file of the method's, which are left out
-        detector = _constructed(config, pretrained=False, checkpoint=None)
+    detector = _without_weights(config)
     networks = footprint.measure(build_strategy(config, detector))["executed_mb"] * footprint.MB
     return networks + (detector.bank_limit or 0)
+
+
+def _without_weights(config: Config) -> Detector:
+    """A method's detector whose weights have shapes alone, on the device `meta`.
+
+    Raises:
+        Exception: as `model_bytes`.
+    """
+    with warnings.catch_warnings(), torch.device("meta"):
+        warnings.simplefilter("ignore")  # of weights from a file of the method's, which are left out
+        return _constructed(config, pretrained=False, checkpoint=None)
 
 
 def place(detector: Detector, gpu: Gpu, device: torch.device) -> Detector:

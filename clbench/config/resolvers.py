@@ -12,12 +12,27 @@ from omegaconf import DictConfig, OmegaConf
 
 from clbench.config import sources
 from clbench.config.run_names import run_name
+from clbench.errors import UserError
 from clbench.paths import expanded
 
 
 def if_given(value: Any, then: Any, otherwise: Any) -> Any:
     """`then` where `value` is given, `otherwise` where it is null."""
     return otherwise if value is None else then
+
+
+def images_mb(count: int, resize: int | None, crop: int | None) -> float:
+    """10^6 bytes of so many images, as they are, of a run's size in pixels.
+
+    Raises:
+        UserError: the size is that of the files, which is not known.
+    """
+    side = crop or resize
+    if side is None:
+        raise UserError(
+            f"dataset.resize=null: the bytes of {count} images are not known; give dataset.resize=..."
+        )
+    return count * 3 * side**2 / 10**6
 
 
 def strategy_class(name: str) -> str:
@@ -51,7 +66,7 @@ def register() -> None:
     is composed with the group's default choice, which need not have a setting that the swept choices have. Whether
     a choice has the setting is checked with the run itself.
     """
-    for resolver in (run_name, if_given, strategy_class, by_choice, gpus_of, expanded_path):
+    for resolver in (run_name, if_given, images_mb, strategy_class, by_choice, gpus_of, expanded_path):
         OmegaConf.register_new_resolver(resolver.__name__, resolver, replace=True)
     store = ConfigStore.instance()
     store.store(name="open", node=DictConfig({}, flags={"struct": False}))

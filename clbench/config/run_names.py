@@ -8,7 +8,17 @@ from clbench.config.differences import in_results
 
 _LONGEST = 200  # bytes; file systems take 255, and files are written beside under longer names
 _NO_MORE = "metrics.further=[]"  # what conf/ gives, unless a choice in it gives more
-_FIRST = ("method", "strategy", "replay", "replay.size", "backbone", "dataset", "task_order", "seed")
+_FIRST = (
+    "method",
+    "strategy",
+    "replay",
+    "replay.size",
+    "replay.budget_mb",
+    "backbone",
+    "dataset",
+    "task_order",
+    "seed",
+)
 
 
 def _order(override: str) -> tuple[int, str]:

@@ -1,6 +1,6 @@
 """The replay buffer: which images of earlier stages are kept, and how many."""
 
-import itertools
+import bisect
 import re
 from collections.abc import Callable, Mapping, Sequence
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from clbench.data.images import Images
-from clbench.errors import UserError, counted
+from clbench.errors import UserError
 from clbench.randomness import generator
 from clbench.strategies.selection import BY_FEATURES, Selection
 from clbench.strategies.storage import Storage, Stored
@@ -68,7 +68,7 @@ class Buffer:
         self.storage.ready([share for pair in self._stored for share in pair])
 
     def check(self, images: Sequence[Tensor | Images]) -> None:
-        """Check, before training, that the bytes have room for an image of each stage.
+        """Check, before training, that the bytes have room for an image.
 
         Args:
             images: one of each stage, uint8 [1, 3, H, W].
@@ -79,15 +79,14 @@ class Buffer:
         self.storage.see(images[0])
         if self.budget is None:
             return
-        fixed = self.storage.store(Images.of(images[0]).on(_CPU)).fixed
+        fixed = self.storage.store(Images.of(images[0]).some(slice(0)).on(_CPU)).fixed + self._fixed(
+            len(images)
+        )
         largest = fixed + max(int(self.storage.costs(Images.of(one).on(_CPU))) for one in images)
-        stages = len(images)
-        least = largest + self._fixed(stages) if self.selection == "reservoir" else stages * largest
-        if self.budget < least:
-            whose = "" if self.selection == "reservoir" else f" for each of {counted(stages, 'stage')}"
+        if self.budget < largest:
             raise UserError(
-                f"replay.budget_mb={self.budget / MB:g} has no room for an image{whose}, which takes {largest:,} bytes with "
-                f"{self.storage.name}: give {_rounded_up(least)} or more"
+                f"replay.budget_mb={self.budget / MB:g} has no room for an image, which takes {largest:,} bytes with "
+                f"{self.storage.name}: give {_rounded_up(largest)} or more, or a storage that takes less"
             )
 
     def add(self, stage: int, learned: Tensor | Images, held_out: Tensor | Images) -> list[Pair]:
@@ -112,19 +111,21 @@ class Buffer:
         rows: list[Pair] = []
         for (first, second), (one, other) in zip(orders, choose(orders, costs), strict=True):
             pair = first[:one], second[:other]
-            rows.append((pair[0].sort().values, pair[1].sort().values) if self.selection == "random" else pair)
+            rows.append(
+                (pair[0].sort().values, pair[1].sort().values) if self.selection == "random" else pair
+            )
         kept = [
             (one.some(first), other.some(second))
             for (one, other), (first, second) in zip(self._stored, rows, strict=False)
         ]
-        new = [self.storage.store(images.some(chosen)) for images, chosen in zip(given, rows[-1], strict=True)]
+        new = [
+            self.storage.store(images.some(chosen)) for images, chosen in zip(given, rows[-1], strict=True)
+        ]
         self._stored = [*kept, (new[0], new[1])]
         self.storage.ready(())
         return rows
 
-    def _orders(
-        self, stage: int, owner: int, counts: tuple[int, int], given: tuple[Images, Images]
-    ) -> Pair:
+    def _orders(self, stage: int, owner: int, counts: tuple[int, int], given: tuple[Images, Images]) -> Pair:
         """The orders in which images of a share are chosen, learned ones and held-out ones, int64 [M] each.
 
         Args:
@@ -151,7 +152,9 @@ class Buffer:
         random = generator(self.seed, "reservoir", stage)
         return torch.rand(sum(counts), generator=random, dtype=torch.float64).split(counts)
 
-    def _costs(self, orders: Sequence[Pair], given: tuple[Images, Images]) -> list[tuple[list[int], list[int]]]:
+    def _costs(
+        self, orders: Sequence[Pair], given: tuple[Images, Images]
+    ) -> list[tuple[list[int], list[int]]]:
         """What the beginnings of each order take: bytes of the first 0, 1, 2, ... images."""
         each = [(one.costs(), other.costs()) for one, other in self._stored]
         each.append((self.storage.costs(given[0]), self.storage.costs(given[1])))
@@ -159,7 +162,8 @@ class Buffer:
         found = []
         for pair, costs in zip(orders, each, strict=True):
             one, other = (
-                [0, *(fixed + cost[order].cumsum(0)).tolist()] for order, cost in zip(pair, costs, strict=True)
+                [0, *(fixed + cost[order].cumsum(0)).tolist()]
+                for order, cost in zip(pair, costs, strict=True)
             )
             found.append((one, other))
         return found
@@ -169,31 +173,31 @@ class Buffer:
     ) -> list[tuple[int, int]]:
         """How many images of each stage stay, learned ones and held-out ones: equal shares.
 
+        What does not divide evenly goes to the oldest stages, an image each.
+
         Args:
             orders: of each stage.
             costs: see `_costs`; None where images count.
         """
+        there = [(len(first), len(second)) for first, second in orders]
         whole, extra = divmod(self.size or self.budget or 0, len(orders))
-        found = []
-        for owner, (first, second) in enumerate(orders):
-            stored = len(first) + len(second)
-
-            def parts(count: int, held: int = len(second), stored: int = stored) -> tuple[int, int]:
-                held_out = round(count * held / stored) if stored else 0
-                return count - held_out, held_out
-
-            if costs is None:  # what does not divide evenly goes to the oldest stages
-                found.append(parts(min(whole + (owner < extra), stored)))
-            else:
-                one, other = costs[owner]
-                fitting = itertools.takewhile(
-                    lambda count, one=one, other=other, parts=parts: (  # type: ignore[misc]
-                        one[parts(count)[0]] + other[parts(count)[1]] <= whole
-                    ),
-                    range(stored + 1),
-                )
-                found.append(parts(max(fitting, default=0)))
-        return found
+        if costs is None:
+            wanted = [min(whole + (owner < extra), sum(counts)) for owner, counts in enumerate(there)]
+            return [_parts(*counts, count) for counts, count in zip(there, wanted, strict=True)]
+        taken = [
+            [
+                one[first] + other[second]
+                for first, second in (_parts(*counts, n) for n in range(sum(counts) + 1))
+            ]
+            for counts, (one, other) in zip(there, costs, strict=True)
+        ]
+        found = [bisect.bisect_right(bytes_of, whole) - 1 for bytes_of in taken]
+        left = (self.budget or 0) - sum(bytes_of[count] for bytes_of, count in zip(taken, found, strict=True))
+        for owner, (bytes_of, count) in enumerate(zip(taken, found, strict=True)):
+            if count + 1 < len(bytes_of) and bytes_of[count + 1] - bytes_of[count] <= left:
+                found[owner] += 1
+                left -= bytes_of[count + 1] - bytes_of[count]
+        return [_parts(*counts, count) for counts, count in zip(there, found, strict=True)]
 
     def _from_all(
         self, orders: Sequence[Pair], costs: Sequence[tuple[list[int], list[int]]] | None
@@ -258,6 +262,12 @@ _KINDS = ("learned", "held_out")
 _SEEN = f"{PREFIX}seen"
 _NAME = re.compile(rf"buffer\.(\d+)\.({'|'.join(_KINDS)})(.*)")
 _CPU = torch.device("cpu")
+
+
+def _parts(learned: int, held_out: int, count: int) -> tuple[int, int]:
+    """How many of `count` images that stay are learned ones and held-out ones, in the proportion that there are."""
+    second = round(count * held_out / (learned + held_out)) if count else 0
+    return count - second, second
 
 
 def _rounded_up(size: int) -> str:

@@ -69,7 +69,7 @@ class Replay(Strategy):
                 budget=None if replay_budget_mb is None else round(replay_budget_mb * MB),
                 selection=replay_selection,
                 order=partial(by_features, replay_selection, detector),
-                storage=storage_of(replay_storage, replay_quality, replay_scale, detector),
+                storage=storage_of(replay_storage, replay_quality, replay_scale, lambda: detector),
             )
 
     @classmethod
@@ -81,7 +81,9 @@ class Replay(Strategy):
         chosen = f"replay.storage={storage}"
         sizes = [f"replay.{name}={settings[name]}" for name in ("size", "budget_mb") if name in settings]
         if len(sizes) == 2:
-            raise UserError(f"{' with '.join(sizes)}: the one counts images, the other bytes; give one of them")
+            raise UserError(
+                f"{' with '.join(sizes)}: the one counts images, the other bytes; give one of them"
+            )
         if not sizes and settings:
             name, value = next(iter(settings.items()))
             raise UserError(
@@ -144,7 +146,10 @@ class Replay(Strategy):
         super().check(tasks)
         if self.buffer:
             self.buffer.check(
-                [tasks[stage[0]].train.images[:1].to(self.detector.device) for stage in self.stages(len(tasks))]
+                [
+                    tasks[stage[0]].train.images[:1].to(self.detector.device)
+                    for stage in self.stages(len(tasks))
+                ]
             )
 
     def begin_stage(self, stage: int, images: Images) -> None:

@@ -1,7 +1,7 @@
 """How a buffer keeps images: as they are, compressed, smaller, or as features of frozen networks."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import cv2
@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clbench.data.images import Images, Made
+from clbench.data.images import Identity, Images, Made
 from clbench.errors import UserError
 from clbench.methods.base import Detector
 
@@ -71,7 +71,9 @@ class Storage:
 
     def store(self, images: Images) -> Stored:
         """The images, uint8 [N, 3, H, W] and on the CPU, as they are kept."""
-        return _Pixels(images[torch.arange(len(images))])  # a copy, where a slice may be a part of a larger tensor
+        return _Pixels(
+            images[torch.arange(len(images))]
+        )  # a copy, where a slice may be a part of a larger tensor
 
     def restored(self, tensors: Mapping[str, Tensor]) -> Stored:
         """What `Stored.tensors` gave."""
@@ -292,52 +294,65 @@ class Latent(Storage):
 
     @torch.no_grad()
     def store(self, images: Images) -> Stored:
-        detector, parts = self._detector, []
+        detector = self._detector
+        networks: list[list[Tensor]] = []
         with detector.learning():
-            for batch in images.on(detector.device).split(_BATCH):
-                parts.append([level.half().cpu() for net in detector.pyramids() for level in net(batch)])
-        levels = [torch.cat(level) for level in zip(*parts, strict=True)]
-        return _Features(levels or [torch.empty(0, dtype=torch.float16)], self)
+            for pyramid in detector.pyramids():
+                parts = [pyramid(batch) for batch in images.on(detector.device).split(_BATCH)]
+                levels = [torch.cat(level).half().cpu().contiguous() for level in zip(*parts, strict=True)]
+                networks.append(levels or [torch.empty(0, dtype=torch.float16)])
+        return _Features(networks, self)
+
+    @torch.no_grad()
+    def costs(self, images: Images) -> Tensor:
+        nets, one = self._detector.pyramids(), images[:1].to(self._detector.device)
+        numbers = sum(level[0].numel() for net in nets for level in net.network(net.normalisation(one)))
+        return torch.full((len(images),), torch.float16.itemsize * numbers)
 
     def restored(self, tensors: Mapping[str, Tensor]) -> Stored:
-        return _Features([tensors[f".{level}"] for level in range(len(tensors))], self)
+        networks: list[list[Tensor]] = [[] for _ in self._detector.pyramids()]
+        for network, level in sorted(tuple(map(int, name.split(".")[1:])) for name in tensors):
+            networks[network].append(tensors[f".{network}.{level}"])
+        return _Features(networks, self)
 
     def ready(self, stored: Sequence[Stored]) -> None:
-        pyramids = self._detector.pyramids()
-        found: list[dict[str, list[Tensor]]] = [{} for _ in pyramids]
-        for share in stored:
-            assert isinstance(share, _Features)
-            levels = [level.to(self._detector.device) for level in share.levels]
-            for row, name in enumerate(share.images.identities(torch.arange(len(share)))):
-                own = iter([level[row] for level in levels])
-                for pyramid, known in zip(pyramids, found, strict=True):
-                    known[name] = [next(own) for _ in pyramid.channels]
-        for pyramid, known in zip(pyramids, found, strict=True):
+        device = self._detector.device
+        for number, pyramid in enumerate(self._detector.pyramids()):
+            known: dict[Identity, list[Tensor]] = {}
+            for share in stored:
+                assert isinstance(share, _Features)
+                levels = [level.to(device) for level in share.networks[number]]
+                for row, name in enumerate(share.images.identities(torch.arange(len(share)))):
+                    known[name] = [level[row] for level in levels]
             pyramid.store.given = known
 
 
 class _Features(_Made):
-    """Levels of features, float16 [M, C_l, H_l, W_l] each, of all networks one after the other."""
+    """Features of images: of each network levels, float16 [M, C_l, H_l, W_l] or [M, N, d] each, as it gives them."""
 
-    def __init__(self, levels: list[Tensor], storage: Storage):
+    def __init__(self, networks: list[list[Tensor]], storage: Storage):
         super().__init__(storage)
-        self.levels = levels
+        self.networks = networks
 
     def __len__(self) -> int:
-        return len(self.levels[0])
+        return len(self.networks[0][0])
 
     def some(self, rows: Tensor) -> Stored:
-        return _Features([level[rows] for level in self.levels], self._storage)
+        return _Features([[level[rows] for level in levels] for levels in self.networks], self._storage)
 
     def costs(self) -> Tensor:
-        return torch.full((len(self),), sum(level[:1].nbytes for level in self.levels))
+        return torch.full((len(self),), sum(level[:1].nbytes for levels in self.networks for level in levels))
 
     def tensors(self) -> dict[str, Tensor]:
-        return {f".{number}": level for number, level in enumerate(self.levels)}
+        return {
+            f".{network}.{number}": level
+            for network, levels in enumerate(self.networks)
+            for number, level in enumerate(levels)
+        }
 
     def _one(self, row: int) -> Tensor:
         digest = hashlib.sha256()
-        for level in self.levels:
+        for level in self.tensors().values():
             digest.update(level[row].numpy().data)
         image = torch.zeros((3, *self._storage.size), dtype=torch.uint8)
         name = torch.frombuffer(bytearray(digest.digest()), dtype=torch.uint8)[: image.numel()]
@@ -345,18 +360,20 @@ class _Features(_Made):
         return image
 
 
-def storage_of(kind: Kind, quality: int | None, scale: int | None, detector: Detector) -> Storage:
+def storage_of(
+    kind: Kind, quality: int | None, scale: int | None, detector: Callable[[], Detector]
+) -> Storage:
     """The storage that settings ask for.
 
     Args:
         kind, quality, scale: see `Replay`.
-        detector: whose features are kept, by `latent`.
+        detector: gives the detector whose features are kept, for `latent`.
     """
     if kind == "jpeg" or kind == "webp":
         return Compressed(kind, quality or QUALITY)
     if kind == "small":
         return Small(scale or SCALE)
-    return Latent(detector) if kind == "latent" else Storage()
+    return Latent(detector()) if kind == "latent" else Storage()
 
 
 def _from_zero(ends: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ class SweepRun:
         state: how far it is.
         reason: why it failed; None where it did not.
         stage_mb: images of its largest stage, 10^6 bytes; None where nobody asked, or they are not there.
+        buffer_mb: what its buffer takes when it is full, 10^6 bytes; None where nobody asked, or it is not known.
         model_mb: what a model of it takes, 10^6 bytes; None where nobody asked, or it is not known.
         config: what the overrides compose to, 0.2 MB, until it is started; None where another process composes it, or
             where the run is known to be finished.
@@ -40,6 +41,7 @@ class SweepRun:
     state: State
     reason: str | None = None
     stage_mb: float | None = None
+    buffer_mb: float | None = None
     model_mb: float | None = None
     config: DictConfig | None = None
     settings: str | None = None

@@ -205,6 +205,7 @@ class RunSweeper(Sweeper):
             settings=settings_digest(config.plain()),
             gpu=config.gpu,
             stage_mb=self._stage_mb(config) if config.dry_run else None,
+            buffer_mb=self._buffer_mb(config) if config.dry_run else None,
             model_mb=self._model_mb(config) if config.dry_run else None,
             config=composed if in_this_process else None,
         )
@@ -213,8 +214,13 @@ class RunSweeper(Sweeper):
         """Images of a run's largest stage, 10^6 bytes; None where they are not there."""
         from clbench.assembly import stage_bytes
 
-        parts = ("dataset", "task_order", "strategy", "replay", "seed")
-        return self._asked_once(stage_bytes, config, parts, UserError)
+        return self._asked_once(stage_bytes, config, _parts_of_buffer(config), Exception)
+
+    def _buffer_mb(self, config: Config) -> float | None:
+        """What a run's buffer takes, 10^6 bytes; None where its images are not there, or networks whose features it keeps."""
+        from clbench.assembly import buffer_bytes
+
+        return self._asked_once(buffer_bytes, config, _parts_of_buffer(config), Exception)
 
     def _model_mb(self, config: Config) -> float | None:
         """What a model of a run takes, 10^6 bytes; None where its class cannot be made without weights."""
@@ -346,3 +352,9 @@ def _listed(override: Override) -> list[str]:
     if len(values) > _MOST_RUNS:
         raise UserError(f"{override.input_line} has more than {_MOST_RUNS} values: give fewer at a time")
     return values
+
+
+def _parts_of_buffer(config: Config) -> Sequence[str]:
+    """The parts of a config that the images of a stage and of the buffer depend on."""
+    stream = ("dataset", "task_order", "strategy", "replay", "seed")
+    return (*stream, "method", "backbone") if config.replay.settings.get("storage") == "latent" else stream

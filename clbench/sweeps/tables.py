@@ -31,7 +31,7 @@ def plan_table(runs: Sequence[SweepRun], wanted: Sequence[SweepRun]) -> Table:
     )
     for title in ("run", "state", "would"):
         table.add_column(title, overflow="fold")
-    for title in ("images MB", "model MB", "peak MB", "minutes"):
+    for title in ("images MB", "buffer MB", "model MB", "peak MB", "minutes"):
         table.add_column(title, overflow="fold", justify="right")
     names = distinct(runs)
     known = _finished_beside(runs)
@@ -46,6 +46,7 @@ def plan_table(runs: Sequence[SweepRun], wanted: Sequence[SweepRun]) -> Table:
             escape(state),
             {"unfinished": "continue", "failed": "try again"}.get(run.state, "start") if starts else "stay",
             "" if run.stage_mb is None else f"{run.stage_mb:.1f}",
+            "" if not run.buffer_mb else f"{run.buffer_mb:.{1 if run.buffer_mb >= 0.05 else 3}f}",
             "" if run.model_mb is None else f"{run.model_mb:.1f}",
             "" if peak is None else f"{peak:.0f}",
             "" if minutes is None else f"{minutes:.1f}",
@@ -62,7 +63,8 @@ def plan_table(runs: Sequence[SweepRun], wanted: Sequence[SweepRun]) -> Table:
 
 
 _ESTIMATES = (
-    "images are those of the largest stage with its buffer, which a GPU holds up to gpu.image_memory_mb; a model is its "
+    "images are those of the largest stage with its buffer's, which a GPU holds up to gpu.image_memory_mb; a buffer is what is "
+    "kept of images, by the size of one where they are compressed; a model is its "
     "networks' weights, with its bank where settings alone tell its size; the rest is left out"
 )
 

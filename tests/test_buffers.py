@@ -1,0 +1,385 @@
+"""Which images a buffer keeps, how it keeps them, and in how many bytes."""
+
+import hashlib
+import math
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, Train, run_directories
+from test_contracts import backbone, transformer
+from torch import Tensor
+
+from clbench import assembly
+from clbench.config import check
+from clbench.config.sources import composed
+from clbench.data.images import Images
+from clbench.errors import UserError
+from clbench.methods.base import Detector, kept_state
+from clbench.methods.cadic import CADIC
+from clbench.methods.cfa import CFA
+from clbench.methods.dinomaly import Dinomaly
+from clbench.methods.dinosaur import DINOSaur
+from clbench.methods.fastflow import FastFlow
+from clbench.methods.padim import PaDiM
+from clbench.methods.patchcore import PatchCore
+from clbench.methods.rd4ad import RD4AD
+from clbench.methods.simplenet import SimpleNet
+from clbench.methods.supersimplenet import SuperSimpleNet
+from clbench.report.rows import Variant
+from clbench.strategies.buffer import Buffer
+from clbench.strategies.replay import Replay
+from clbench.strategies.selection import herding, kcenter, pooled
+from clbench.strategies.storage import Kind, storage_of
+from clbench.testing import StrategyContract
+from clbench.testing.small import bytes_of, images
+from clbench.testing.strategies import BuildStrategy
+from clbench.training import split, train
+
+
+def numbered(count: int, first: int = 0) -> Tensor:
+    """Images of one colour each, uint8 [count, 3, 1, 1]: its number."""
+    return torch.arange(first, first + count).byte().view(-1, 1, 1, 1).repeat(1, 3, 1, 1)
+
+
+def numbers(given: Tensor | Images) -> list[int]:
+    return given[:][:, 0, 0, 0].tolist()
+
+
+def unnamed() -> Detector:
+    raise AssertionError("no detector is needed")
+
+
+def test_random_selection_keeps_the_rows_that_it_kept_before_there_were_others() -> None:
+    buffer, digest = Buffer(17, 3), hashlib.sha256()
+    for stage, (learned, held_out) in enumerate([(20, 3), (4, 1), (30, 0), (9, 9)]):
+        rows = buffer.add(
+            stage, *(numbered(count, 60 * stage + at) for count, at in ((learned, 0), (held_out, 40)))
+        )
+        digest.update(repr([[each.tolist() for each in pair] for pair in rows]).encode())
+    assert (
+        digest.hexdigest() == "d1fb9448ebc07d5f14502392ac9b0b0b3c7494897f980f357c4e97e178f199cc"
+    )  # of the version before
+
+
+def test_a_reservoir_keeps_each_image_seen_with_the_same_chance() -> None:
+    sizes, size, draws = [(9, 3), (4, 2), (20, 2)], 10, 300
+    kept = torch.zeros(40)
+    for seed in range(draws):
+        buffer, first = Buffer(size, seed, selection="reservoir"), 0
+        for stage, (learned, held_out) in enumerate(sizes):
+            buffer.add(stage, numbered(learned, first), numbered(held_out, first + learned))
+            first += learned + held_out
+        shown = [number for pair in buffer.shares for share in pair for number in numbers(share)]
+        assert len(shown) == len(set(shown)) == size
+        kept[shown] += 1
+    expected = draws * size / 40
+    # Of 10 out of 40 images, drawn without replacement, counts vary by (1 - 10/40) less than those of a multinomial.
+    statistic = float(((kept - expected) ** 2 / expected).sum()) / (1 - size / 40) * 39 / 40
+    assert 16 < statistic < 73  # the 0.0005 and 0.9995 quantiles of chi-squared with 39 degrees of freedom
+
+
+def test_a_reservoir_of_bytes_keeps_what_drew_least_as_long_as_it_fits() -> None:
+    buffer = Buffer(
+        None, 0, budget=7 * 3 + 2 * 16, selection="reservoir"
+    )  # 16 bytes say how many a stage has had
+    buffer.add(0, numbered(9), numbered(3, 9))
+    buffer.add(1, numbered(6, 12), numbered(0))
+    drawn = [buffer._drawn(stage) for stage in range(2)]
+    least = torch.cat([part for pair in drawn for part in pair]).argsort()[:7]
+    shown = sorted(number for pair in buffer.shares for share in pair for number in numbers(share))
+    assert shown == sorted(least.tolist()) and bytes_of(buffer.tensors().values()) == buffer.budget
+
+
+def test_herding_and_k_center_give_the_orders_of_their_definitions() -> None:
+    features = torch.tensor([[0.0], [1.0], [2.0], [7.0]])
+    assert features[herding(features), 0].tolist() == [2, 1, 7, 0]  # worked out by hand, the mean is 2.5
+    assert features[kcenter(features), 0].tolist() == [2, 7, 0, 1]
+    given = torch.randn(30, 5, generator=torch.Generator().manual_seed(0))
+    order = herding(given).tolist()
+    for count in (1, 7, 29):  # what is added brings the mean nearest to that of all
+        rest = [row for row in range(30) if row not in order[: count - 1]]
+        means = [given[[*order[: count - 1], row]].double().mean(0) for row in rest]
+        distances = [float((mean - given.double().mean(0)).norm()) for mean in means]
+        assert rest[int(np.argmin(distances))] == order[count - 1]
+    assert [len(order(given[:0])) for order in (herding, kcenter)] == [0, 0]
+
+
+@pytest.mark.parametrize("selection", ["herding", "kcenter"])
+def test_a_share_chosen_by_features_shrinks_by_its_end(selection: Any) -> None:
+    strategy = Replay(FastFlow(backbone(), layers=[1, 2], steps=2), replay_size=5, replay_selection=selection)
+    assert strategy.buffer
+    given = images(6, 0)
+    strategy.buffer.add(0, given, given[:0])
+    order = (herding if selection == "herding" else kcenter)(pooled(strategy.detector, Images.of(given)))
+    assert torch.equal(strategy.buffer.shares[0][0][:], given[order[:5]])
+    for stage in (1, 2):
+        (rows, _), *_ = strategy.buffer.add(stage, images(6, stage), given[:0])
+        assert rows.tolist() == list(range([5, 3, 2][stage]))
+    assert torch.equal(strategy.buffer.shares[0][0][:], given[order[:2]])
+
+
+def test_pooled_features_are_means_over_positions_of_every_level() -> None:
+    detector = FastFlow(backbone(), layers=[1, 2], steps=2)
+    given = images(3, 0)
+    levels = detector.pyramid.compute(given)
+    expected = torch.cat([level.flatten(2).mean(2) for level in levels], 1)
+    torch.testing.assert_close(pooled(detector, Images.of(given)), expected)
+
+
+def _jpeg(image: Tensor, quality: int) -> np.ndarray:
+    """The JPEG file of an image, with colours at full resolution, by OpenCV from an image of its own kind."""
+    flipped = np.ascontiguousarray(image.numpy()[::-1].transpose(1, 2, 0))
+    options = [cv2.IMWRITE_JPEG_QUALITY, quality, cv2.IMWRITE_JPEG_SAMPLING_FACTOR, 0x111111]
+    return cv2.imencode(".jpg", flipped, options)[1]
+
+
+STORAGES: list[tuple[Kind, dict[str, Any]]] = [
+    ("raw", {}),
+    ("jpeg", {"quality": 40}),
+    ("webp", {}),
+    ("small", {"scale": 3}),
+]
+
+
+@pytest.mark.parametrize(("kind", "settings"), STORAGES)
+@pytest.mark.parametrize("selection", ["random", "reservoir"])
+def test_bytes_are_never_over_the_budget_and_as_many_images_as_fit(
+    kind: Kind, settings: dict[str, Any], selection: Any
+) -> None:
+    def built() -> Buffer:
+        storage = storage_of(kind, settings.get("quality"), settings.get("scale"), unnamed)
+        return Buffer(None, 0, budget=40_000, selection=selection, storage=storage)
+
+    buffer = built()
+    for stage, held_out in enumerate((2, 0, 1)):
+        given = Images.of(images(11, stage))
+        rows = buffer.add(stage, given.some(slice(held_out, None)), given.some(slice(held_out)))
+        assert [tuple(map(len, pair)) for pair in rows] == [tuple(map(len, pair)) for pair in buffer.shares]
+    shares = [share for pair in buffer._stored for share in pair]
+    kept = bytes_of(buffer.tensors().values())
+    counted = sum(int(share.costs().sum()) + share.fixed * (len(share) > 0) for share in shares)
+    assert kept == counted + 16 * 3 * (selection == "reservoir") and kept <= 40_000
+    largest = max(int(share.costs().max()) + share.fixed for share in shares if len(share))
+    assert sum(map(len, shares)) == 33 or kept > 40_000 - (3 if selection == "random" else 1) * largest
+    again = built()
+    again.restore(buffer.tensors())
+    again.begin(Images.of(images(1, 0)))
+    for one, other in zip(buffer.shares, again.shares, strict=True):
+        assert all(torch.equal(first[:], second[:]) for first, second in zip(one, other, strict=True))
+
+
+def test_a_share_with_no_room_for_an_image_leaves_it_to_the_oldest() -> None:
+    buffer = Buffer(None, 0, budget=8)
+    for stage in range(3):
+        buffer.add(stage, numbered(4), numbered(0))
+    assert [len(learned) for learned, _ in buffer.shares] == [1, 1, 0]
+
+
+def test_what_is_stored_comes_back_as_the_codec_has_it() -> None:
+    given = images(5, 0, 32)
+    storage = storage_of("jpeg", 60, None, unnamed)
+    storage.see(given)
+    stored = storage.store(Images.of(given))
+    files = [_jpeg(image, 60) for image in given]
+    tensors = stored.tensors()
+    assert tensors[".bytes"].tolist() == np.concatenate(files).ravel().tolist()
+    assert bytes_of(tensors.values()) == sum(map(len, files)) + 8 * (5 + 1)
+    decoded = [cv2.imdecode(file, cv2.IMREAD_COLOR)[:, :, ::-1].transpose(2, 0, 1) for file in files]
+    assert torch.equal(Images.of(stored.images)[:], torch.from_numpy(np.stack(decoded)))
+    chosen = stored.some(torch.tensor([3, 0]))
+    assert torch.equal(Images.of(chosen.images)[:], torch.from_numpy(np.stack([decoded[3], decoded[0]])))
+
+    small = storage_of("small", None, 4, unnamed)
+    small.see(given)
+    (kept,) = small.store(Images.of(given)).tensors().values()
+    areas = given.double().unfold(2, 4, 4).unfold(3, 4, 4).mean((4, 5))
+    assert kept.shape == (5, 3, 8, 8) and float((kept.double() - areas).abs().max()) <= 0.5
+    even = torch.full((1, 3, 32, 32), 77, dtype=torch.uint8)
+    for one in (storage, small, storage_of("webp", 90, None, unnamed)):
+        one.see(even)
+        (returned,) = [one.passed(Images.of(even))]
+        assert returned is not None and int((returned[:].int() - 77).abs().max()) <= 2
+
+
+def test_half_of_the_current_images_pass_the_codec_where_that_is_asked_for() -> None:
+    given = Images.of(images(40, 0))
+    settings: dict[str, Any] = {"replay_size": 4, "replay_storage": "jpeg", "replay_quality": 10}
+    strategy = Replay(FastFlow(backbone(), layers=[1], steps=2), replay_symmetric=True, **settings)
+    assert strategy.buffer
+    strategy.begin_stage(0, given)
+    shown, passed = strategy.shown(0, given)[:], strategy.buffer.storage.passed(given)
+    assert passed is not None
+    as_it_is = (shown == given[:]).flatten(1).all(1)
+    assert torch.equal(shown, torch.where(as_it_is[:, None, None, None], given[:], passed[:]))
+    assert 10 <= int(as_it_is.sum()) <= 30 and torch.equal(strategy.shown(0, given)[:], shown)
+    assert not torch.equal(strategy.shown(1, given)[:], shown)
+    for others in ({"replay_storage": "raw", "replay_symmetric": True}, settings):
+        plain = Replay(strategy.detector, **{"replay_size": 4, **others})
+        assert plain.shown(0, given) is given
+
+
+class _Compressed(StrategyContract):
+    def replayed_as(self, strategy: Any, given: Tensor) -> Tensor:
+        return strategy.buffer.storage.passed(Images.of(given))[:] if len(given) else given
+
+
+class _Latent(StrategyContract):
+    def detector(self) -> Detector:
+        return FastFlow(backbone(), layers=[1], steps=2, epochs=1, batch_size=3, held_out=1 / 3)
+
+
+def test_a_run_that_is_killed_and_continued_is_the_run_and_every_byte_is_counted() -> None:
+    compressed: dict[str, Any] = {
+        "replay_budget_mb": 0.012,
+        "replay_storage": "jpeg",
+        "replay_symmetric": True,
+    }
+    builds: list[BuildStrategy] = [
+        lambda detector: Replay(detector, replay_selection="reservoir", **compressed),
+        lambda detector: Replay(detector, replay_size=7, replay_storage="latent", replay_selection="herding"),
+    ]
+    _Compressed().test_images_that_were_held_out_stay_so_when_others_are_learned_again(builds[0])
+    for contract, build in zip((_Compressed(), _Latent()), builds, strict=True):
+        contract.test_a_process_that_ends_at_any_step_loses_nothing(build)
+        contract.test_the_footprint_counts_every_byte_that_it_keeps(build)
+
+
+def test_features_of_images_that_were_held_out_stay_held_out() -> None:
+    contract = _Latent()
+    strategy: Any = contract.learned(
+        lambda detector: Replay(detector, replay_size=7, replay_storage="latent"), stages=2
+    )
+    for stage, pair in enumerate(strategy.buffer._stored):
+        parts = split(contract.given(stage), strategy.detector.held_out, strategy.seed, stage)
+        for share, own in zip(pair, parts, strict=True):
+            (level,) = strategy.detector.pyramid.compute(own[:])
+            assert all((level.half() == kept).flatten(1).all(1).any() for kept in share.networks[0][0])
+
+
+CLAIMING: list[Callable[[], Detector]] = [
+    lambda: PatchCore(backbone(), layers=[2], memory_size=20),
+    lambda: PaDiM(backbone(), layers=[2], features=5),
+    lambda: CADIC(transformer(), layers=[1], memory_size=20),
+    lambda: DINOSaur(transformer(), layers=[1], smallest=2, radius=1),
+    lambda: CFA(backbone(), layers=[2, 3], epochs=1, batch_size=2),
+    lambda: FastFlow(backbone(), layers=[2], steps=2, epochs=1, batch_size=2),
+    lambda: RD4AD(backbone(), epochs=1, batch_size=2),
+    lambda: SimpleNet(backbone(), layers=[2], hidden=8, epochs=1, batch_size=2),
+    lambda: SuperSimpleNet(backbone(), layers=[2], hidden=8, epochs=1, batch_size=2),
+    lambda: Dinomaly(transformer(), groups=[[0], [1]], steps=2, batch_size=2, map_side=24),
+]
+
+
+def test_every_method_that_says_so_learns_the_same_from_features_alone() -> None:
+    """Of a stored image, whose features are not rounded to half precision here as they are when they are kept."""
+    for build in CLAIMING:
+        states = []
+        for by_features in (False, True):
+            detector = build()
+            given, old = images(2, 1, 32), images(2, 0, 32)
+            storage = storage_of("latent", None, None, lambda detector=detector: detector)  # type: ignore[misc]
+            storage.see(given)
+            stored: Any = storage.store(Images.of(old))
+            stored.networks = [[level.contiguous() for level in detector.pyramids()[0].compute(old)]]
+            storage.ready([stored])
+            again = stored.images if by_features else old
+            train(detector, 1, given, [(again, again[:1])], seed=0)
+            states.append(kept_state(detector))
+        for name, tensor in states[0].items():
+            assert torch.equal(tensor, states[1][name]), (type(detector), name)
+    files = [path.stem for path in (ROOT / "clbench/methods").glob("*.py")]
+    modules = [vars(import_module(f"clbench.methods.{name}")) for name in files]
+    there = {one for module in modules for one in module.values() if isinstance(one, type)}
+    said = {one for one in there if issubclass(one, Detector) and one.needs_only_features}
+    assert said == {type(build()) for build in CLAIMING}
+
+
+MISTAKES: list[tuple[tuple[str, ...], str]] = [
+    (("replay.size=9", "replay.budget_mb=1"), "replay.size=9 with replay.budget_mb=1: .* give one of them"),
+    (("strategy=replay",), "needs a buffer: give replay.size, .* or replay.budget_mb"),
+    (("replay.budget_mb=0",), "replay.budget_mb=0: input should be greater than 0"),
+    (
+        ("replay.size=9", "replay.storage=jpeg", "replay.quality=101"),
+        "replay.quality=101: .* less than or equal to 100",
+    ),
+    (("replay.size=9", "replay.quality=50"), "replay.quality=50 with replay.storage=raw, .*=jpeg or webp"),
+    (
+        ("replay.size=9", "replay.storage=jpeg", "replay.scale=2"),
+        "replay.scale=2 with replay.storage=jpeg, .*=small",
+    ),
+    (
+        ("replay.size=9", "replay.storage=small", "replay.scale=1"),
+        "replay.scale=1: .* greater than or equal to 2",
+    ),
+    (
+        ("replay.size=9", "replay.storage=small", "replay.scale=161"),
+        "replay.scale=161 leaves no pixel of .* 160x160",
+    ),
+    (("replay.size=9", "replay.storage=png"), "replay.storage=png"),
+    (("replay.budget_mb=0.07",), "replay.budget_mb=0.07 has no room for an image, which takes 76,800 bytes"),
+    (("replay.budget_mb=0.01", "replay.storage=small"), "which takes 19,200 bytes with replay.storage=small"),
+    (
+        ("method=draem", "replay.size=9", "replay.selection=herding"),
+        "DRAEM has none: take replay.selection=random",
+    ),
+    (("method=stfpm", "replay.size=9", "replay.storage=latent"), "STFPM learns from more of an image: take"),
+    (
+        ("replay.size=9", "replay.storage=latent", "replay.symmetric=true"),
+        "which changes no image: leave it out",
+    ),
+    (("strategy=finetune", "replay.budget_mb=5"), r"no setting replay\.budget_mb"),
+]
+
+
+@pytest.mark.parametrize(("words", "said"), MISTAKES, ids=lambda value: str(value)[:40])
+def test_settings_that_do_not_go_together_are_refused_when_composed(
+    words: tuple[str, ...], said: str
+) -> None:
+    with pytest.raises(UserError, match=said):
+        check(composed(*words))
+
+
+def test_a_codec_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cv2, "haveImageWriter", lambda name: not name.endswith(".webp"))
+    with pytest.raises(UserError, match="built without WEBP here: take replay.storage=jpeg or small or raw"):
+        check(composed("replay.size=9", "replay.storage=webp"))
+    check(composed("replay.size=9", "replay.storage=jpeg"))
+
+
+def test_auto_means_replay_where_bytes_are_given_and_no_size_is_filled_in() -> None:
+    for method in ("patchcore", "cfa"):
+        config = check(composed(f"method={method}", "replay.budget_mb=1.5", "replay.storage=webp"))
+        assert (config.strategy.name, config.replay.size) == ("replay", None)
+        strategy = assembly.build_strategy(config, FastFlow(backbone(), layers=[1], steps=2))
+        assert isinstance(strategy, Replay) and strategy.buffer
+        assert strategy.buffer.budget == 1_500_000 and "webp" in strategy.buffer.storage.name
+    assert assembly.buffer_bytes(check(composed("replay.budget_mb=0.3"))) == 300_000
+    latent = check(composed("method=cfa", "replay.size=10", "replay.storage=latent"))
+    pyramid = assembly.build_detector(latent).pyramids()[0]
+    level = 2 * sum(
+        channels * math.prod(side)
+        for channels, side in zip(pyramid.channels, ((40, 40), (20, 20), (10, 10)), strict=True)
+    )
+    assert assembly.buffer_bytes(latent) == 10 * level
+
+
+def test_runs_of_other_storage_are_rows_of_their_own_and_no_larger_than_their_budget(
+    train: Train, tmp_path: Any
+) -> None:
+    from clbench.report.reading import read
+
+    words = ("method=padim", "replay.storage=raw,jpeg", "replay.budget_mb=0.03", "replay.selection=kcenter")
+    result = train("-m", *words)
+    assert result.returncode == 0, result.stderr
+    runs = read([run_directories(tmp_path)[0].parent])
+    titles = {Variant.of(run).strategy_title for run in runs}
+    shared = "replay, replay.budget_mb=0.03, replay.selection=kcenter, replay.storage="
+    assert titles == {f"{shared}raw", f"{shared}jpeg"}
+    refused = train(*words[:1], "replay.storage=jpeg", "replay.budget_mb=0.0005")
+    assert "replay.budget_mb=0.0005 has no room for an image" in refused.stderr
+    assert "learning" not in refused.stdout
