@@ -1,7 +1,6 @@
 """Which images a buffer keeps, how it keeps them, and in how many bytes."""
 
 import hashlib
-import math
 from collections.abc import Callable
 from importlib import import_module
 from typing import Any
@@ -10,7 +9,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, Train, run_directories
+from conftest import ROOT
 from test_contracts import backbone, transformer
 from torch import Tensor
 
@@ -29,8 +28,10 @@ from clbench.methods.padim import PaDiM
 from clbench.methods.patchcore import PatchCore
 from clbench.methods.rd4ad import RD4AD
 from clbench.methods.simplenet import SimpleNet
+from clbench.methods.stfpm import STFPM
 from clbench.methods.supersimplenet import SuperSimpleNet
-from clbench.report.rows import Variant
+from clbench.report.settings import read_departures
+from clbench.report.titles import strategy_title
 from clbench.strategies.buffer import Buffer
 from clbench.strategies.replay import Replay
 from clbench.strategies.selection import herding, kcenter, pooled
@@ -299,87 +300,95 @@ def test_every_method_that_says_so_learns_the_same_from_features_alone() -> None
     assert said == {type(build()) for build in CLAIMING}
 
 
-MISTAKES: list[tuple[tuple[str, ...], str]] = [
-    (("replay.size=9", "replay.budget_mb=1"), "replay.size=9 with replay.budget_mb=1: .* give one of them"),
+MISTAKES: list[tuple[dict[str, Any], str]] = [
+    ({"size": 9, "budget_mb": 1.0}, "replay.size=9 with replay.budget_mb=1.0: .* give one of them"),
+    (
+        {"size": None, "storage": "jpeg"},
+        "replay.storage=jpeg is of a buffer, and there is none: give replay.size",
+    ),
+    ({"size": 9, "quality": 50}, "replay.quality=50 with replay.storage=raw, .* replay.storage=jpeg or webp"),
+    (
+        {"size": 9, "storage": "jpeg", "scale": 2},
+        "replay.scale=2 with replay.storage=jpeg, .* replay.storage=small",
+    ),
+    ({"size": 9, "storage": "small", "scale": 161}, "replay.scale=161 leaves no pixel of .* 160x160"),
+    ({"budget_mb": 0.07}, "replay.budget_mb=0.07 has no room for an image, which takes 76,800 bytes"),
+    ({"budget_mb": 0.01, "storage": "small"}, "which takes 19,200 bytes with replay.storage=small"),
+    ({"size": 9, "storage": "latent"}, "STFPM learns from more of an image: take replay.storage=raw"),
+    ({"size": 9, "selection": "herding"}, "STFPM has none: take replay.selection=random or reservoir"),
+    ({"size": 9, "storage": "webp"}, "built without WEBP here: take replay.storage=jpeg or small or raw"),
+]
+
+
+@pytest.mark.parametrize(("given", "said"), MISTAKES, ids=lambda value: str(value)[:40])
+def test_settings_that_do_not_go_together_are_refused(
+    given: dict[str, Any], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cv2, "haveImageWriter", lambda name: not name.endswith(".webp"))
+    with pytest.raises(UserError, match=said):
+        Replay.check_buffer(given, STFPM, has_backbone=False, side=160)
+    Replay.check_buffer(
+        {"size": 9, "storage": "jpeg", "symmetric": True}, STFPM, has_backbone=True, side=None
+    )
+    Replay.check_buffer({"size": None, "quality": None}, STFPM, has_backbone=True, side=None)
+
+
+COMPOSED: list[tuple[tuple[str, ...], str]] = [
     (("strategy=replay",), "needs a buffer: give replay.size, .* or replay.budget_mb"),
-    (("replay.budget_mb=0",), "replay.budget_mb=0: input should be greater than 0"),
     (
         ("replay.size=9", "replay.storage=jpeg", "replay.quality=101"),
         "replay.quality=101: .* less than or equal to 100",
     ),
-    (("replay.size=9", "replay.quality=50"), "replay.quality=50 with replay.storage=raw, .*=jpeg or webp"),
+    (("method=draem", "replay.size=9", "replay.selection=kcenter"), "DRAEM has none"),
     (
-        ("replay.size=9", "replay.storage=jpeg", "replay.scale=2"),
-        "replay.scale=2 with replay.storage=jpeg, .*=small",
-    ),
-    (
-        ("replay.size=9", "replay.storage=small", "replay.scale=1"),
-        "replay.scale=1: .* greater than or equal to 2",
-    ),
-    (
-        ("replay.size=9", "replay.storage=small", "replay.scale=161"),
-        "replay.scale=161 leaves no pixel of .* 160x160",
-    ),
-    (("replay.size=9", "replay.storage=png"), "replay.storage=png"),
-    (("replay.budget_mb=0.07",), "replay.budget_mb=0.07 has no room for an image, which takes 76,800 bytes"),
-    (("replay.budget_mb=0.01", "replay.storage=small"), "which takes 19,200 bytes with replay.storage=small"),
-    (
-        ("method=draem", "replay.size=9", "replay.selection=herding"),
-        "DRAEM has none: take replay.selection=random",
-    ),
-    (("method=stfpm", "replay.size=9", "replay.storage=latent"), "STFPM learns from more of an image: take"),
-    (
-        ("replay.size=9", "replay.storage=latent", "replay.symmetric=true"),
+        ("replay.budget_mb=1", "replay.storage=latent", "replay.symmetric=true"),
         "which changes no image: leave it out",
     ),
     (("strategy=finetune", "replay.budget_mb=5"), r"no setting replay\.budget_mb"),
 ]
 
 
-@pytest.mark.parametrize(("words", "said"), MISTAKES, ids=lambda value: str(value)[:40])
-def test_settings_that_do_not_go_together_are_refused_when_composed(
-    words: tuple[str, ...], said: str
-) -> None:
+@pytest.mark.parametrize(("words", "said"), COMPOSED, ids=lambda value: str(value)[:40])
+def test_that_is_when_a_run_is_composed(words: tuple[str, ...], said: str) -> None:
     with pytest.raises(UserError, match=said):
         check(composed(*words))
 
 
-def test_a_codec_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cv2, "haveImageWriter", lambda name: not name.endswith(".webp"))
-    with pytest.raises(UserError, match="built without WEBP here: take replay.storage=jpeg or small or raw"):
-        check(composed("replay.size=9", "replay.storage=webp"))
-    check(composed("replay.size=9", "replay.storage=jpeg"))
+def test_bytes_without_room_for_an_image_are_refused_before_training() -> None:
+    detector = FastFlow(backbone(), layers=[1], steps=2)
+    for kind, takes in (("jpeg", 500), ("latent", 2 * 16 * 12 * 12)):
+        strategy = Replay(detector, replay_budget_mb=takes / 1e6 - 1e-6, replay_storage=kind)
+        assert strategy.buffer
+        with pytest.raises(UserError, match=r"has no room for an image, .* give 0\.\d+ or more"):
+            strategy.buffer.check([images(1, 0), images(1, 1)])
+    strategy.buffer.budget = takes
+    strategy.buffer.check([images(1, 0), images(1, 1)])
 
 
-def test_auto_means_replay_where_bytes_are_given_and_no_size_is_filled_in() -> None:
-    for method in ("patchcore", "cfa"):
-        config = check(composed(f"method={method}", "replay.budget_mb=1.5", "replay.storage=webp"))
-        assert (config.strategy.name, config.replay.size) == ("replay", None)
-        strategy = assembly.build_strategy(config, FastFlow(backbone(), layers=[1], steps=2))
-        assert isinstance(strategy, Replay) and strategy.buffer
-        assert strategy.buffer.budget == 1_500_000 and "webp" in strategy.buffer.storage.name
-    assert assembly.buffer_bytes(check(composed("replay.budget_mb=0.3"))) == 300_000
-    latent = check(composed("method=cfa", "replay.size=10", "replay.storage=latent"))
+def test_auto_means_replay_where_bytes_are_given_and_a_dry_run_says_what_they_hold() -> None:
+    config = check(composed("method=cfa", "replay.budget_mb=0.4", "replay.storage=webp"))
+    assert (config.strategy.name, config.replay.size) == ("replay", None)
+    strategy = assembly.build_strategy(config, FastFlow(backbone(), layers=[1], steps=2))
+    assert isinstance(strategy, Replay) and strategy.buffer
+    assert strategy.buffer.budget == 400_000 and "webp" in strategy.buffer.storage.name
+    assert assembly.buffer_bytes(config) == 400_000
+    latent = config.changed("replay", size=10, budget_mb=None, storage="latent")
     pyramid = assembly.build_detector(latent).pyramids()[0]
-    level = 2 * sum(
-        channels * math.prod(side)
-        for channels, side in zip(pyramid.channels, ((40, 40), (20, 20), (10, 10)), strict=True)
+    numbers_of = [channels * side**2 for channels, side in zip(pyramid.channels, (40, 20, 10), strict=True)]
+    assert assembly.buffer_bytes(latent) == 10 * 2 * sum(numbers_of)
+    assert assembly.buffer_bytes(config.changed("replay", size=10, budget_mb=None, storage="raw")) == 768_000
+
+
+def test_a_report_tells_buffers_of_other_storage_apart() -> None:
+    def title(**replay: Any) -> str:
+        config = {
+            "replay": {"size": None, **replay},
+            "departures": {f"replay.{name}": "absent" for name in replay},
+        }
+        changed = read_departures(config).strategy_changed
+        return strategy_title("replay", None, [f"{key}={value}" for key, value in changed.items()])
+
+    assert title(budget_mb=3.0, storage="jpeg") == "replay, replay.budget_mb=3.0, replay.storage=jpeg"
+    assert (
+        title(budget_mb=3.0) != title(budget_mb=3.0, storage="webp") != title(budget_mb=3.0, storage="small")
     )
-    assert assembly.buffer_bytes(latent) == 10 * level
-
-
-def test_runs_of_other_storage_are_rows_of_their_own_and_no_larger_than_their_budget(
-    train: Train, tmp_path: Any
-) -> None:
-    from clbench.report.reading import read
-
-    words = ("method=padim", "replay.storage=raw,jpeg", "replay.budget_mb=0.03", "replay.selection=kcenter")
-    result = train("-m", *words)
-    assert result.returncode == 0, result.stderr
-    runs = read([run_directories(tmp_path)[0].parent])
-    titles = {Variant.of(run).strategy_title for run in runs}
-    shared = "replay, replay.budget_mb=0.03, replay.selection=kcenter, replay.storage="
-    assert titles == {f"{shared}raw", f"{shared}jpeg"}
-    refused = train(*words[:1], "replay.storage=jpeg", "replay.budget_mb=0.0005")
-    assert "replay.budget_mb=0.0005 has no room for an image" in refused.stderr
-    assert "learning" not in refused.stdout
