@@ -383,9 +383,9 @@ def _from_zero(ends: Tensor) -> Tensor:
 
 def _bgr(image: Tensor) -> Any:
     """An image, uint8 [3, H, W], as OpenCV has it: [H, W, 3], blue first."""
-    return np.ascontiguousarray(image.permute(1, 2, 0).flip(2).numpy())
+    return cv2.merge(list(image.flip(0).numpy()))
 
 
 def _rgb(image: Any) -> Tensor:
     """An image of OpenCV's, [H, W, 3] with blue first, as uint8 [3, H, W]."""
-    return torch.from_numpy(image).flip(2).permute(2, 0, 1)
+    return torch.from_numpy(np.stack(cv2.split(image)[::-1]))
