@@ -14,6 +14,7 @@ _FIRST = (
     "replay",
     "replay.size",
     "replay.budget_mb",
+    "replay.storage",
     "backbone",
     "dataset",
     "task_order",
