@@ -1,16 +1,13 @@
 """Which images a buffer keeps, how it keeps them, and in how many bytes."""
 
 import hashlib
-from collections.abc import Callable
-from importlib import import_module
 from typing import Any
 
 import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
-from test_contracts import backbone, transformer
+from test_contracts import backbone
 from torch import Tensor
 
 from clbench import assembly
@@ -18,18 +15,9 @@ from clbench.config import check
 from clbench.config.sources import composed
 from clbench.data.images import Images
 from clbench.errors import UserError
-from clbench.methods.base import Detector, kept_state
-from clbench.methods.cadic import CADIC
-from clbench.methods.cfa import CFA
-from clbench.methods.dinomaly import Dinomaly
-from clbench.methods.dinosaur import DINOSaur
+from clbench.methods.base import Detector
 from clbench.methods.fastflow import FastFlow
-from clbench.methods.padim import PaDiM
-from clbench.methods.patchcore import PatchCore
-from clbench.methods.rd4ad import RD4AD
-from clbench.methods.simplenet import SimpleNet
 from clbench.methods.stfpm import STFPM
-from clbench.methods.supersimplenet import SuperSimpleNet
 from clbench.report.settings import read_departures
 from clbench.report.titles import strategy_title
 from clbench.strategies.buffer import Buffer
@@ -39,7 +27,7 @@ from clbench.strategies.storage import Kind, storage_of
 from clbench.testing import StrategyContract
 from clbench.testing.small import bytes_of, images
 from clbench.testing.strategies import BuildStrategy
-from clbench.training import split, train
+from clbench.training import split
 
 
 def numbered(count: int, first: int = 0) -> Tensor:
@@ -260,44 +248,6 @@ def test_features_of_images_that_were_held_out_stay_held_out() -> None:
         for share, own in zip(pair, parts, strict=True):
             (level,) = strategy.detector.pyramid.compute(own[:])
             assert all((level.half() == kept).flatten(1).all(1).any() for kept in share.networks[0][0])
-
-
-CLAIMING: list[Callable[[], Detector]] = [
-    lambda: PatchCore(backbone(), layers=[2], memory_size=20),
-    lambda: PaDiM(backbone(), layers=[2], features=5),
-    lambda: CADIC(transformer(), layers=[1], memory_size=20),
-    lambda: DINOSaur(transformer(), layers=[1], smallest=2, radius=1),
-    lambda: CFA(backbone(), layers=[2, 3], epochs=1, batch_size=2),
-    lambda: FastFlow(backbone(), layers=[2], steps=2, epochs=1, batch_size=2),
-    lambda: RD4AD(backbone(), epochs=1, batch_size=2),
-    lambda: SimpleNet(backbone(), layers=[2], hidden=8, epochs=1, batch_size=2),
-    lambda: SuperSimpleNet(backbone(), layers=[2], hidden=8, epochs=1, batch_size=2),
-    lambda: Dinomaly(transformer(), groups=[[0], [1]], steps=2, batch_size=2, map_side=24),
-]
-
-
-def test_every_method_that_says_so_learns_the_same_from_features_alone() -> None:
-    """Of a stored image, whose features are not rounded to half precision here as they are when they are kept."""
-    for build in CLAIMING:
-        states = []
-        for by_features in (False, True):
-            detector = build()
-            given, old = images(2, 1, 32), images(2, 0, 32)
-            storage = storage_of("latent", None, None, lambda detector=detector: detector)  # type: ignore[misc]
-            storage.see(given)
-            stored: Any = storage.store(Images.of(old))
-            stored.networks = [[level.contiguous() for level in detector.pyramids()[0].compute(old)]]
-            storage.ready([stored])
-            again = stored.images if by_features else old
-            train(detector, 1, given, [(again, again[:1])], seed=0)
-            states.append(kept_state(detector))
-        for name, tensor in states[0].items():
-            assert torch.equal(tensor, states[1][name]), (type(detector), name)
-    files = [path.stem for path in (ROOT / "clbench/methods").glob("*.py")]
-    modules = [vars(import_module(f"clbench.methods.{name}")) for name in files]
-    there = {one for module in modules for one in module.values() if isinstance(one, type)}
-    said = {one for one in there if issubclass(one, Detector) and one.needs_only_features}
-    assert said == {type(build()) for build in CLAIMING}
 
 
 MISTAKES: list[tuple[dict[str, Any], str]] = [

@@ -30,7 +30,7 @@ def images_mb(count: int, resize: int | None, crop: int | None) -> float:
     side = crop or resize
     if side is None:
         raise UserError(
-            f"dataset.resize=null: the bytes of {count} images are not known; give dataset.resize=..."
+            f"dataset.resize=null: the bytes of {count} images are not known; give dataset.resize a number"
         )
     return count * 3 * side**2 / 10**6
 

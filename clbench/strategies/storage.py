@@ -301,7 +301,7 @@ class Latent(Storage):
                 parts = [pyramid(batch) for batch in images.on(detector.device).split(_BATCH)]
                 levels = [torch.cat(level).half().cpu().contiguous() for level in zip(*parts, strict=True)]
                 networks.append(levels or [torch.empty(0, dtype=torch.float16)])
-        return _Features(networks, self)
+        return Features(networks, self)
 
     @torch.no_grad()
     def costs(self, images: Images) -> Tensor:
@@ -313,21 +313,21 @@ class Latent(Storage):
         networks: list[list[Tensor]] = [[] for _ in self._detector.pyramids()]
         for network, level in sorted(tuple(map(int, name.split(".")[1:])) for name in tensors):
             networks[network].append(tensors[f".{network}.{level}"])
-        return _Features(networks, self)
+        return Features(networks, self)
 
     def ready(self, stored: Sequence[Stored]) -> None:
         device = self._detector.device
         for number, pyramid in enumerate(self._detector.pyramids()):
             known: dict[Identity, list[Tensor]] = {}
             for share in stored:
-                assert isinstance(share, _Features)
+                assert isinstance(share, Features)
                 levels = [level.to(device) for level in share.networks[number]]
                 for row, name in enumerate(share.images.identities(torch.arange(len(share)))):
                     known[name] = [level[row] for level in levels]
             pyramid.store.given = known
 
 
-class _Features(_Made):
+class Features(_Made):
     """Features of images: of each network levels, float16 [M, C_l, H_l, W_l] or [M, N, d] each, as it gives them."""
 
     def __init__(self, networks: list[list[Tensor]], storage: Storage):
@@ -338,7 +338,7 @@ class _Features(_Made):
         return len(self.networks[0][0])
 
     def some(self, rows: Tensor) -> Stored:
-        return _Features([[level[rows] for level in levels] for levels in self.networks], self._storage)
+        return Features([[level[rows] for level in levels] for levels in self.networks], self._storage)
 
     def costs(self) -> Tensor:
         return torch.full((len(self),), sum(level[:1].nbytes for levels in self.networks for level in levels))

@@ -12,6 +12,7 @@ from clbench.evaluation import BATCH_SIZE
 from clbench.methods.base import Detector, Prediction, kept_state, trained_state
 from clbench.strategies.base import copy_of
 from clbench.strategies.native import Native
+from clbench.strategies.storage import Features, Latent
 from clbench.testing.small import (
     Leaving,
     among,
@@ -236,6 +237,23 @@ class DetectorContract:
                 for parameter in detector.parameters()
                 if parameter.requires_grad
             )
+
+    def test_it_learns_the_same_from_features_alone_where_it_says_so(self, build: BuildDetector) -> None:
+        """Of stored images, whose features are not rounded to half precision here as a buffer keeps them."""
+        if not build().needs_only_features:
+            pytest.skip("this detector needs more of an image than its features")
+        states, old, side = [], images(2, 0, self.sizes[0]), self.sizes[0]
+        for by_features in (False, True):
+            detector = build()
+            storage = Latent(detector)
+            storage.see(old)
+            features = [[level.contiguous() for level in net.compute(old)] for net in detector.pyramids()]
+            replayed = Features(features, storage)
+            storage.ready([replayed])
+            again = replayed.images if by_features else Images.of(old)
+            train(detector, 1, images(4, 1, side), [(again, again.some(slice(1)))], 0)
+            states.append(kept_state(detector))
+        assert_equal(states[1], states[0], "learned from stored features in place of images")
 
     def test_an_export_says_the_same(self, build: BuildDetector) -> None:
         if not self.exports:
