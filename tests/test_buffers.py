@@ -82,6 +82,12 @@ def test_a_reservoir_of_bytes_keeps_what_drew_least_as_long_as_it_fits() -> None
     least = torch.cat([part for pair in drawn for part in pair]).argsort()[:7]
     shown = sorted(number for pair in buffer.shares for share in pair for number in numbers(share))
     assert shown == sorted(least.tolist()) and bytes_of(buffer.tensors().values()) == buffer.budget
+    buffer.budget = (
+        1000  # as where the images that are dropped for new ones were larger: room is left, but not for
+    )
+    buffer.add(2, numbered(9, 18), numbered(0))  # what drew more than an image that was dropped
+    bound = torch.cat([part for pair in drawn for part in pair]).sort().values[7]
+    assert len(buffer.shares[2][0]) == int((buffer._drawn(2)[0] < bound).sum()) < 9
 
 
 def test_herding_and_k_center_give_the_orders_of_their_definitions() -> None:
@@ -155,11 +161,29 @@ def test_bytes_are_never_over_the_budget_and_as_many_images_as_fit(
     assert kept == counted + 16 * 3 * (selection == "reservoir") and kept <= 40_000
     largest = max(int(share.costs().max()) + share.fixed for share in shares if len(share))
     assert sum(map(len, shares)) == 33 or kept > 40_000 - (3 if selection == "random" else 1) * largest
+    if selection == "reservoir":  # nothing stays that drew more than what was dropped
+        draws = [
+            (part.sort().values, share)
+            for stage, pair in enumerate(buffer._stored)
+            for part, share in zip(buffer._drawn(stage), pair, strict=True)
+        ]
+        dropped = torch.cat([torch.ones(1), *(part[len(share) :] for part, share in draws)])
+        assert all(bool((part[: len(share)] < dropped.min()).all()) for part, share in draws)
     again = built()
     again.restore(buffer.tensors())
     again.begin(Images.of(images(1, 0)))
     for one, other in zip(buffer.shares, again.shares, strict=True):
         assert all(torch.equal(first[:], second[:]) for first, second in zip(one, other, strict=True))
+
+
+def test_files_are_counted_with_the_numbers_that_say_where_they_are() -> None:
+    given = Images.of(images(4, 0))
+    storage = storage_of("jpeg", None, None, unnamed)
+    exact = int(storage.costs(given).sum()) + 8
+    for budget, stored in ((exact, 4), (exact - 1, 3)):
+        buffer = Buffer(None, 0, budget=budget, storage=storage)
+        buffer.add(0, given, given.some(slice(0)))
+        assert len(buffer.shares[0][0]) == stored and bytes_of(buffer.tensors().values()) <= budget
 
 
 def test_a_share_with_no_room_for_an_image_leaves_it_to_the_oldest() -> None:
