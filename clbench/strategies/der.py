@@ -114,7 +114,7 @@ class DER(Replay):
         assert self.buffer is not None
         self._store(len(earlier), self.buffer.shares[-1][0])
 
-    def _store(self, stage: int, images: Tensor) -> None:
+    def _store(self, stage: int, images: Tensor | Images) -> None:
         """Store the outputs of a stage's images, uint8 [M, 3, H, W], as they are now."""
         detector, done = self.detector, 0
         with evaluating(detector), detector.learning(), detector.mixed():
