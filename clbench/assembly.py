@@ -21,6 +21,7 @@ from clbench.config.schema import Gpu
 from clbench.cores import usable_cores
 from clbench.data import stream
 from clbench.data.images import Images
+from clbench.data.products import Products
 from clbench.data.samples import Dataset
 from clbench.data.stream import Task
 from clbench.errors import UserError, counted
@@ -183,8 +184,14 @@ def build_dataset(config: Config) -> Dataset:
         UserError: the class cannot be imported, or a folder or category is not there.
     """
     kind = class_of_kind("dataset", config.dataset.target, Dataset)
-    dataset: Dataset = kind(**arguments(kind, config.dataset.settings))
-    return dataset
+    added, absent, settings = config.dataset.added, config.dataset.absent, config.dataset.settings
+    if absent:  # of those that the stream has, the rest is to be there
+        groups = [[group] if isinstance(group, str) else group for group in config.task_order.tasks or []]
+        names = [name for group in groups for name in group if name not in {**added, **absent}]
+        chosen = {"categories": names} if takes(config, "dataset", "categories") else {}
+        settings = {**settings, **chosen} if names else {}
+    dataset: Dataset | None = None if absent and not settings else kind(**arguments(kind, settings))
+    return Products(dataset, list(absent), added) if added or absent or dataset is None else dataset
 
 
 def reader(config: Config, dataset: Dataset) -> Callable[[Progress], list[Task]]:
@@ -198,9 +205,9 @@ def reader(config: Config, dataset: Dataset) -> Callable[[Progress], list[Task]]
     order = config.task_order
     categories = stream.order(dataset, order.kind, order.tasks, config.seed)
     geometry = config.dataset.geometry()
-    size = config.replay.size
+    size, absent = config.replay.size, config.dataset.absent
     images = sum(len(dataset.samples(name, "train")) for group in categories for name in group)
-    if size is not None and size > images:
+    if size is not None and size > images and not absent:
         usual = (
             " (the method's own, where none is given)" if size == config.method.protocol.replay_size else ""
         )
@@ -209,7 +216,7 @@ def reader(config: Config, dataset: Dataset) -> Callable[[Progress], list[Task]]
             f"give at most {images}, or strategy=joint"
         )
     cache, defects = Path(config.cache), need(config.metrics.further, "saturations")
-    return lambda progress: stream.load_tasks(dataset, categories, geometry, cache, progress, defects)
+    return lambda progress: stream.load_tasks(dataset, categories, geometry, cache, progress, defects, absent)
 
 
 def stage_bytes(config: Config) -> int:

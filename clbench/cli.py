@@ -20,6 +20,10 @@ COMMANDS = {
         "a page, tables and figures that compare the runs of experiments",
         "clbench report outputs/demo",
     ),
+    "learn": (
+        "a finished run learns another product, and a run of its own holds the result",
+        "clbench learn outputs/default/RUN parts/lid",
+    ),
     "predict": (
         "a trained detector on files: scores, decisions, masks and heat maps",
         "clbench predict outputs/default/RUN parts/bracket/test --false-positive-rate 0.001",

@@ -115,7 +115,7 @@ def check_enough(
     of_images = [metric for metric in stored if metric.startswith("image_")]
     enough = fewest(image_rate) if of_images else 1
     share = strategy.detector.held_out
-    stages = strategy.stages(len(tasks))
+    stages = [stage for stage in strategy.stages(len(tasks)) if all(len(tasks[task].train) for task in stage)]
     counts = [sum(len(tasks[task].train) for task in stage) for stage in stages]
     count, stage = min(zip(counts, stages, strict=True))
     held = held_out(count, share)

@@ -137,6 +137,11 @@ class Course:
         """Learn a stage, and save what was learned."""
         train = [self.tasks[task].train.images for task in self.stages[stage]]
         names = "+".join(self.tasks[task].name for task in self.stages[stage])
+        if not any(map(len, train)):
+            raise UserError(
+                f"{self.directory.path} has lost what was learned of {names}, and its images are not there: remove the "
+                "directory and learn the new product again"
+            )
         settings = "method.batch_size", "backbone.batch_size", "gpu.image_memory_mb"
         with self.spent.on("train_s"), self._memory(f"learning {names}", *settings):
             with _titled(self._title(stage)):
@@ -154,11 +159,10 @@ class Course:
             Stopped: a signal asked for it.
             UserError: a map is not finite, the GPU's memory is not enough, or a file cannot be written.
         """
-        name, learned = self.categories[category].name, self.results.learned[category]
+        name = self.categories[category].name
         with self.spent.on("eval_s"), self._predicting(f"evaluating {name}"):
-            unchanged = stage > 0 and self.strategy.unchanged(stage, learned)
-            known = self.results.get(stage - 1, category) if unchanged else None
-            if known is None or self.assembly.config.maps is True:
+            known = self.history.known(stage, category)
+            if known is None or (self.assembly.config.maps is True and self.history.has_images(category)):
                 found = self._measured(stage, category)
             else:
                 deviation = self.results.pixel_fpr_deviation(stage - 1, category)
@@ -230,7 +234,8 @@ class Course:
             )
         spent = self.spent.so_far()
         with self._predicting("setting thresholds"):
-            found = thresholds.calibrate(self.strategy, self.tasks, device, self.progress)
+            earlier = self.directory.thresholds() if self.directory.parent() else None
+            found = thresholds.calibrate(self.strategy, self.tasks, device, self.progress, earlier)
         self.directory.write_thresholds(found)
         self.history.close()  # so that all of it is on the disk before the run is complete
         summary = {

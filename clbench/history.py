@@ -23,7 +23,7 @@ from clbench.recording.checkpoint import Checkpoints
 from clbench.recording.metrics_file import MetricRow
 from clbench.recording.recorder import Recorder
 from clbench.recording.run_directory import RunDirectory
-from clbench.results import Evaluation, Results
+from clbench.results import Evaluation, Results, Values
 from clbench.spent import Spent
 from clbench.thresholds import Thresholds
 
@@ -59,6 +59,7 @@ class History:
         self.strategy, self.tasks = assembly.strategy, assembly.tasks
         self.stages = self.strategy.stages(len(self.tasks))
         categories = [[category.name for category in task.categories] for task in self.tasks]
+        self._has_images = [len(each.test) > 0 for task in self.tasks for each in task.categories]
         self.results = Results(categories, self.stages, assembly.metrics)
         self.spent = Spent(assembly.device)
         self.checkpoints = Checkpoints(
@@ -83,7 +84,17 @@ class History:
     def to_evaluate(self, stage: int) -> list[int]:
         """The indices of the categories that are to be evaluated after a stage and were not yet."""
         wanted = range(len(self.results.categories)) if self._every else self.results.seen(stage)
-        return [category for category in wanted if self.results.get(stage, category) is None]
+        lacking = (category for category in wanted if self.results.get(stage, category) is None)
+        return [category for category in lacking if self.has_images(category) or self.known(stage, category)]
+
+    def has_images(self, category: int) -> bool:
+        """Whether there are test images of a category; of a product that was learned in an earlier run there may be none."""
+        return self._has_images[category]
+
+    def known(self, stage: int, category: int) -> Values | None:
+        """The metrics that a category has after a stage as before it, as its predictions did not change; else None."""
+        unchanged = stage > 0 and self.strategy.unchanged(stage, self.results.learned[category])
+        return self.results.get(stage - 1, category) if unchanged else None
 
     def add_epoch(self, stage: int, epoch: int, loss: float) -> None:
         """Keep an epoch's mean loss; stage and epoch are 0-based.
@@ -164,7 +175,10 @@ class History:
             self.strategy.detector.gradient_scale = data.get("gradient_scale", {})
         begun = self.checkpoints.peek(last + 1)
         if newest := begun or data:
-            if changed := changes(newest["stream"], self._stream):
+            now = self._stream
+            if self.directory.parent():  # what joined since is what the run is for
+                now = {name: found for name, found in now.items() if name in newest["stream"]}
+            if changed := changes(newest["stream"], now):
                 raise UserError(
                     f"{self.directory.path} was begun with other images ({changed}): put them back, take another "
                     "experiment=NAME, or overwrite=true"

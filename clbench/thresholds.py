@@ -6,7 +6,7 @@ They are set on normal training images, never on test images: on those held out 
 
 import bisect
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any
 
@@ -133,14 +133,21 @@ def fewest(rate: float) -> int:
 
 
 def calibrate(
-    strategy: Strategy, tasks: list[Task], device: torch.device, progress: Progress
+    strategy: Strategy,
+    tasks: list[Task],
+    device: torch.device,
+    progress: Progress,
+    earlier: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Set the thresholds of each model of a trained strategy.
+
+    A model of a task whose images are not there keeps those that it had.
 
     Args:
         tasks: the stream, in its order.
         device: where the detector is.
         progress: told after every batch.
+        earlier: what thresholds.json of the run that this one goes on from holds; None where it goes on from none.
 
     Returns:
         What thresholds.json holds: the image size (H, W), the false-positive rates, and the thresholds of
@@ -151,7 +158,14 @@ def calibrate(
     """
     stages = range(len(strategy.stages(len(tasks))))
     models = [[stage] for stage in stages] if strategy.task_known else [list(stages)]
-    found = [asdict(of_stages(strategy, tasks, model, device, progress)[0]) for model in models]
+    kept = {tuple(model["tasks"]): model for model in (earlier or {}).get("models", [])}
+    found = []
+    for model in models:
+        learned = [task for stage in model for task in strategy.stages(len(tasks))[stage]]
+        if strategy.task_known and not any(len(tasks[task].train) for task in learned):
+            found.append(kept[tuple(tasks[task].name for task in learned)])
+        else:
+            found.append(asdict(of_stages(strategy, tasks, model, device, progress)[0]))
     size = list(tasks[0].train.images.shape[-2:])
     return {"image_size": size, "false_positive_rates": list(RATES), "models": found}
 
@@ -161,7 +175,7 @@ def of_stages(
 ) -> tuple[Thresholds, list[float]]:
     """The thresholds of a model for images of what it learned in these stages, 0-based, as the model is now.
 
-    With the image scores that they were set on.
+    With the image scores that they were set on. Of a stage whose images are not there, stored ones count, or none.
 
     Args:
         tasks, device, progress: as for `calibrate`.
@@ -173,6 +187,8 @@ def of_stages(
     sets, all_held = [], True
     for stage in stages:
         images, held = _normal(strategy, tasks, stage, _LEARNED_FROM // len(stages))
+        if not len(images):
+            continue
         sets.append((learning[stage][0], images))
         all_held = all_held and held
     count = sum(len(images) for _, images in sets)
@@ -235,6 +251,10 @@ def _normal(strategy: Strategy, tasks: list[Task], stage: int, enough: int) -> t
         enough: number of images, at most, where none was held out and they are some that were learned from.
     """
     images = Images.concatenate([tasks[task].train.images for task in strategy.stages(len(tasks))[stage]])
+    if not len(images):
+        pair = next(iter(strategy.replayed()[stage : stage + 1]), (images, images))
+        stored, unseen = map(Images.of, pair)
+        return (unseen, True) if len(unseen) else (stored.some(slice(max(enough, 1))), False)
     learned, held = split_rows(len(images), strategy.detector.held_out, strategy.seed, stage)
     if len(held):
         return images.some(held), True

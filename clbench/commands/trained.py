@@ -14,6 +14,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "run", metavar="RUN", type=expanded, help="a run's directory, outputs/<experiment>/<run>"
     )
     parser.add_argument("--task", help="whose model, under strategy=single, which has one for each")
+    add_replacements(parser)
+
+
+def add_replacements(parser: argparse.ArgumentParser) -> None:
+    """Add the argument that says where files of a run are now."""
     parser.add_argument(
         "--replace",
         action="append",
@@ -29,10 +34,15 @@ def given(options: argparse.Namespace) -> dict[str, Any]:
     Raises:
         UserError: a replacement is not written as KEY=PATH.
     """
-    return {"run_directory": options.run, "task": options.task, "replace": _replacements(options.replace)}
+    return {"run_directory": options.run, "task": options.task, "replace": replacements(options.replace)}
 
 
-def _replacements(words: Sequence[str]) -> dict[str, str]:
+def replacements(words: Sequence[str]) -> dict[str, str]:
+    """Flat key -> path, of words that are written as KEY=PATH.
+
+    Raises:
+        UserError: one is not.
+    """
     pairs = [word.partition("=") for word in words]
     for word, (key, _, path) in zip(words, pairs, strict=True):
         if not key or not path:

@@ -31,6 +31,8 @@ NOT_IN_RESULTS = (
 )
 # Settings that runs of earlier versions do not have: flat key -> what they were made with.
 _LATER: Mapping[str, Any] = {
+    "dataset.added": {},
+    "dataset.absent": {},
     "metrics.further": [],
     "metrics.pixel_rate": PIXEL_RATE,
     "metrics.image_rate": IMAGE_RATE,

@@ -119,10 +119,15 @@ class DatasetNode(Node):
         resize: pixels that both sides of an image are brought to; None keeps the files' size.
         crop: pixels of both sides that are cut out of the center; None for no crop.
         bit_depth: how many bits of 16-bit images the camera has filled; None for all.
+        added: products that were learned later, by `clbench learn`: name -> folder.
+        absent: categories whose images were not there any more then: name -> the fingerprints of its images, see
+            `clbench.data.unchanged`.
     """
 
     name: str
     target: str = Field(alias="_target_")
+    added: dict[str, Annotated[str, PATH]] = Field(default_factory=dict)
+    absent: dict[str, list[str]] = Field(default_factory=dict)
     resize: PositiveInt | None
     crop: PositiveInt | None
     bit_depth: Annotated[int, Field(ge=8, le=16)] | None = None

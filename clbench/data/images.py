@@ -320,6 +320,12 @@ class ImageSet:
             raise different_sizes(self.names[0], self.masks.shape[1:], other.names[0], other.masks.shape[1:])
 
     @staticmethod
+    def none(size: tuple[int, ...]) -> "ImageSet":
+        """No images of a size (H, W)."""
+        images = torch.empty(0, 3, *size, dtype=torch.uint8)
+        return ImageSet(images, torch.empty(0, *size, dtype=torch.bool), [], [])
+
+    @staticmethod
     def concatenate(sets: Sequence["ImageSet"]) -> "ImageSet":
         """The images of several sets in their order; images are not copied, masks are.
 

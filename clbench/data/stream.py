@@ -1,7 +1,7 @@
 """The stream: tasks in their order, and their images."""
 
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -147,8 +147,11 @@ def load_tasks(
     directory: Path,
     progress: Callable[[str, int, int], None],
     defects: bool = False,
+    absent: Mapping[str, list[str]] | None = None,
 ) -> list[Task]:
     """The tasks of a stream. Every file is read now, so that a bad one is found before training.
+
+    A split without samples has no images.
 
     Args:
         categories: names of the categories of each task, as `order` gives them.
@@ -156,6 +159,7 @@ def load_tasks(
         directory: folder of the cache of decoded images.
         progress: called with the phase, the number of images read, and of all.
         defects: whether test sets need each defect by itself; only where the dataset has `defects`.
+        absent: the fingerprints of categories whose images are not there any more.
 
     Raises:
         UserError: a file is unreadable, images differ in size, or the cache cannot be written.
@@ -180,19 +184,25 @@ def load_tasks(
         done += images
         progress("reading images", done, total)
 
-    sets = {key: cache.load_cached(samples, geometry, directory, advance) for key, samples in found.items()}
+    sets = {
+        key: cache.load_cached(samples, geometry, directory, advance)
+        for key, samples in found.items()
+        if samples
+    }
     first = next(iter(sets.values()))
     for images in sets.values():
         ImageSet.same_size(first, images)
+    sets |= {key: ImageSet.none(first.masks.shape[1:]) for key in found if key not in sets}
 
     def category(name: str) -> Category:
         known = [sets[name, split].contents for split in SPLITS]
         of_images = [each.fingerprint(found[name, split]) for split, each in zip(SPLITS, known, strict=True)]
         outlines = each_defect.get(name, [])
+        gone = (absent or {}).get(name)
         return Category(
             name,
             test=replace(sets[name, "test"], defects=outlines),
-            fingerprints=[*of_images, *([outlined.fingerprint(outlines)] if defects else [])],
+            fingerprints=gone or [*of_images, *([outlined.fingerprint(outlines)] if defects else [])],
             peak=max((each.peak for each in known if each.peak is not None), default=None),
             nearly_all=[sets[name, "test"].names[index] for index in known[1].nearly_all],
         )

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from clbench import digests
-from clbench.recording.files import write_whole
+from clbench.recording.files import copy_whole, write_whole
 
 _KEPT = 2  # checkpoints of a kind: if the newest is damaged, the one before is used
 _SHARE = 0.05  # share of a run's time, at most, that checkpoints at the ends of epochs take
@@ -96,6 +96,23 @@ class Checkpoints:
                 if (saved := self._load(path.stem)) is not None:
                     return int(path.stem.rpartition("-")[2]), *saved
             tried = found
+        return None
+
+    def copy_newest(self, directory: Path) -> int | None:
+        """Copy the newest undamaged checkpoint of a learned stage to another folder; gives its stage, or None without one.
+
+        Files are linked where the disk can, and take no room then: none is ever changed.
+
+        Raises:
+            UserError: the disk is full or may not be written.
+        """
+        for path in self._newest_first("stage"):
+            if (data := self._checked_data(path.stem)) is None:
+                continue
+            there = [self._path(path.stem, "safetensors"), *map(self._part, data.get("parts", [])), path]
+            for file in there:  # the one that makes it count comes last
+                copy_whole(file, directory / file.relative_to(self.directory))
+            return int(path.stem.rpartition("-")[2])
         return None
 
     # The methods of clbench.training.Bookmark, and `peek`:

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 from collections.abc import Callable
 from contextlib import suppress
 from io import RawIOBase
@@ -34,6 +35,23 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     finally:
         with suppress(OSError):
             beside.unlink(missing_ok=True)
+
+
+def copy_whole(path: Path, there: Path) -> None:
+    """Copy a file that is never changed: it is linked, where the disk can, and takes no room then.
+
+    Raises:
+        UserError: the disk is full or may not be written.
+    """
+
+    def copy(beside: Path) -> None:
+        try:
+            beside.unlink(missing_ok=True)
+            os.link(path, beside)
+        except OSError:
+            shutil.copyfile(path, beside)
+
+    write_whole(there, copy)
 
 
 def append_whole(file: RawIOBase, content: bytes) -> None:

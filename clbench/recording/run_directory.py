@@ -47,7 +47,7 @@ class RunDirectory:
     """The folder of a run, outputs/<experiment>/<run>.
 
     It holds config.yaml, journal.jsonl, metrics.csv, summary.json, thresholds.json, checkpoint/, evidence/, maps/
-    and wandb/; and job.json where a job of a cluster was submitted.
+    and wandb/; job.json where a job of a cluster was submitted; and parent.json where it goes on from another run.
 
     Args:
         path: the folder, which need not exist.
@@ -299,6 +299,22 @@ class RunDirectory:
             with suppress(UserError):  # where nothing can be written, the error itself matters more
                 self.write_summary({**about, "status": "failed", "reason": reason})
             raise
+
+    def parent(self) -> dict[str, Any] | None:
+        """What parent.json holds of the run that this one goes on from; None where it goes on from none.
+
+        Raises:
+            UserError: the file may not be read.
+        """
+        return self._read_json("parent.json")
+
+    def write_parent(self, about: Mapping[str, Any]) -> None:
+        """Write parent.json: `run`, the directory of the run that this one goes on from, and `metrics_sha256`, its digest.
+
+        Raises:
+            UserError: the disk is full or may not be written.
+        """
+        self._write("parent.json", json.dumps(dict(about)) + "\n")
 
     def job(self) -> dict[str, Any] | None:
         """The cluster job that was last submitted for this run: its `id` and `log`.

@@ -112,15 +112,19 @@ class Strategy(Hooks):
     def check(self, tasks: Sequence[Task]) -> None:
         """Check, before training, that the detector can learn and predict images of these tasks.
 
+        Tasks without images were learned in an earlier run, and are not checked.
+
         Raises:
             UserError: the detector takes no images of their size, or a batch is larger than a task.
         """
         detector = self.detector
-        detector.check(tasks[0].train.images[:1].to(detector.device))
-        stages = self.stages(len(tasks))
+        first = next(task.train.images for task in tasks if len(task.train))
+        detector.check(first[:1].to(detector.device))
+        stages = [stage for stage in self.stages(len(tasks)) if all(len(tasks[task].train) for task in stage)]
         counts = [sum(len(tasks[task].train) for task in stage) for stage in stages]
         learned = [count - held_out(count, detector.held_out) for count in counts]
-        detector.check_stages(learned, len(stages) if self.needs_native_update else 1)
+        kept = len(self.stages(len(tasks))) if self.needs_native_update else 1
+        detector.check_stages(learned, kept)
         if not detector.has_gradients():
             return
         for stage, count, rest in zip(stages, counts, learned, strict=True):
