@@ -227,7 +227,8 @@ class Course:
         """
         self.display.heading("the trained detector")
         device, last = self.assembly.device, len(self.tasks) - 1
-        images = self.tasks[-1].categories[0].test.images
+        newest = self.tasks[-1]
+        images = (newest.categories[0].test if len(newest.categories[0].test) else newest.train).images
         with self._predicting("timing"):
             cost = evaluation.inference_cost(
                 self.strategy, images, last, device, self.progress, self.spent.meter

@@ -9,6 +9,7 @@ from typing import Any
 from clbench import assembly, digests, experiment
 from clbench.config.schema import Config
 from clbench.config.using import for_use
+from clbench.data.products import Product
 from clbench.data.samples import Dataset
 from clbench.data.stream import name_problem
 from clbench.errors import UserError, counted
@@ -64,6 +65,7 @@ def learn(
     called = name if name is not None else product.name
     summary = _summary_of(parent)
     config = _config_of(parent, summary, called, gpu or {}, replace or {})
+    Product(called, product)  # before anything is written
     child = RunDirectory(expanded(output) if output is not None else _beside(parent.path, called))
     with child.lock(), Interruption() as interruption:
         _begin(parent, child, summary)
@@ -128,6 +130,11 @@ def _config_of(
             "repeat the run with this one"
         )
     config = for_use(stored, gpu, replace)
+    if assembly.identity(config)["strategy_flags"]["joint"]:
+        raise UserError(
+            f"{parent.path} has learned all products at once (strategy={config.strategy.name}), and cannot go on: repeat "
+            "its command with the new one among them"
+        )
     known = [category for categories in summary["categories"] for category in categories]
     if problem := name_problem(name):
         raise UserError(f"{problem}, or give it another name with --name")
@@ -135,11 +142,6 @@ def _config_of(
         raise UserError(
             f"{parent.path} has learned '{name}' already ({', '.join(known)}): give another product, or --name where it "
             "is another of the same name"
-        )
-    if assembly.identity(config)["strategy_flags"]["joint"]:
-        raise UserError(
-            f"{parent.path} has learned all products at once (strategy={config.strategy.name}), and cannot go on: repeat "
-            "its command with the new one among them"
         )
     return config
 
@@ -169,7 +171,9 @@ def _there(config: Config, categories: Sequence[str]) -> list[str]:
     found = []
     for category in categories:
         alone = config.changed("task_order", kind="listed", tasks=[category])
-        others = {each: [] for each in [*categories, *config.dataset.absent] if each != category}
+        others: dict[str, list[str]] = {
+            each: [] for each in [*categories, *config.dataset.absent] if each != category
+        }
         with suppress(UserError):
             added = {each: path for each, path in config.dataset.added.items() if each == category}
             if complete(
