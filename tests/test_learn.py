@@ -124,7 +124,7 @@ def test_a_product_of_normal_images_alone_is_learned_and_used(
     assert {row.task for row in rows(child) if row.stage == 2} == {"brick", "cloth"}
     again = tmp_path / "grown"
     learn(child, folder / "plate", "--output", again)  # a product more, after that
-    assert [row.stage for row in rows(again) if row.task == "plate"] == [3] * 7
+    assert {row.stage for row in rows(again) if row.task == "plate"} == {3}
     found = clbench("predict", str(again), str(folder / "plate/test"), "--output", str(tmp_path / "found"))
     assert found.returncode == 0, found.stderr
 

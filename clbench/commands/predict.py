@@ -50,6 +50,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--overwrite", action="store_true", help="replace what FOLDER holds of an earlier one"
     )
+    parser.add_argument(
+        "--watch",
+        action="store_true",
+        help="judge what comes into a folder until it is stopped: a line of JSON for each image, and no pictures",
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:1 (auto)")
     parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="images at a time (16)")
 
@@ -68,6 +73,8 @@ def main(options: argparse.Namespace) -> int:
         options.image_false_positive_rate = options.false_positive_rate
     if options.batch_size < 1:
         raise UserError(f"--batch-size {options.batch_size} is no number of images: give at least 1")
+    if options.watch:
+        return _watch(options)
     scores = options.output / "scores.csv"
     if scores.exists() and not options.overwrite:
         raise UserError(
@@ -95,6 +102,27 @@ def main(options: argparse.Namespace) -> int:
 
     with memory_named(f"predicting {counted(len(files), 'image')}", "lower --batch-size", detector.device):
         return _predict(options, detector, files, folder, pictures)
+
+
+def _watch(options: argparse.Namespace) -> int:
+    """Judge what comes into a folder, until it is stopped.
+
+    Raises:
+        UserError: not one folder is given; or as `_load` and `clbench.commands.watch.watch`.
+    """
+    from clbench.commands.watch import watch
+    from clbench.out_of_memory import memory_named
+
+    folder = expanded(options.images[0])
+    if len(options.images) > 1 or not folder.is_dir():
+        raise UserError(f"--watch {' '.join(map(str, options.images))}: give one folder that is there")
+    detector = _load(options)
+    rates = options.false_positive_rate, options.image_false_positive_rate
+    with memory_named(
+        f"predicting {counted(options.batch_size, 'image')}", "lower --batch-size", detector.device
+    ):
+        watch(detector, folder, options.output, rates, options.batch_size)
+    return 0
 
 
 def _load(options: argparse.Namespace) -> TrainedDetector:
