@@ -40,6 +40,10 @@ COMMANDS = {
         "a teacher for EfficientAD, distilled from a pretrained backbone on any images",
         "clbench distil --backbone wide_resnet101_2 --images IMAGENET/train --output teacher.safetensors",
     ),
+    "doctor": (
+        "what this machine has for a run, and what stands in its way",
+        "clbench doctor",
+    ),
     "wandb": (
         "send runs to Weights & Biases, or make a dashboard there",
         "clbench wandb sync outputs/demo\n  clbench wandb dashboard demo --entity TEAM",

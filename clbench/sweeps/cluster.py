@@ -49,6 +49,16 @@ def array_limit() -> int | None:
     return max(1, min(int(size or tasks) for size, tasks in limits)) if limits else None
 
 
+def partitions() -> list[str]:
+    """The names of the partitions that jobs can be sent to; the one that is taken where none is named ends in `*`.
+
+    Raises:
+        UserError: SLURM does not answer.
+    """
+    lines = (line.split() for line in _ask("sinfo", "--noheader", "--format=%P %a").splitlines())
+    return list(dict.fromkeys(name for name, state in lines if state == "up"))
+
+
 def arrays(jobs: int, limit: int | None, parallel: int) -> list[tuple[int, int, int | None]]:
     """How jobs are submitted as arrays of about the same size, none larger than the cluster takes.
 
