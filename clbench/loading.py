@@ -82,6 +82,7 @@ class TrainedDetector:
         thresholds: thresholds of maps and scores; None where the run has not ended.
         device: where the detector is.
         peak: the largest value of the 16-bit files that were predicted; None where there were none.
+        run: the directory of the run that trained it.
     """
 
     def __init__(
@@ -90,7 +91,9 @@ class TrainedDetector:
         geometry: Geometry,
         image_size: tuple[int, int] | None,
         thresholds: Thresholds | None,
+        run: Path | None = None,
     ):
+        self.run = run
         self.detector = detector
         self.geometry = geometry
         self.image_size = image_size
@@ -110,6 +113,28 @@ class TrainedDetector:
         phase = f"predicting {counted(len(images), 'image')}"
         with memory_named(phase, on_cpu, self.device, way_out_on_host=fewer), self.detector.uncached():
             return self.detector.predict(images.to(self.device))
+
+    def learn(
+        self,
+        folder: Path | str,
+        *,
+        name: str | None = None,
+        output: Path | str | None = None,
+        without_images: bool = False,
+    ) -> "TrainedDetector":
+        """Have the run learn another product, see `clbench.learning.learn`; gives the detector of the run that goes on.
+
+        This one stays as it is.
+
+        Raises:
+            UserError: as `clbench.learning.learn`.
+        """
+        from clbench.learning import learn  # it loads what runs need
+
+        assert self.run is not None
+        kept = {"name": name, "output": output, "without_images": without_images}
+        gone_on = learn(self.run, folder, gpu={"device": str(self.device)}, **kept)  # type: ignore[arg-type]
+        return load(gone_on, task=name or Path(folder).name, device=str(self.device))
 
     def predict(
         self,
@@ -277,6 +302,7 @@ def load(
         geometry,
         (limits and limits.image_size) or ((side, side) if side else None),
         None if limits is None else thresholds.for_task(limits, task),
+        directory.path,
     )
 
 

@@ -1,0 +1,66 @@
+"""The commands of docs/line.md, one after the other, as somebody who reads the page types them."""
+
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, clbench
+from typing_extensions import Self
+
+SMALLER = {  # so that they take seconds: fewer and smaller pictures, and a smaller memory
+    "data synthetic parts": "data synthetic parts --size 64 --train 8 --test-good 2 --test-defect 3",
+    "experiment=line": "experiment=line dataset.resize=64 dataset.crop=null method.memory_size=200",
+    "doctor": "doctor --offline",
+}
+
+
+def commands() -> list[str]:
+    page = (ROOT / "docs/line.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```console\n(.*?)```", page, re.DOTALL)
+    return [line.removeprefix("$ ") for block in blocks for line in block.splitlines()]
+
+
+def test_the_page_s_commands_do_what_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = commands()
+    assert len(given) == 11
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CLBENCH_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    monkeypatch.setattr("clbench.commands.watch.Interruption", OnceAnswered)
+    run = ""
+    for command in given:
+        if command == "RUN=$(ls -d outputs/line/method=*)":
+            (found,) = (tmp_path / "outputs/line").glob("method=*")
+            run = str(found.relative_to(tmp_path))
+            continue
+        words = command.removeprefix("clbench ")
+        for long, short in SMALLER.items():
+            words = words.replace(long, short)
+        if "--watch" in command:
+            (tmp_path / "camera").mkdir()
+            shutil.copyfile(next((tmp_path / "parts/gear/test/good").iterdir()), tmp_path / "camera/0001.png")
+        done = clbench(*shlex.split(words.replace("$RUN", shlex.quote(run))))
+        assert done.returncode == 0, f"{command}: {done.stderr[-3000:]}"
+    for path in (
+        "found/scores.csv",
+        "outputs/line/tuesday/summary.json",
+        "answers/answers.jsonl",
+        "line/model.onnx",
+    ):
+        assert (tmp_path / path).stat().st_size > 0, path
+
+
+class OnceAnswered:
+    """As `Interruption`: somebody presses Ctrl-C when the camera's image was answered."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def urgent(self) -> bool:
+        answers = Path("answers/answers.jsonl")
+        return answers.is_file() and answers.stat().st_size > 0
