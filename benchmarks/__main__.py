@@ -4,9 +4,7 @@
 
 NAME: coreset, nearest, metrics, kernels, phases, steps, footprints, backbones, startup, sweeps,
 network, export, reports, growth, digests, checkpoints, company, launches, precision, positions, cadic, outputs,
-buffers; all of them where none is given.
-network, export, reports, growth, digests, checkpoints, company, launches, precision, positions, cadic, watch; all of
-them where none is given.
+buffers, watch; all of them where none is given.
 Absolute times are this machine's; the ratios within a table are what carries over. A checkpoint (of timm's
 resnet18) and a root (an MVTec AD layout) replace random weights and synthetic images where a table takes features
 of images.

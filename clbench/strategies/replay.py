@@ -145,12 +145,10 @@ class Replay(Strategy):
     def check(self, tasks: Sequence[Task]) -> None:
         super().check(tasks)
         if self.buffer:
-            self.buffer.check(
-                [
-                    tasks[stage[0]].train.images[:1].to(self.detector.device)
-                    for stage in self.stages(len(tasks))
-                ]
-            )
+            first = [tasks[stage[0]].train.images for stage in self.stages(len(tasks))]
+            there = next(images for images in first if len(images))  # others were learned in an earlier run
+            shown = [(images if len(images) else there)[:1] for images in first]
+            self.buffer.check([image.to(self.detector.device) for image in shown])
 
     def begin_stage(self, stage: int, images: Images) -> None:
         if self.buffer:
