@@ -20,7 +20,10 @@ long = pytest.mark.long
 PAIRS = [("patchcore", "native"), ("stfpm", "replay"), ("padim", "single")]
 LONG = [
     *((method, usual) for method, usual in USUAL.items() if (method, usual) not in PAIRS),
-    *(("stfpm", strategy) for strategy in ("finetune", "single")),
+    *(
+        ("stfpm", strategy)
+        for strategy in ("finetune", "single", "ewc", "si", "mas", "agem", "lwf", "der", "derpp")
+    ),
     *(("patchcore", strategy) for strategy in ("finetune", "replay", "single")),
 ]
 
@@ -30,7 +33,7 @@ def settings(method: str, strategy: str) -> list[str]:
     if method in TOKENS:
         found += [f"backbone.arguments.{each}" for each in ("embed_dim=32", "depth=3", "num_heads=2")]
         found += ["~backbone.arguments.channels"]
-    return found + (["replay.size=4"] if strategy == "replay" else [])
+    return found + (["replay.size=4"] if strategy in ("replay", "agem", "der", "derpp") else [])
 
 
 def rows(directory: Path) -> list[MetricRow]:
