@@ -363,6 +363,7 @@ class TestLwF(Small):
         return LwF
 
 
+@pytest.mark.long
 class TestLwFWithABuffer(Small):
     def detector(self) -> Detector:
         return stfpm()
@@ -390,6 +391,7 @@ class TestDERpp(Small):
         return lambda detector: DERpp(detector, outputs="pooled", replay_size=7)
 
 
+@pytest.mark.long
 class TestDERRecomputed(Small):
     def detector(self) -> Detector:
         return SmallDetector(epochs=1, held_out=1 / 3)

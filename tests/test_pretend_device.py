@@ -2,7 +2,7 @@
 
 CLBENCH_TEST_PRETEND=all tries each method with each strategy in each precision, deterministic or not, which takes a
 quarter of an hour and more. Without it a part is tried: each method in fp16, but banks of tokens and SimpleNet at most once in
-any; every second one of the paper's methods in bf16 too, and some strategies with two methods. None is killed in bf16, which
+any; every second one of the paper's methods in bf16 too, and (make test-long) some strategies with two methods. None is killed in bf16, which
 goes on as fp32 does, nor in fp32 where it is killed in fp16, which has a gradient scale beside that.
 """
 
@@ -59,7 +59,8 @@ def scenarios() -> list[Scenario]:
     usual += [(*pair, "fp16", False) for pair in once]
     usual += [(*pair, "bf16", True) for pair in once[1:PAPERS:2]]
     others = [pair for pair in pairs if pair[0] in ("padim", "stfpm") and pair not in USUAL.items()]
-    return usual + [(*pair, PRECISIONS[n % 3], n % 2 == 1) for n, pair in enumerate(others[::2])]
+    further = [(*pair, PRECISIONS[n % 3], n % 2 == 1) for n, pair in enumerate(others[::2])]
+    return [*usual, *(pytest.param(one, marks=pytest.mark.long) for one in further)]  # type: ignore[list-item]
 
 
 def run_on_device(

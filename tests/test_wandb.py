@@ -590,6 +590,7 @@ def test_a_run_whose_wandb_dies_is_complete_and_lacks_nothing_after_sync(
     check_everything_once(directory)
 
 
+@pytest.mark.long
 def test_a_run_that_was_moved_is_sent_whole(train: Train, tmp_path: Path) -> None:
     """As to a machine that has a network: nothing is where it was when it was written."""
     assert train(*SMALL, "wandb=offline").returncode == 0
