@@ -328,7 +328,8 @@ def test_what_was_stored_in_another_way_is_refused() -> None:
 def test_what_compares_outputs_is_refused_where_there_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(STFPM, "outputs", Detector.outputs)
     with pytest.raises(
-        UserError, match="strategy=lwf with method=stfpm .*compares trained outputs.*gives none"
+        UserError,
+        match="strategy=lwf with method=stfpm .*works on the outputs of the trained networks.*gives none",
     ):
         checking.check(composed("method=stfpm", "strategy=lwf"))
     with pytest.raises(UserError, match="strategy.images=replayed .* give replay.size"):

@@ -94,6 +94,7 @@ def test_every_strategy_with_both_methods_and_half_of_them_in_local_processes(
 TRAINED = ["cfa", "stfpm", "efficientad", "draem", "fastflow"]
 
 
+@pytest.mark.long
 def test_every_strategy_with_the_trained_methods(train: Train, tmp_path: Path) -> None:
     methods = f"method={','.join(TRAINED)}"
     small = ("method.epochs=1", "method.batch_size=2")

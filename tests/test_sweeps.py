@@ -134,6 +134,7 @@ def test_every_ready_made_sweep_can_be_started(
         "bank_memory": 12,
         "demo": 14,
         "equal_memory": 19,
+        "strategies": 39,
         "foundation": 27,
         "paper_bounds": 14,
         "paper_native": 4,

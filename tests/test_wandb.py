@@ -507,6 +507,7 @@ def _killed_when_it_is_complete(words: list[str]) -> None:
     main(words)
 
 
+@pytest.mark.long
 def test_a_run_that_was_killed_after_its_summary_is_completed_where_it_was_moved_to(
     folder: Path, train: Train, tmp_path: Path
 ) -> None:
