@@ -24,6 +24,10 @@ COMMANDS = {
         "a finished run learns another product, and a run of its own holds the result",
         "clbench learn outputs/default/RUN parts/lid",
     ),
+    "forget": (
+        "a finished run forgets a task that has a model of its own, and a run of its own holds the result",
+        "clbench forget outputs/default/RUN lid",
+    ),
     "predict": (
         "a trained detector on files: scores, decisions, masks and heat maps",
         "clbench predict outputs/default/RUN parts/bracket/test --false-positive-rate 0.001",

@@ -1,6 +1,6 @@
-"""A finished run that goes on learning: another product, with its own strategy, into a run directory of its own."""
+"""A finished run that goes on, into a run directory of its own: it learns another product, or forgets one."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -17,6 +17,7 @@ from clbench.interruption import Interruption
 from clbench.paths import expanded
 from clbench.recording.checkpoint import Checkpoints
 from clbench.recording.files import copy_whole, write_whole
+from clbench.recording.journal import Journal, entries_of
 from clbench.recording.provenance import made_by
 from clbench.recording.run_directory import RunDirectory
 from clbench.terminal import Display
@@ -64,15 +65,136 @@ def learn(
         raise UserError(f"{product} is no folder: give the folder of the new product's images")
     called = name if name is not None else product.name
     summary = _summary_of(parent)
-    config = _config_of(parent, summary, called, gpu or {}, replace or {})
+    config = _config_of(parent, gpu or {}, replace or {})
+    _check_new(parent, config, summary, called)
     Product(called, product)  # before anything is written
-    child = RunDirectory(expanded(output) if output is not None else _beside(parent.path, called))
+    child = RunDirectory(expanded(output) if output is not None else _beside(parent.path, f"+{called}"))
+
+    def begin() -> Config:
+        _take_over(parent, child, summary)
+        return _with_product(config, summary, called, product, without_images)
+
+    def check(begun: Config) -> None:
+        newest = list(begun.dataset.added.items())[-1:]
+        if newest != [(called, str(product))]:
+            what = " of ".join(newest[0]) if newest else "no product"
+            raise UserError(f"{child.path} holds a run that learned {what}: give another --output")
+
+    return _go_on(parent, child, summary, begin, check, gpu or {}, replace or {})
+
+
+def forget(
+    run_directory: Path | str,
+    task: str,
+    *,
+    output: Path | str | None = None,
+    gpu: Mapping[str, Any] | None = None,
+    replace: Mapping[str, str | Path] | None = None,
+) -> Path:
+    """Have a finished run forget one task: its model goes, and the others are evaluated and given thresholds again.
+
+    That is possible where the task has a model of its own: a bank among others that one is chosen from, or a detector under
+    `strategy=single`. Results lose the task, and the stage that learned it; the last stage's are measured anew. Room that the
+    task's bank had is for products to come: those that are there do not grow again. The run itself is left as it is.
+
+    Args:
+        run_directory: outputs/<experiment>/<run>, of a run that is complete.
+        task: the name of one of its tasks.
+        output: the directory of the run that goes on; beside the first and named after it where None is given.
+        gpu, replace: as for `learn`.
+
+    Returns:
+        The directory of the run that goes on.
+
+    Raises:
+        UserError: the run is not complete, of another version of clbench, has no such task, that one alone, or no model of it
+            alone; or as `learn`.
+        Stopped: a signal asked for it; the same call continues.
+    """
+    parent = RunDirectory(expanded(run_directory))
+    summary = _summary_of(parent)
+    config = _config_of(parent, gpu or {}, replace or {})
+    names = summary["tasks"]
+    if task not in names:
+        raise UserError(f"{parent.path} has no task '{task}': give one of {', '.join(names)}")
+    if len(names) == 1:
+        raise UserError(f"'{task}' is all that {parent.path} has learned: remove the run in place of that")
+    child = RunDirectory(expanded(output) if output is not None else _beside(parent.path, f"-{task}"))
+    dropped = names.index(task)
+    gone = summary["categories"][dropped]
+
+    def begin() -> Config:
+        strategy = assembly.build_strategy(config, assembly.build_detector(config))
+        saved = Checkpoints(parent.path / "checkpoint").load_stage()
+        if saved is None or saved[0] != len(names) - 1:
+            raise _lost(parent, len(names))
+        _, tensors, data = saved
+        strategy.restore(tensors)
+        strategy.drop(dropped)
+        data["stream"] = {name: found for name, found in data["stream"].items() if name not in gone}
+        entries = [
+            {**entry, "stage": entry["stage"] - (entry["stage"] > dropped)}
+            for entry in entries_of(parent.path / "journal.jsonl")
+            if entry["stage"] != dropped and entry.get("category") not in gone
+        ]
+        last = len(names) - 2
+        Journal(child.path / "journal.jsonl").rewrite(
+            entry for entry in entries if entry["kind"] != "evaluation" or entry["stage"] != last
+        )
+        _copy(parent, child, "thresholds.json")
+        Checkpoints(child.path / "checkpoint").save_stage(last, strategy.state(), data)
+        return _with_tasks(config, [group for group in summary["categories"] if group != gone])
+
+    def check(begun: Config) -> None:
+        if any(name in _names(begun) for name in gone):
+            raise UserError(
+                f"{child.path} holds a run that has not forgotten '{task}': give another --output"
+            )
+
+    return _go_on(parent, child, summary, begin, check, gpu or {}, replace or {})
+
+
+def _go_on(
+    parent: RunDirectory,
+    child: RunDirectory,
+    summary: Mapping[str, Any],
+    begin: Callable[[], Config],
+    check: Callable[[Config], None],
+    gpu: Mapping[str, Any],
+    replace: Mapping[str, str | Path],
+) -> Path:
+    """Do the run that goes on from another, or what is left of it; gives its directory.
+
+    A process that is killed before parent.json is written, which says that all was taken over, leaves nothing that counts.
+
+    Args:
+        summary: the other run's.
+        begin: takes over what that one has, and gives the config of the run that goes on.
+        check: checks the config of one that was begun.
+
+    Raises:
+        UserError: the directory holds another run, or the run that it goes on from has changed since; or as `learn`.
+    """
+    about = {"run": str(parent.path.absolute()), "metrics_sha256": summary.get("metrics_sha256")}
     with child.lock(), Interruption() as interruption:
-        _begin(parent, child, summary)
-        if (stored := child.config()) is None:
-            config = _with_product(config, summary, called, product, without_images)
+        found, stored = child.parent(), child.config()
+        if found is not None and found.get("run") != about["run"]:
+            raise UserError(
+                f"{child.path} goes on from another run, {found.get('run')}: give another --output"
+            )
+        if found is not None and {name: found.get(name) for name in about} != about:
+            raise UserError(
+                f"{parent.path} has changed since {child.path} went on from it: remove the latter, or give another --output"
+            )
+        if found is None and stored is not None:
+            raise UserError(f"{child.path} holds a run already: give another --output")
+        if found is None or stored is None:
+            child.clear()  # what a process that was killed has left
+            config = begin()
+            child.write_parent(about)
         else:
-            config = _of_child(stored, config, called, product, gpu or {}, replace or {})
+            config = for_use(stored, gpu, replace)
+            check(config)
             if child.finished(config.plain()):
                 return child.path
         with (
@@ -81,7 +203,7 @@ def learn(
         ):
             display.heading(child.path.name)
             made = assembly.assemble(config, interruption.watching(display.progress))
-            made.identity["parent"] = str(parent.path.absolute())
+            made.identity["parent"] = about["run"]
             departures = (parent.config() or {}).get("departures", {})
             child.write_config(config.plain(), departures, made_by(made.device))
             report(made.identity)
@@ -110,40 +232,41 @@ def _summary_of(parent: RunDirectory) -> dict[str, Any]:
     return summary
 
 
-def _config_of(
-    parent: RunDirectory,
-    summary: Mapping[str, Any],
-    name: str,
-    gpu: Mapping[str, Any],
-    replace: Mapping[str, str | Path],
-) -> Config:
-    """The config of a run that is to learn a product of this name.
+def _config_of(parent: RunDirectory, gpu: Mapping[str, Any], replace: Mapping[str, str | Path]) -> Config:
+    """The config of a run that is to go on.
 
     Raises:
-        UserError: it knows the product, its strategy cannot go on, or another version of clbench made it.
+        UserError: another version of clbench made it, or it cannot be used here.
     """
     stored = parent.config() or {}
     ours, theirs = version("clbench"), (stored.get("made_by") or {}).get("clbench")
     if theirs != ours:
         raise UserError(
-            f"{parent.path} was made by clbench {theirs}, and this is {ours}: learn the new product with that version, or "
-            "repeat the run with this one"
+            f"{parent.path} was made by clbench {theirs}, and this is {ours}: go on with that version, or repeat the run "
+            "with this one"
         )
-    config = for_use(stored, gpu, replace)
+    return for_use(stored, gpu, replace)
+
+
+def _check_new(parent: RunDirectory, config: Config, summary: Mapping[str, Any], name: str) -> None:
+    """Check that a run can learn a product of this name.
+
+    Raises:
+        UserError: its strategy cannot go on, it knows the product, or nothing can be called so.
+    """
     if assembly.identity(config)["strategy_flags"]["joint"]:
         raise UserError(
             f"{parent.path} has learned all products at once (strategy={config.strategy.name}), and cannot go on: repeat "
             "its command with the new one among them"
         )
-    known = [category for categories in summary["categories"] for category in categories]
     if problem := name_problem(name):
         raise UserError(f"{problem}, or give it another name with --name")
+    known = [category for categories in summary["categories"] for category in categories]
     if name in known or name in summary["tasks"]:
         raise UserError(
             f"{parent.path} has learned '{name}' already ({', '.join(known)}): give another product, or --name where it "
             "is another of the same name"
         )
-    return config
 
 
 def _with_product(
@@ -154,10 +277,27 @@ def _with_product(
     known = [category for group in groups for category in group]
     there = [] if without_images else _there(config, known)
     absent = {category: summary["images"].get(category, []) for category in known if category not in there}
-    tasks = [group[0] if len(group) == 1 else group for group in [*groups, [name]]]
-    order = config.changed("task_order", kind="listed", tasks=tasks, run=None, metric=None, sizes=None)
     added = {each: path for each, path in config.dataset.added.items() if each not in absent}
-    return order.changed("dataset", added={**added, name: str(folder)}, absent=absent)
+    grown = config.changed("dataset", added={**added, name: str(folder)}, absent=absent)
+    return _with_tasks(grown, [*groups, [name]])
+
+
+def _with_tasks(config: Config, groups: Sequence[Sequence[str]]) -> Config:
+    """The config with these categories for tasks, and without what it has of others."""
+    tasks = [group[0] if len(group) == 1 else list(group) for group in groups]
+    kept = {name for group in groups for name in group}
+    added, absent = (
+        {name: value for name, value in each.items() if name in kept}
+        for each in (config.dataset.added, config.dataset.absent)
+    )
+    order = config.changed("task_order", kind="listed", tasks=tasks, run=None, metric=None, sizes=None)
+    return order.changed("dataset", added=added, absent=absent)
+
+
+def _names(config: Config) -> list[str]:
+    """The categories of all tasks that a config lists."""
+    groups = config.task_order.tasks or []
+    return [name for group in groups for name in ([group] if isinstance(group, str) else group)]
 
 
 def _there(config: Config, categories: Sequence[str]) -> list[str]:
@@ -183,68 +323,45 @@ def _there(config: Config, categories: Sequence[str]) -> list[str]:
     return found
 
 
-def _of_child(
-    stored: Mapping[str, Any],
-    config: Config,
-    name: str,
-    folder: Path,
-    gpu: Mapping[str, Any],
-    replace: Mapping[str, str | Path],
-) -> Config:
-    """The config of a learning that was begun.
+def _take_over(parent: RunDirectory, child: RunDirectory, summary: Mapping[str, Any]) -> None:
+    """Copy what a run has learned and measured.
 
     Raises:
-        UserError: it was begun with another product.
+        UserError: what it has learned is missing, or the disk is full.
     """
-    begun = for_use(stored, gpu, replace)
-    newest = list(begun.dataset.added.items())[-1:]
-    if newest != [(name, str(folder))] or begun.method != config.method:
-        what = " of ".join(map(str, newest[0])) if newest else "no product"
-        raise UserError(f"the directory for '{name}' holds a run that learned {what}: give another --output")
-    return begun
-
-
-def _begin(parent: RunDirectory, child: RunDirectory, summary: Mapping[str, Any]) -> None:
-    """Take over what a run has learned and measured, unless that was done.
-
-    A process that is killed here leaves a directory without parent.json, which is written last: it is begun again.
-
-    Raises:
-        UserError: the directory holds another run, the run has changed since, or what it has learned is missing.
-    """
-    about = {"run": str(parent.path.absolute()), "metrics_sha256": summary.get("metrics_sha256")}
-    found = child.parent()
-    if found is not None and found.get("run") != about["run"]:
-        raise UserError(f"{child.path} goes on from another run, {found.get('run')}: give another --output")
-    if found is not None and found != about:
-        raise UserError(
-            f"{parent.path} has changed since {child.path} went on from it: remove the latter, or give another --output"
-        )
-    if found is not None:
-        return
-    if child.config() is not None:
-        raise UserError(f"{child.path} holds a run already: give another --output")
-    copied = Checkpoints(parent.path / "checkpoint").copy_newest(child.path / "checkpoint")
     stages = len(summary["tasks"])
-    if copied != stages - 1:
-        raise UserError(
-            f"what {parent.path} has learned in the last of its {counted(stages, 'stage')} is missing or damaged: copy its "
-            "checkpoint/ again"
-        )
+    if Checkpoints(parent.path / "checkpoint").copy_newest(child.path / "checkpoint") != stages - 1:
+        raise _lost(parent, stages)
     for name in ("journal.jsonl", "thresholds.json"):
-        if (parent.path / name).is_file():
-            content = (parent.path / name).read_bytes()
-            write_whole(child.path / name, lambda part, content=content: part.write_bytes(content))  # type: ignore[misc]
+        _copy(parent, child, name)
     if summary["strategy_flags"]["task_known"]:  # what final metrics of unchanged models rest on
         for path in sorted((parent.path / "evidence").glob("*.npz")):
             copy_whole(path, child.path / "evidence" / path.name)
-    child.write_parent(about)
 
 
-def _beside(parent: Path, name: str) -> Path:
-    """The directory of a run that goes on, beside the one that it goes on from and named after it."""
-    whole = f"{parent.name}+{name}"
+def _copy(parent: RunDirectory, child: RunDirectory, name: str) -> None:
+    """Copy a file of a run's directory, where it has it.
+
+    Raises:
+        UserError: the disk is full or may not be written.
+    """
+    if (parent.path / name).is_file():
+        content = (parent.path / name).read_bytes()
+        write_whole(child.path / name, lambda part: part.write_bytes(content))
+
+
+def _lost(parent: RunDirectory, stages: int) -> UserError:
+    """The error for a run of so many stages whose last checkpoint is not there."""
+    return UserError(
+        f"what {parent.path} has learned in the last of its {counted(stages, 'stage')} is missing or damaged: copy its "
+        "checkpoint/ again"
+    )
+
+
+def _beside(parent: Path, what: str) -> Path:
+    """The directory of a run that goes on, beside the one that it goes on from: its name, and what has changed."""
+    whole = f"{parent.name}{what}"
     if len(whole.encode(errors="surrogateescape")) > _LONGEST:
         begin = parent.name.encode(errors="surrogateescape")[: _LONGEST - 60].decode(errors="ignore")
-        whole = f"{begin}~{digests.of_text(whole)[:8]}+{name[:40]}"
+        whole = f"{begin}~{digests.of_text(whole)[:8]}{what[:40]}"
     return parent.with_name(whole)

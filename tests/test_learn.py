@@ -181,3 +181,52 @@ def test_what_cannot_go_on_says_why(
     (before / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
     found = clbench("learn", str(before), str(plate), "--output", str(tmp_path / "child"))
     assert "has changed since" in found.stderr
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        [*settings("padim", "native"), "method.update=per_task"],
+        settings("padim", "single"),
+        pytest.param(settings("patchcore", "native"), marks=long),
+        pytest.param(settings("ucad", "native"), marks=long),
+        pytest.param(settings("dinosaur", "native"), marks=long),
+    ],
+    ids=lambda own: "-".join(own[:2]),
+)
+def test_a_forgotten_task_leaves_the_others_as_they_are(
+    own: list[str], folder: Path, train: Train, tmp_path: Path
+) -> None:
+    for order, experiment in (("brick,cloth,plate", "three"), ("brick,plate", "never")):
+        assert train(f"task_order.tasks=[{order}]", f"experiment={experiment}", *own).returncode == 0
+    (whole,), (never,) = run_directories(tmp_path, "three"), run_directories(tmp_path, "never")
+    untouched = {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()}
+    found = clbench("forget", str(whole), "cloth", "--output", str(tmp_path / "forgot"))
+    assert found.returncode == 0, found.stderr
+    assert {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()} == untouched
+    about = json.loads((tmp_path / "forgot/summary.json").read_text(encoding="utf-8"))
+    assert about["tasks"] == ["brick", "plate"]
+    last = [row for row in rows(tmp_path / "forgot") if row.stage == 1]
+    assert {row.task for row in last} == {"brick", "plate"}
+    if own[0] == "method=padim":  # whose models are of their tasks' images alone
+        assert last == [row for row in rows(never) if row.stage == 1]
+        thresholds = [
+            json.loads((path / "thresholds.json").read_text()) for path in (tmp_path / "forgot", never)
+        ]
+        assert thresholds[0] == thresholds[1]
+    again = clbench(
+        "learn", str(tmp_path / "forgot"), str(folder / "cloth"), "--output", str(tmp_path / "again")
+    )
+    assert again.returncode == 0, again.stderr  # it may come back
+
+
+def test_what_cannot_be_forgotten_says_why(parent: Callable[..., Path], tmp_path: Path) -> None:
+    one_model = parent(*settings("stfpm", "replay"))
+    for words, said in (
+        ((one_model, "brick"), "no part of it is of one task alone"),
+        ((one_model, "lid"), "has no task 'lid'"),
+        ((tmp_path, "lid"), "holds no run that can go on"),
+    ):
+        found = clbench("forget", *map(str, words))
+        assert found.returncode == 1 and said in found.stderr and found.stderr.count("\n") == 1, found.stderr
+    assert not list(one_model.parent.glob("*-brick/summary.json"))

@@ -28,7 +28,7 @@ def commands() -> list[str]:
 
 def test_the_page_s_commands_do_what_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given = commands()
-    assert len(given) == 11
+    assert len(given) == 12
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CLBENCH_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("WANDB_MODE", "disabled")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
+from pathlib import Path
 
 from clbench.commands import trained
 from clbench.paths import expanded
@@ -38,19 +40,27 @@ def main(options: argparse.Namespace) -> int:
     Raises:
         UserError: as `clbench.learning.learn`.
     """
-    from clbench.interruption import Stopped
     from clbench.learning import learn
 
+    own = {"name": options.name, "without_images": options.without_images}
+    return go_on(lambda **given: learn(options.run, options.folder, **own, **given), options)
+
+
+def go_on(call: Callable[..., Path], options: argparse.Namespace) -> int:
+    """Have a run go on, and say where the run that does is; 0, or 1 where a signal stopped it.
+
+    Args:
+        call: does it; is given output, gpu and replace.
+        options: the command's.
+
+    Raises:
+        UserError: what `call` raises.
+    """
+    from clbench.interruption import Stopped
+
+    gpu = {"device": options.device} if options.device else {}
     try:
-        found = learn(
-            options.run,
-            options.folder,
-            name=options.name,
-            output=options.output,
-            without_images=options.without_images,
-            gpu={"device": options.device} if options.device else {},
-            replace=trained.replacements(options.replace),
-        )
+        found = call(output=options.output, gpu=gpu, replace=trained.replacements(options.replace))
     except Stopped as stopped:
         print(f"{stopped}: the same command continues here", flush=True)
         stopped.hand_on()

@@ -126,6 +126,11 @@ class TaskBanks(Collecting):
     def forget(self) -> None:
         self.bank, self.bank_sizes = self.bank[:0], self.bank_sizes[:0]
 
+    def drop(self, task: int) -> None:
+        banks = self.banks()
+        self.bank = torch.cat([*banks[:task], *banks[task + 1 :]])
+        self.bank_sizes = without(self.bank_sizes, task)
+
     def banks(self) -> Sequence[Tensor]:
         """The tasks' banks, float32 [entries, ...] each."""
         return self.bank.split(self.sizes())
@@ -151,6 +156,11 @@ class TaskBanks(Collecting):
         elif self._read is None or self._read[0]() is not sizes or self._read[1] != sizes._version:
             self._read = weakref.ref(sizes), sizes._version, sizes.tolist()
         return self._read[2]
+
+
+def without(rows: Tensor, row: int) -> Tensor:
+    """Rows [N, ...] but one: [N - 1, ...]."""
+    return torch.cat([rows[:row], rows[row + 1 :]])
 
 
 class PatchBank(TaskBanks):

@@ -127,6 +127,10 @@ class Detector(nn.Module):
     def forget(self) -> None:
         """Drop banks and statistics of earlier tasks, so that the next task replaces them."""
 
+    def drop(self, task: int) -> None:
+        """Drop the model of one task, 0-based in the order in which they were learned: of a detector that `chooses`."""
+        raise NotImplementedError
+
     def prepare(self, images: Images) -> None:
         """Load what steps need besides images, and size the weights that depend on the image size.
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from clbench.backbones import Backbone, Layers
 from clbench.data.images import Images
 from clbench.errors import UserError
-from clbench.methods.banks import MemoryMb, TaskBanks, capacity, check_room
+from clbench.methods.banks import MemoryMb, TaskBanks, capacity, check_room, without
 from clbench.methods.base import Prediction, Share
 from clbench.methods.coreset import farthest_first_at_each
 from clbench.methods.maps import Sigma, to_image_size
@@ -101,6 +101,10 @@ class DINOSaur(TaskBanks):
     def forget(self) -> None:
         super().forget()
         self.prototypes = self.prototypes[:0]
+
+    def drop(self, task: int) -> None:
+        super().drop(task)
+        self.prototypes = without(self.prototypes, task)
 
     def described(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Images [B, 3, H, W] -> tokens float32 [B, h, w, D], and one vector for each image [B, d]; by `metric`."""

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from clbench.backbones import Backbone, Layers
 from clbench.data.images import Images
+from clbench.methods.banks import without
 from clbench.methods.base import Detector, Prediction, Share
 from clbench.methods.maps import Sigma, to_image_size
 from clbench.precision import single_precision
@@ -86,6 +87,11 @@ class PaDiM(Detector):
 
     def forget(self) -> None:
         self.mean, self.factor, self.counts = self.mean[:0], self.factor[:0], self.counts[:0]
+
+    def drop(self, task: int) -> None:
+        self.mean, self.factor, self.counts = (
+            without(kept, task) for kept in (self.mean, self.factor, self.counts)
+        )
 
     def start_task(self, task: int, images: Images, stored: Images) -> None:
         self._count = 0

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from clbench.backbones import Backbone, unit
 from clbench.data.images import Images
 from clbench.errors import UserError
+from clbench.methods.banks import without
 from clbench.methods.base import Detector, Prediction, Share
 from clbench.methods.coreset import farthest_first
 from clbench.methods.maps import Sigma, to_image_size
@@ -107,6 +108,11 @@ class UCAD(Detector):
 
     def forget(self) -> None:
         self.keys, self.prompts, self.knowledge = self.keys[:0], self.prompts[:0], self.knowledge[:0]
+
+    def drop(self, task: int) -> None:
+        self.keys, self.prompts, self.knowledge = (
+            without(kept, task) for kept in (self.keys, self.prompts, self.knowledge)
+        )
 
     def start_task(self, task: int, images: Images, stored: Images) -> None:
         """Begin with a new prompt, uniform in (-1, 1)."""

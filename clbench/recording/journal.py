@@ -76,6 +76,15 @@ class Journal:
         self._file.close()
 
 
+def entries_of(path: Path) -> list[dict[str, Any]]:
+    """The entries of a journal's file, which stays as it is; none where there is no file.
+
+    Raises:
+        UserError: the file cannot be read, or a line that is not the last is damaged.
+    """
+    return _read_entries(path, lose_damaged=False)[0]
+
+
 def _line_of(entry: dict[str, Any]) -> bytes:
     """The line of an entry: its JSON, with a checksum of it as the last key."""
     body = json.dumps(entry, ensure_ascii=False)[:-1]

@@ -208,6 +208,18 @@ class Strategy(Hooks):
         """
         return False
 
+    def drop(self, stage: int) -> None:
+        """Drop what was learned in one stage, 0-based, where there is a model of it alone.
+
+        Raises:
+            UserError: there is not.
+        """
+        if not self.routes:
+            raise UserError(
+                "one model has learned all tasks, and no part of it is of one task alone: repeat the run's command without it"
+            )
+        self.detector.drop(stage)
+
     def stored_images(self) -> Images | None:
         """All images kept for replay, uint8 [M, 3, H, W]; None where there are none."""
         stored = [images for pair in self.replayed() for images in pair]

@@ -40,6 +40,10 @@ class Single(Strategy):
             self._loaded = model
         return self.detector
 
+    def drop(self, stage: int) -> None:
+        del self._learned[stage]
+        self._loaded = None
+
     def unchanged(self, stage: int, learned: int) -> bool:
         return learned < stage
 
