@@ -31,8 +31,8 @@ LONG = [
 def settings(method: str, strategy: str) -> list[str]:
     found = [f"method={method}", f"strategy={strategy}", *METHODS[method]]
     if method in TOKENS:
-        found += [f"backbone.arguments.{each}" for each in ("embed_dim=32", "depth=3", "num_heads=2")]
-        found += ["~backbone.arguments.channels"]
+        found += ["backbone.arguments={embed_dim:32,depth:3,num_heads:2}"]
+    found += ["strategy.weight=0.0001"] if strategy == "mas" else []  # its outputs are large
     return found + (["replay.size=4"] if strategy in ("replay", "agem", "der", "derpp") else [])
 
 
