@@ -457,6 +457,7 @@ class FeaturePyramid(nn.Module):
 
     Attributes:
         dtype: of mixed precision inside the network; None for single precision.
+        filled_up: whether batches that are not full are filled up with copies, where digits are to be equal.
     """
 
     def __init__(
@@ -482,6 +483,7 @@ class FeaturePyramid(nn.Module):
         self.store = store
         self.batch_size = batch_size
         self.dtype: torch.dtype | None = None
+        self.filled_up = True
         self.normalisation = normalisation or Normalisation()
         # How many images of each source were looked at to fill up batches.
         self._looked: WeakKeyDictionary[Images, int] = WeakKeyDictionary()
@@ -591,7 +593,7 @@ class FeaturePyramid(nn.Module):
     def _whole_batch(self, images: Tensor) -> list[Tensor]:
         """The levels of at most a batch of images, which is filled up with copies of the first where digits are to be equal."""
         equal = images.device.type == "cpu" or torch.are_deterministic_algorithms_enabled()
-        missing = self.batch_size - len(images) if equal else 0
+        missing = self.batch_size - len(images) if equal and self.filled_up else 0
         if missing:
             images = torch.cat([images, images[:1].expand(missing, -1, -1, -1)])
         normalised = self.normalisation(images)

@@ -98,6 +98,10 @@ class Watch:
         if take_lock(self._lock, wait=False)[0] == "another's":
             raise UserError(f"another process answers into {output}: stop it, or give another --output")
         self.detector, self.folder = detector, Folder(folder, output)
+        for pyramid in detector.detector.pyramids():
+            pyramid.filled_up = (
+                False  # one image takes a sixteenth of a batch's time; its last digits may differ
+            )
         self.rates, self.batch_size = rates, batch_size
         self.latencies: list[float] = []
         self.journal = Journal(output / "answers.jsonl")
