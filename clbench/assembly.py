@@ -186,8 +186,7 @@ def build_dataset(config: Config) -> Dataset:
     kind = class_of_kind("dataset", config.dataset.target, Dataset)
     added, absent, settings = config.dataset.added, config.dataset.absent, config.dataset.settings
     if absent:  # of those that the stream has, the rest is to be there
-        groups = [[group] if isinstance(group, str) else group for group in config.task_order.tasks or []]
-        names = [name for group in groups for name in group if name not in {**added, **absent}]
+        names = [name for name in config.task_order.listed if name not in {**added, **absent}]
         chosen = {"categories": names} if takes(config, "dataset", "categories") else {}
         settings = {**settings, **chosen} if names else {}
     dataset: Dataset | None = None if absent and not settings else kind(**arguments(kind, settings))

@@ -146,7 +146,7 @@ def forget(
         return _with_tasks(config, [group for group in summary["categories"] if group != gone])
 
     def check(begun: Config) -> None:
-        if any(name in _names(begun) for name in gone):
+        if any(name in begun.task_order.listed for name in gone):
             raise UserError(
                 f"{child.path} holds a run that has not forgotten '{task}': give another --output"
             )
@@ -292,12 +292,6 @@ def _with_tasks(config: Config, groups: Sequence[Sequence[str]]) -> Config:
     )
     order = config.changed("task_order", kind="listed", tasks=tasks, run=None, metric=None, sizes=None)
     return order.changed("dataset", added=added, absent=absent)
-
-
-def _names(config: Config) -> list[str]:
-    """The categories of all tasks that a config lists."""
-    groups = config.task_order.tasks or []
-    return [name for group in groups for name in ([group] if isinstance(group, str) else group)]
 
 
 def _there(config: Config, categories: Sequence[str]) -> list[str]:

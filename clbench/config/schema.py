@@ -180,6 +180,12 @@ class TaskOrder(Closed):
     sizes: list[PositiveInt] | None = None
 
     @property
+    def listed(self) -> list[str]:
+        """The categories of all tasks that are listed, in their order."""
+        groups = ([task] if isinstance(task, str) else task for task in self.tasks or [])
+        return [name for group in groups for name in group]
+
+    @property
     def by_results(self) -> bool:
         """Whether the results of a finished run decide on the order."""
         return self.kind in BY_RESULTS

@@ -314,7 +314,7 @@ class RunDirectory:
         Raises:
             UserError: the disk is full or may not be written.
         """
-        self._write("parent.json", json.dumps(dict(about)) + "\n")
+        self._write_json("parent.json", about)
 
     def job(self) -> dict[str, Any] | None:
         """The cluster job that was last submitted for this run: its `id` and `log`.
@@ -332,7 +332,7 @@ class RunDirectory:
         Raises:
             UserError: the disk is full or may not be written.
         """
-        self._write("job.json", json.dumps(dict(job)) + "\n")
+        self._write_json("job.json", job)
 
     def thresholds(self) -> dict[str, Any] | None:
         """What thresholds.json holds, see `clbench.thresholds`; None where it is missing or damaged.
@@ -348,7 +348,7 @@ class RunDirectory:
         Raises:
             UserError: the disk is full or may not be written.
         """
-        self._write("thresholds.json", json.dumps(dict(thresholds)) + "\n")
+        self._write_json("thresholds.json", thresholds)
 
     def evidence(self, category: str) -> dict[str, np.ndarray] | None:
         """The arrays that `write_evidence` wrote; None where they are missing or damaged.
@@ -433,6 +433,14 @@ class RunDirectory:
                 append_whole(file, as_text(rows).encode())
         except OSError as error:
             raise cannot_write(path, error) from error
+
+    def _write_json(self, name: str, values: Mapping[str, Any]) -> None:
+        """Replace a JSON file of the directory, one line.
+
+        Raises:
+            UserError: the disk is full or may not be written.
+        """
+        self._write(name, json.dumps(dict(values)) + "\n")
 
     def _write(self, name: str, text: str) -> None:
         """Replace a file of the directory.
