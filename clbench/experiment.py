@@ -6,7 +6,8 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from clbench import evaluation, footprint, thresholds
-from clbench.assembly import OF_FEATURES, Assembly, memory_for
+from clbench.assembly import OF_FEATURES, Assembly, assemble, build_recorder, identity, memory_for
+from clbench.config.schema import Config
 from clbench.data.images import Images
 from clbench.decisions import Learned
 from clbench.errors import UserError
@@ -15,12 +16,47 @@ from clbench.interruption import Interruption
 from clbench.measuring import Measuring
 from clbench.methods.base import silent
 from clbench.recording import heat_maps
+from clbench.recording.provenance import made_by
 from clbench.recording.recorder import Recorder
 from clbench.recording.run_directory import RunDirectory
 from clbench.results import Evaluation
 from clbench.strategies.base import ignore_epoch
 from clbench.terminal import Display, number, run_table
 from clbench.training import Diverged
+
+
+def run_in(
+    directory: RunDirectory,
+    config: Config,
+    interruption: Interruption,
+    *,
+    alone: bool,
+    more: Mapping[str, Any],
+    departures: Mapping[str, Any],
+) -> None:
+    """Do the run of a config, or what is left of it, in a directory that this process has locked; a failure is written there.
+
+    Args:
+        config: the run's.
+        interruption: as for `run`.
+        alone: whether no other run writes to this terminal.
+        more: what the run's identity says beside what its config does.
+        departures: the settings that its protocol has otherwise.
+
+    Raises:
+        Stopped: as `run`.
+        UserError: as `run`, or images, weights or machine do not fit the config.
+    """
+    with (
+        directory.reporting(identity(config)) as report,
+        Display(directory.path.name, alone=alone) as display,
+    ):
+        display.heading(directory.path.name)
+        made = assemble(config, interruption.watching(display.progress))
+        made.identity.update(more)
+        directory.write_config(config.plain(), departures, made_by(made.device))
+        report(made.identity)
+        run(made, directory, display, interruption, build_recorder(made, directory.path, display.line))
 
 
 def run(

@@ -18,9 +18,7 @@ from clbench.paths import expanded
 from clbench.recording.checkpoint import Checkpoints
 from clbench.recording.files import copy_whole, write_whole
 from clbench.recording.journal import Journal, entries_of
-from clbench.recording.provenance import made_by
 from clbench.recording.run_directory import RunDirectory
-from clbench.terminal import Display
 
 _LONGEST = 200  # bytes of a run directory's name, as for other runs
 
@@ -197,18 +195,9 @@ def _go_on(
             check(config)
             if child.finished(config.plain()):
                 return child.path
-        with (
-            child.reporting(assembly.identity(config)) as report,
-            Display(child.path.name, alone=True) as display,
-        ):
-            display.heading(child.path.name)
-            made = assembly.assemble(config, interruption.watching(display.progress))
-            made.identity["parent"] = about["run"]
-            departures = (parent.config() or {}).get("departures", {})
-            child.write_config(config.plain(), departures, made_by(made.device))
-            report(made.identity)
-            recorder = assembly.build_recorder(made, child.path, display.line)
-            experiment.run(made, child, display, interruption, recorder)
+        departures = (parent.config() or {}).get("departures", {})
+        more = {"parent": about["run"]}
+        experiment.run_in(child, config, interruption, alone=True, more=more, departures=departures)
     return child.path
 
 

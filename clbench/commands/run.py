@@ -173,12 +173,10 @@ def run_one(config: Config, hydra_config: Any) -> None:
     Raises:
         UserError: the directory holds another run or is in use, or images, weights or machine do not fit.
     """
-    from clbench import assembly, experiment
+    from clbench import experiment
     from clbench.config.by_results import with_order
     from clbench.interruption import Interruption, Stopped
-    from clbench.recording.provenance import made_by
     from clbench.recording.run_directory import RunDirectory
-    from clbench.terminal import Display
 
     directory = RunDirectory(hydra_config.runtime.output_dir)
     config = with_order(config, directory)
@@ -187,19 +185,14 @@ def run_one(config: Config, hydra_config: Any) -> None:
         with directory.lock(), Interruption() as interruption:
             if directory.finished(config.plain()):
                 return
-            with (
-                directory.reporting(assembly.identity(config)) as report,
-                Display(directory.path.name, alone=alone) as display,
-            ):
-                display.heading(directory.path.name)
-                made = assembly.assemble(config, interruption.watching(display.progress))
-                made.identity["composed_from"] = sources.composed_from(
-                    hydra_config, hydra_config.overrides.task
-                )
-                directory.write_config(config.plain(), departures(config, hydra_config), made_by(made.device))
-                report(made.identity)
-                recorder = assembly.build_recorder(made, directory.path, display.line)
-                experiment.run(made, directory, display, interruption, recorder)
+            experiment.run_in(
+                directory,
+                config,
+                interruption,
+                alone=alone,
+                more={"composed_from": sources.composed_from(hydra_config, hydra_config.overrides.task)},
+                departures=departures(config, hydra_config),
+            )
     except Stopped as stopped:
         again = "the same command without overwrite=true" if config.overwrite else "the same command"
         print(f"{'' if alone else directory.path.name + ': '}{stopped}: {again} continues here", flush=True)
