@@ -1,15 +1,15 @@
-"""A training step of LwF, DER and DER++ beside one of replay and of fine-tuning, and what each keeps."""
+"""A training step under each continual strategy, beside one of fine-tuning; what ends a task, and the memory of both."""
 
 import math
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.table import Table
 
 from benchmarks.running import composed
 from benchmarks.steps import side_of
-from clbench import assembly
+from clbench import assembly, footprint
 
 METHODS = ("cfa", "stfpm", "efficientad", "draem", "fastflow", "rd4ad", "simplenet", "dinomaly")
 STEPS = 3  # of an epoch, at least; the second is timed
@@ -18,6 +18,11 @@ BUFFER = f"replay.size={STORED}"
 STRATEGIES = {
     "finetune": ("strategy=finetune",),
     "replay": ("strategy=replay", BUFFER),
+    "agem": ("strategy=agem", BUFFER),
+    "ewc": ("strategy=ewc",),
+    "si": ("strategy=si",),
+    "mas": ("strategy=mas",),
+    "ewc, with a buffer": ("strategy=ewc", BUFFER),
     "lwf": ("strategy=lwf",),
     "lwf, outputs computed twice": ("strategy=lwf",),
     "lwf, with a buffer": ("strategy=lwf", BUFFER),
@@ -27,29 +32,60 @@ STRATEGIES = {
 }
 
 
-def table(checkpoint: str | None = None, root: str | None = None) -> Table:
-    """Milliseconds of a step of the second stage, how many times fine-tuning's that is, and megabytes kept after it.
+class Cost(NamedTuple):
+    """What a strategy costs in the second of two tasks.
 
-    On the CPU they are of its time, which other programs beside change little.
+    Attributes:
+        step: seconds of a training step.
+        end: seconds from the last epoch to the end of the task, for each of its images.
+        peak: bytes in use at most while the task is learned, above those before.
+        kept: bytes that the strategy keeps after it.
+    """
+
+    step: float
+    end: float
+    peak: int
+    kept: int
+
+
+def table(checkpoint: str | None = None, root: str | None = None) -> Table:
+    """Milliseconds of a step of the second task, how many times fine-tuning's that is, and what else a strategy costs.
+
+    On the CPU they are of its time, which other programs beside change little, and the peak is of resident memory.
     """
     on_gpu = torch.cuda.is_available()
     name = torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads"
     size = "paper" if on_gpu else "demo"
     shown = Table(
-        "method", "strategy", "ms a step", "of finetune", "kept, MB", title=f"{size}'s sizes, {name}"
+        "method",
+        "strategy",
+        "ms a step",
+        "of finetune",
+        "end of a task, ms an image",
+        "peak, MB",
+        "kept, MB",
+        title=f"{size}'s sizes, {name}",
     )
     for method in METHODS:
         plain = None
         for strategy, settings in STRATEGIES.items():
-            seconds, kept = _measure(method, size, "twice" not in strategy, *settings)
-            plain = plain or seconds
-            cells = f"{1000 * seconds:.1f}", f"{seconds / plain:.2f}", f"{kept / 1e6:.3f}"
-            shown.add_row(method, strategy, *cells, end_section=strategy == "derpp")
+            cost = _measure(method, size, "twice" not in strategy, *settings)
+            plain = plain or cost.step
+            shown.add_row(
+                method,
+                strategy,
+                f"{1000 * cost.step:.1f}",
+                f"{cost.step / plain:.2f}",
+                f"{1000 * cost.end:.1f}",
+                f"{cost.peak / 1e6:.0f}",
+                f"{cost.kept / 1e6:.3f}",
+                end_section=strategy == "derpp",
+            )
     return shown
 
 
-def _measure(method: str, size: str, notes: bool, *settings: str) -> tuple[float, int]:
-    """Seconds of a step, and bytes that the strategy keeps.
+def _measure(method: str, size: str, notes: bool, *settings: str) -> Cost:
+    """What a strategy costs.
 
     Args:
         size: the benchmark whose sizes are taken.
@@ -74,14 +110,20 @@ def _measure(method: str, size: str, notes: bool, *settings: str) -> tuple[float
     images = torch.randint(256, (count + STORED // 2, 3, side, side), dtype=torch.uint8)
     ended: list[float] = []
 
-    def on_epoch(stage: int, epoch: int, loss: float) -> None:
-        if where.type == "cuda":
-            torch.cuda.synchronize(where)
-        ended.append(time.perf_counter() if where.type == "cuda" else time.process_time())
+    def now() -> float:
+        if where.type != "cuda":
+            return time.process_time()
+        torch.cuda.synchronize(where)
+        return time.perf_counter()
 
     strategy.learn(0, images[count:])
-    strategy.on_epoch = on_epoch
+    strategy.on_epoch = lambda stage, epoch, loss: ended.append(now())
+    footprint.reset_peak(where)
+    before = footprint.peak(where)
     strategy.learn(1, images[:count])
-    return (ended[1] - ended[0]) / math.ceil(count / detector.batch_size), sum(
-        tensor.nbytes for tensor in strategy.kept().values()
+    return Cost(
+        step=(ended[1] - ended[0]) / math.ceil(count / detector.batch_size),
+        end=(now() - ended[1]) / count,
+        peak=footprint.peak(where) - before,
+        kept=sum(tensor.nbytes for tensor in strategy.kept().values()),
     )
