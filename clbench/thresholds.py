@@ -7,6 +7,7 @@ They are set on normal training images, never on test images: on those held out 
 import bisect
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any
 
@@ -195,8 +196,9 @@ def of_stages(
     scores, pixels = Tail(count), Tail(count * math.prod(tasks[0].train.images.shape[-2:]))
     moments, every = Moments(), list[float]()
     done = 0
-    with strategy.detector.uncached():
-        for task, images in sets:
+    for task, images in sets:
+        # Features of stored images may be what is stored of them.
+        with strategy.detector.uncached() if len(tasks[task].train) else nullcontext():
             for batch in evaluation.predictions(strategy, images, task, device):
                 pixels.add(batch.maps)
                 moments.add(batch.maps)

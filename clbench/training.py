@@ -155,6 +155,9 @@ class Hooks:
     def after_step(self) -> None:
         """Called after the optimizer has changed the weights."""
 
+    def at_best(self) -> None:
+        """Called after an epoch whose held-out loss is the lowest so far: unless a later one is lower, its weights stay."""
+
     def ways_out(self) -> list[str]:
         """What else to try where the training diverged, such as "lower strategy.weight"."""
         return []
@@ -482,6 +485,7 @@ class Descent:
         if loss < self.best_loss:
             self.best = {name: tensor.clone() for name, tensor in kept_state(detector).items()}
             self.best_loss, self.since = loss, 0
+            self.hooks.at_best()
         else:
             self.since += 1
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from test_contracts import backbone
+from test_predict import task
 from torch import Tensor
 
 from clbench import assembly
@@ -15,18 +16,19 @@ from clbench.config import check
 from clbench.config.sources import composed
 from clbench.data.images import Images
 from clbench.errors import UserError
-from clbench.methods.base import Detector
+from clbench.methods.base import Detector, silent
 from clbench.methods.fastflow import FastFlow
 from clbench.methods.stfpm import STFPM
 from clbench.report.settings import read_departures
 from clbench.report.titles import strategy_title
 from clbench.strategies.buffer import Buffer
 from clbench.strategies.replay import Replay
-from clbench.strategies.selection import herding, kcenter, pooled
+from clbench.strategies.selection import herding, kcenter, mean_features
 from clbench.strategies.storage import Kind, storage_of
 from clbench.testing import StrategyContract
 from clbench.testing.small import bytes_of, images
 from clbench.testing.strategies import BuildStrategy
+from clbench.thresholds import of_stages
 from clbench.training import split
 
 
@@ -110,7 +112,9 @@ def test_a_share_chosen_by_features_shrinks_by_its_end(selection: Any) -> None:
     assert strategy.buffer
     given = images(6, 0)
     strategy.buffer.add(0, given, given[:0])
-    order = (herding if selection == "herding" else kcenter)(pooled(strategy.detector, Images.of(given)))
+    order = (herding if selection == "herding" else kcenter)(
+        mean_features(strategy.detector, Images.of(given))
+    )
     assert torch.equal(strategy.buffer.shares[0][0][:], given[order[:5]])
     for stage in (1, 2):
         (rows, _), *_ = strategy.buffer.add(stage, images(6, stage), given[:0])
@@ -118,12 +122,12 @@ def test_a_share_chosen_by_features_shrinks_by_its_end(selection: Any) -> None:
     assert torch.equal(strategy.buffer.shares[0][0][:], given[order[:2]])
 
 
-def test_pooled_features_are_means_over_positions_of_every_level() -> None:
+def test_mean_features_are_means_over_positions_of_every_level() -> None:
     detector = FastFlow(backbone(), layers=[1, 2], steps=2)
     given = images(3, 0)
     levels = detector.pyramid.compute(given)
     expected = torch.cat([level.flatten(2).mean(2) for level in levels], 1)
-    torch.testing.assert_close(pooled(detector, Images.of(given)), expected)
+    torch.testing.assert_close(mean_features(detector, Images.of(given)), expected)
 
 
 def _jpeg(image: Tensor, quality: int) -> np.ndarray:
@@ -231,9 +235,7 @@ def test_half_of_the_current_images_pass_the_codec_where_that_is_asked_for() -> 
     assert torch.equal(shown, torch.where(as_it_is[:, None, None, None], given[:], passed[:]))
     assert 10 <= int(as_it_is.sum()) <= 30 and torch.equal(strategy.shown(0, given)[:], shown)
     assert not torch.equal(strategy.shown(1, given)[:], shown)
-    for others in ({"replay_storage": "raw", "replay_symmetric": True}, settings):
-        plain = Replay(strategy.detector, **{"replay_size": 4, **others})
-        assert plain.shown(0, given) is given
+    assert Replay(strategy.detector, **settings).shown(0, given) is given
 
 
 class _Compressed(StrategyContract):
@@ -328,14 +330,54 @@ def test_that_is_when_a_run_is_composed(words: tuple[str, ...], said: str) -> No
         check(composed(*words))
 
 
+def test_every_task_has_room_for_an_image_that_is_learned_again() -> None:
+    shown = [images(1, stage) for stage in range(3)]
+    with pytest.raises(UserError, match="replay.size=2 has no room for an image of each of 3 tasks"):
+        Buffer(2, 0).check(shown)
+    Buffer(3, 0).check(shown)
+    Buffer(2, 0, selection="reservoir").check(shown)
+    buffer = Buffer(3, 0)
+    for stage in range(3):
+        buffer.add(stage, numbered(1), numbered(9, 10))
+    assert [len(learned) for learned, _ in buffer.shares] == [1, 1, 1]
+    for both in ({}, {"budget": 9}):
+        with pytest.raises(ValueError, match="give one of them"):
+            Buffer(9 if both else None, 0, **both)
+
+
+def test_thresholds_of_a_task_whose_images_are_gone_are_set_on_the_features_that_are_kept() -> None:
+    def thresholds(storage: Kind, gone: bool) -> list[float]:
+        detector = FastFlow(backbone(), layers=[1], steps=2, epochs=1, held_out=0.5)
+        strategy = Replay(detector, replay_size=9, replay_storage=storage)
+        strategy.learn(0, images(8, 0))
+        learned = task("a", images(0 if gone else 8, 0))
+        _, scores = of_stages(strategy, [learned], [0], torch.device("cpu"), silent)
+        return sorted(scores)
+
+    there, kept, features = thresholds("raw", False), thresholds("raw", True), thresholds("latent", True)
+    assert len(there) == len(kept) == len(features) == 4 and there == kept
+    np.testing.assert_allclose(features, there, atol=0.02 * (max(there) - min(there)))
+
+
+def test_features_that_half_precision_cannot_hold_are_refused() -> None:
+    detector = FastFlow(backbone(), layers=[1], steps=2)
+    with torch.no_grad():
+        for parameter in detector.pyramids()[0].parameters():
+            parameter.mul_(1e4)
+    with pytest.raises(UserError, match="half precision, up to 65,504"):
+        storage_of("latent", None, None, lambda: detector).store(Images.of(images(2, 0)))
+
+
 def test_bytes_without_room_for_an_image_are_refused_before_training() -> None:
     detector = FastFlow(backbone(), layers=[1], steps=2)
     for kind, takes in (("jpeg", 500), ("latent", 2 * 16 * 12 * 12)):
         strategy = Replay(detector, replay_budget_mb=takes / 1e6 - 1e-6, replay_storage=kind)
         assert strategy.buffer
         with pytest.raises(UserError, match=r"has no room for an image, .* give 0\.\d+ or more"):
+            strategy.buffer.check([images(1, 0)])
+        with pytest.raises(UserError, match="room for an image of each of 2 tasks"):
             strategy.buffer.check([images(1, 0), images(1, 1)])
-    strategy.buffer.budget = takes
+    strategy.buffer.budget = 2 * takes
     strategy.buffer.check([images(1, 0), images(1, 1)])
 
 

@@ -26,7 +26,7 @@ from clbench.methods.simplenet import SimpleNet
 from clbench.methods.stfpm import STFPM
 from clbench.methods.supersimplenet import SuperSimpleNet
 from clbench.methods.ucad import UCAD
-from clbench.strategies.der import DER, Storage, pooled, stored_as
+from clbench.strategies.der import DER, Form, pooled, stored_as
 from clbench.strategies.derpp import DERpp
 from clbench.strategies.lwf import LwF
 from clbench.strategies.replay import Replay
@@ -212,7 +212,7 @@ def test_distilling_what_no_step_computes_leaves_running_statistics_to_the_steps
 
 
 @pytest.mark.parametrize("storage", ["full", "half", "pooled"])
-def test_der_stores_the_outputs_of_the_moment_and_drops_those_of_dropped_images(storage: Storage) -> None:
+def test_der_stores_the_outputs_of_the_moment_and_drops_those_of_dropped_images(storage: Form) -> None:
     strategy = learned(DER(stfpm(), outputs=storage, replay_size=5), 1)
     known = {}
     for stage in (1, 2):
@@ -231,6 +231,27 @@ def test_der_stores_the_outputs_of_the_moment_and_drops_those_of_dropped_images(
                 torch.testing.assert_close(there, wanted.to(there.dtype))
         strategy.learn(stage, images(6, stage, 32))
     assert [len(share) for share, _ in strategy.replayed()] == [2, 2, 1]
+
+
+def test_der_stores_the_same_outputs_of_images_that_are_kept_as_features() -> None:
+    raw, latent = (
+        learned(
+            DER(FastFlow(backbone(), layers=[1], steps=2, epochs=1), replay_size=4, replay_storage=storage), 1
+        )
+        for storage in ("raw", "latent")
+    )
+    wanted, found = raw.memory["outputs.0.0"], latent.memory["outputs.0.0"]
+    assert float((wanted - found).abs().max()) < 0.01 * float(
+        wanted.abs().max()
+    )  # half precision of features
+
+
+def test_der_s_outputs_do_not_slip_past_a_budget_of_bytes() -> None:
+    with pytest.raises(
+        UserError, match=r"replay.budget_mb=1 is of images, .* take strategy.outputs=recompute"
+    ):
+        DER(small(), replay_budget_mb=1.0)
+    DER(small(), replay_budget_mb=1.0, outputs="recompute")
 
 
 def plainly_pooled(output: Tensor) -> Tensor:
@@ -258,7 +279,7 @@ def test_bytes_of_an_image_s_outputs_at_the_paper_s_size() -> None:
     with torch.device("meta"):
         detector = STFPM(Backbone("resnet18", pretrained=False), layers=[1, 2, 3])
         outputs = detector.outputs(torch.empty(1, 3, 256, 256))
-    sizes: dict[Storage, int] = {"full": 1_835_008, "half": 917_504, "pooled": 57_344}
+    sizes: dict[Form, int] = {"full": 1_835_008, "half": 917_504, "pooled": 57_344}
     assert {storage: bytes_of(stored_as(outputs, storage)) for storage in sizes} == sizes
 
 
@@ -337,7 +358,7 @@ def test_what_compares_outputs_is_refused_where_there_are_none(monkeypatch: pyte
 
 
 @pytest.mark.parametrize("storage", ["full", "recompute"])
-def test_der_is_left_and_continued_in_its_first_stage(storage: Storage) -> None:
+def test_der_is_left_and_continued_in_its_first_stage(storage: Form) -> None:
     whole = learned(DER(small(), outputs=storage, replay_size=4), 1)
     leaving = Leaving()
     leaving.leave_at = 1

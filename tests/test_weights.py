@@ -7,14 +7,16 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT
+from test_contracts import backbone
+from test_predict import task
 from torch import Tensor, nn
 
-from clbench.backbones import Backbone
 from clbench.config import check, composed
 from clbench.config.classes import check_settings, own_arguments
 from clbench.data.images import Images
 from clbench.errors import UserError
 from clbench.methods.base import Detector, kept_state
+from clbench.methods.cfa import CFA
 from clbench.methods.fastflow import FastFlow
 from clbench.methods.simplenet import SimpleNet
 from clbench.methods.stfpm import STFPM
@@ -23,16 +25,14 @@ from clbench.strategies.agem import AGEM
 from clbench.strategies.anchored import Anchored
 from clbench.strategies.base import Strategy
 from clbench.strategies.ewc import EWC
+from clbench.strategies.finetune import Finetune
+from clbench.strategies.lwf import LwF
 from clbench.strategies.mas import MAS
 from clbench.strategies.si import SI
 from clbench.testing import SmallDetector, StrategyContract
 from clbench.testing.small import among, images
 from clbench.testing.strategies import BuildStrategy
 from clbench.training import Diverged, split
-
-
-def backbone() -> Backbone:
-    return Backbone("resnet18", pretrained=False, arguments={"channels": [8, 8, 16, 32]})
 
 
 class TestWeights(StrategyContract):
@@ -42,7 +42,7 @@ class TestWeights(StrategyContract):
         params=[
             (EWC, {"weight": 100.0}),
             (SI, {"weight": 10.0, "replay_size": 7}),
-            (MAS, {"decay": 0.5, "images": 2, "normalise": "mean", "replay_size": 7}),
+            (MAS, {"decay": 0.5, "images": 2, "normalise": "none", "replay_size": 7}),
             (AGEM, {"replay_size": 7}),
         ],
         ids=["ewc", "si, buffer", "mas, buffer", "agem"],
@@ -103,7 +103,7 @@ def drawn(strategy: Anchored) -> float:
 def test_ewc_draws_by_the_derivative_of_the_sum_over_tasks(
     decay: float | None, value: float, gradient: float
 ) -> None:
-    strategy = EWC(One(), weight=2.0, decay=decay)
+    strategy = EWC(One(), weight=2.0, normalise="none", decay=decay)
     for importance, anchor in ((2.0, 1.0), (4.0, 0.0)):
         strategy.detector.at(anchor)
         strategy.remember({"weight": torch.tensor(importance)}, strategy.decay)
@@ -120,7 +120,7 @@ def test_ewc_draws_by_the_derivative_of_the_sum_over_tasks(
 def test_the_anchors_of_many_tasks_take_the_memory_of_one() -> None:
     torch.manual_seed(0)
     detector = SmallDetector()
-    strategy = EWC(detector, weight=3.0)
+    strategy = EWC(detector, weight=3.0, normalise="none")
     explicit: dict[str, list[tuple[Tensor, Tensor]]] = {}
     for _ in range(4):
         for name, parameter in detector.named_parameters():
@@ -137,7 +137,7 @@ def test_the_anchors_of_many_tasks_take_the_memory_of_one() -> None:
 
 
 def test_si_follows_the_loss_along_the_path_that_weights_really_take() -> None:
-    strategy = SI(One(1.0), weight=0.5, damping=0.1)
+    strategy = SI(One(1.0), weight=0.5, normalise="none", damping=0.1)
     gradient = torch.tensor(2.0)
     strategy.after_backward({"weight": gradient})
     gradient.mul_(0.01)  # as clipping does
@@ -161,7 +161,7 @@ def test_si_takes_what_a_loss_has_fallen_by() -> None:
         def optimizer(self) -> torch.optim.Optimizer:
             return torch.optim.SGD(self.parameters(), 1e-3)
 
-    strategy = SI(Slow(1.0), damping=1e-9)
+    strategy = SI(Slow(1.0), normalise="none", damping=1e-9)
     strategy.learn(0, images(2, 0))
     end = float(strategy.detector.weight.detach())
     fallen = float(strategy.memory["importance.weight"]) * (1 - end) ** 2
@@ -203,7 +203,7 @@ def by_hand(
 @pytest.mark.parametrize("kind", [EWC, MAS])
 def test_importance_is_the_mean_over_single_images_without_dropout(kind: type[EWC | MAS]) -> None:
     given, detector = images(6, 0), Noisy()
-    strategy = kind(detector)
+    strategy = kind(detector, normalise="none")
     strategy.learn(0, given)
     assert detector.done > 0.99  # the schedule is at its end, not at the last step
     state = {name: tensor.clone() for name, tensor in kept_state(detector).items()}
@@ -230,7 +230,7 @@ def test_normalised_importance_has_mean_one_and_does_not_depend_on_the_scale_of_
             return self.scale * super().training_step(images)
 
     def importance(scale: float) -> Tensor:
-        strategy = EWC(Scaled(), normalise="mean")
+        strategy = EWC(Scaled())
         strategy.detector.scale = scale
         strategy.end_stage(0, Images.of(images(4, 0)))
         return torch.cat([strategy.memory[f"importance.{name}"].flatten() for name in strategy.trained()])
@@ -253,8 +253,54 @@ def far(strategy: Anchored) -> float:
 
 @pytest.mark.parametrize("kind", [EWC, SI, MAS])
 def test_a_larger_weight_holds_weights_and_none_lets_them_go_as_in_finetuning(kind: type[Anchored]) -> None:
-    free, held = (far(kind(SmallDetector(), normalise="mean", weight=weight)) for weight in (0.0, 10.0))
+    free, held = (far(kind(SmallDetector(), weight=weight)) for weight in (0.0, 10.0))
     assert free == far(Anchored(SmallDetector())) and held < 0.5 * free
+
+
+@pytest.mark.parametrize("kind", [EWC, SI, MAS, LwF])
+def test_a_strategy_without_a_buffer_and_of_no_weight_is_fine_tuning(
+    kind: type[EWC | SI | MAS | LwF],
+) -> None:
+    """Of a method that goes on with its statistics under replay too."""
+
+    def learned(build: Callable[[Detector], Strategy]) -> dict[str, Tensor]:
+        strategy = build(CFA(backbone(), layers=[1], epochs=1, batch_size=3))
+        for stage in range(2):
+            strategy.learn(stage, images(6, stage))
+        return kept_state(strategy.detector)
+
+    expected, found = learned(Finetune), learned(lambda detector: kind(detector, weight=0.0))
+    assert expected.keys() == found.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+
+
+def test_si_s_path_leads_to_the_weights_that_early_stopping_brings_back() -> None:
+    class Rising(One):
+        """Every validation after the first is worse."""
+
+        patience, epochs, held_out = 5, 3, 0.5
+
+        def validation_loss(self, images: Tensor) -> Tensor:
+            self.validations = getattr(self, "validations", 0) + 1
+            return torch.tensor(float(self.validations))
+
+    once, thrice = Rising(1.0), Rising(1.0)
+    once.epochs = 1
+    found = []
+    for detector in (once, thrice):
+        strategy = SI(detector, normalise="none")
+        strategy.learn(0, images(4, 0))
+        found.append(float(strategy.memory["importance.weight"]))
+        assert set(strategy.memory) == {"importance.weight", "anchor.weight"}
+    assert found[0] == found[1] > 0
+
+
+def test_what_is_kept_goes_to_the_device_that_a_run_goes_on_with() -> None:
+    strategy = EWC(SmallDetector())
+    strategy.learn(0, images(6, 0))
+    kept = strategy.kept()
+    strategy.detector.to("meta")
+    strategy.restore_kept(kept)
+    assert strategy.memory and {tensor.device.type for tensor in strategy.memory.values()} == {"meta"}
 
 
 def test_parameters_that_get_their_size_in_prepare_are_held_too() -> None:
@@ -262,7 +308,7 @@ def test_parameters_that_get_their_size_in_prepare_are_held_too() -> None:
     for stage in range(2):
         strategy.learn(stage, images(4, stage))
     offset = strategy.memory["importance.flows.0.affine.offset"]
-    assert offset.shape == (8, 12, 12) and offset.sum() > 0
+    assert offset.shape == (16, 12, 12) and offset.sum() > 0
 
 
 def test_parameters_of_another_name_or_shape_than_before_are_free() -> None:
@@ -302,7 +348,7 @@ def test_frozen_normalisation_keeps_the_statistics_of_the_first_stage(freeze: bo
 
 @pytest.mark.parametrize("settings", [{}, {"replay_size": 4}])
 def test_a_penalty_that_is_too_strong_is_named_where_training_diverges(settings: dict[str, int]) -> None:
-    strategy = EWC(SmallDetector(epochs=4), weight=1e38, normalise="mean", **settings)
+    strategy = EWC(SmallDetector(epochs=4), weight=1e38, **settings)
     assert strategy.ways_out() == []  # nothing is drawn in the first stage
     strategy.learn(0, images(6, 0))
     strategy.detector.optimizer = lambda: torch.optim.SGD(strategy.detector.parameters(), 1.0)
@@ -413,11 +459,18 @@ class Silent(STFPM):
     [
         (["strategy=ewc", "method=patchcore"], "strategy=ewc with method=patchcore makes no sense"),
         (["strategy=mas", "method=stfpm", "method._target_=test_weights.Silent"], "the method gives none"),
+        (["strategy=si", "method=ucad", "backbone=small_vit"], "begins each task with new ones"),
     ],
 )
 def test_methods_that_lack_what_a_strategy_works_on_are_refused(overrides: list[str], words: str) -> None:
     with pytest.raises(UserError, match=words):
         check(composed(*overrides))
+
+
+def test_batch_normalisation_that_is_not_there_is_not_frozen() -> None:
+    strategy = EWC(FastFlow(backbone(), layers=[1], steps=2, batch_size=3), freeze_norm=True)
+    with pytest.raises(UserError, match="freeze_norm=true: FastFlow trains no batch normalisation"):
+        strategy.check([task("a", images(6, 0))])
 
 
 @pytest.mark.parametrize("kind", [EWC, SI, MAS, AGEM])

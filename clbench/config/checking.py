@@ -278,6 +278,11 @@ def _check_combinations(config: Config) -> None:
             f"{combination}: the strategy works on the outputs of the trained networks, and the method gives none "
             "(Detector.outputs); take another method or strategy"
         )
+    if strategy.needs_lasting_weights and not detector.lasting_weights:
+        raise UserError(
+            f"{combination}: the strategy holds weights to what earlier tasks left, and the method begins each task with new "
+            "ones; take another method, or strategy=replay or finetune"
+        )
     if strategy.has_buffer:
         side = config.dataset.crop or config.dataset.resize
         has_backbone = "backbone" in classes.constructor(detector)

@@ -73,6 +73,7 @@ class Detector(nn.Module):
         chooses: whether its own update keeps a model for each stage and predictions say which was chosen.
         rebuilt_by_replay: whether replay drops banks and statistics and makes them from new and stored
             images; if not, the method's own update goes on.
+        lasting_weights: whether a task goes on from the weights that the last one left; if not, each begins with new ones.
         needs_only_features: whether training looks at an image only through its `FeaturePyramid`s, which it gives the rows of
             images that it was given, unchanged: then frozen features can stand for a stored image
             (`replay.storage=latent`). What it takes from the image otherwise is at most its size.
@@ -96,6 +97,7 @@ class Detector(nn.Module):
     native = False
     chooses = False
     rebuilt_by_replay = True
+    lasting_weights = True
     needs_only_features = False
     epochs = 1
     step_budget: int | None = None

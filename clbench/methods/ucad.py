@@ -69,6 +69,7 @@ class UCAD(Detector):
 
     native = True
     chooses = True
+    lasting_weights = False
 
     keys: Tensor
     prompts: Tensor

@@ -12,7 +12,7 @@ class AGEM(Replay):
     """A step on new images may not raise, to first order, the loss of a batch of stored ones.
 
     In each step g is the gradient of the loss of the new images, and r that of as many replayed ones, from a forward and a
-    backward pass of their own. Where their product over all trained weights is below 0, g is replaced by
+    backward pass of their own. Where their product is below 0, over all weights that both losses depend on, g is replaced by
     g - (g . r / r . r) r (Chaudhry et al., 2019, equation 11); clipping comes after. Replayed images teach nothing
     otherwise, and the losses that are reported are those of the new ones. What an optimizer remembers of earlier gradients,
     as Adam and momentum do, may still make a step against r.

@@ -1,7 +1,7 @@
 """Anchored weights: what EWC, SI and MAS share, a quadratic penalty on moving weights that earlier tasks need."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from clbench.data.images import Images
+from clbench.data.stream import Task
+from clbench.errors import UserError
 from clbench.methods.base import Detector
 from clbench.randomness import generator
 from clbench.strategies.replay import Replay
@@ -32,9 +34,10 @@ class Anchored(Replay):
 
     Args:
         detector, seed: as for `Strategy`.
-        weight: of the penalty. How large it has to be depends on the method's loss, over many orders of magnitude.
-        normalise: `mean` divides the importance of each stage by its mean over all trained weights, so that one `weight`
-            suits losses of different scales; `none` leaves it as it is.
+        weight: of the penalty.
+        normalise: `mean` divides the importance of each stage by its mean over all trained weights, so that `weight` does not
+            depend on the scale of the method's loss; `none` leaves it as it is, as in the papers, and then the weight that
+            suits differs from one method to another by many orders of magnitude.
         freeze_norm: whether trained batch normalisation computes as in evaluation from the second stage on, by the
             running statistics of the first, which then stay; its factors and offsets are still trained.
         replay: settings of `Replay`, whose buffer is optional.
@@ -44,6 +47,7 @@ class Anchored(Replay):
     """
 
     needs_buffer = False
+    needs_lasting_weights = True
     gradient_factor = 2.0  # of weight * importance * (parameter - anchor): 2 for the derivative of a square
 
     def __init__(
@@ -52,20 +56,33 @@ class Anchored(Replay):
         *,
         seed: int = 0,
         weight: NonNegativeFloat = 1.0,
-        normalise: Literal["none", "mean"] = "none",
+        normalise: Literal["none", "mean"] = "mean",
         freeze_norm: bool = False,
         **replay: Any,
     ):
         super().__init__(detector, seed=seed, **replay)
         self.weight, self.normalise, self.freeze_norm = weight, normalise, freeze_norm
 
+    def check(self, tasks: Sequence[Task]) -> None:
+        super().check(tasks)
+        if self.freeze_norm and not any(self._normalisations(self.detector)):
+            raise UserError(
+                f"strategy.freeze_norm=true: {type(self.detector).__name__} trains no batch normalisation; leave it out"
+            )
+
     def before_epoch(self, detector: Detector, stage: int) -> None:
         if not (self.freeze_norm and stage > 0):
             return
+        for module in self._normalisations(detector):
+            module.eval()
+
+    @staticmethod
+    def _normalisations(detector: Detector) -> Iterator[_BatchNorm]:
+        """The layers of batch normalisation that are trained."""
         frozen = {id(module) for pyramid in detector.pyramids() for module in pyramid.modules()}
         for module in detector.modules():
             if isinstance(module, _BatchNorm) and id(module) not in frozen:
-                module.eval()
+                yield module
 
     @torch.no_grad()
     def after_backward(self, gradients: Mapping[str, Tensor]) -> None:
@@ -86,6 +103,11 @@ class Anchored(Replay):
         """
         found = self.memory.get(f"{kind}.{name}")
         return None if found is None or found.shape != self.detector.get_parameter(name).shape else found
+
+    def restore_kept(self, tensors: dict[str, Tensor]) -> None:
+        super().restore_kept(tensors)
+        device = self.detector.device
+        self.memory = {name: tensor.to(device) for name, tensor in self.memory.items()}
 
     def trained(self) -> dict[str, Tensor]:
         """The parameters that the detector's optimizer trains now: name -> parameter."""
@@ -115,9 +137,9 @@ class Anchored(Replay):
         Returns:
             Name of the trained parameter -> the mean, of its shape.
         """
-        learned, _ = split(images, self.detector.held_out, self.seed, stage)
+        learned, _ = split(self.shown(stage, images), self.detector.held_out, self.seed, stage)
         order = torch.randperm(len(learned), generator=generator(self.seed, "importance", stage))
-        chosen = learned.some(order[:count].sort().values)
+        chosen = learned.some(order[:count].sort().values)  # as they were shown to training
         trained = self.trained()
         sums = {name: torch.zeros_like(parameter) for name, parameter in trained.items()}
         self.detector.eval()

@@ -47,6 +47,8 @@ class Strategy(Hooks):
             it says False itself: then it does something for detectors without one too, as to replay images.
         needs_outputs: whether it works on what `Detector.outputs` gives, so that it makes no sense for a detector that
             gives none.
+        needs_lasting_weights: whether it holds weights to what earlier tasks left, so that it makes no sense for a detector
+            that begins each task with new ones.
         needs_native_update: whether it relies on the method's own update of banks and statistics.
         why_no_buffer: the reason given in the error where a buffer is asked for.
         memory: tensors that it keeps, by name: what `kept` gives and `restore_kept` takes, unless a class
@@ -62,6 +64,7 @@ class Strategy(Hooks):
     continual = True
     needs_gradients = False
     needs_outputs = False
+    needs_lasting_weights = False
     needs_native_update = False
     why_no_buffer = "it keeps no images"
 

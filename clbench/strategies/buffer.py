@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from clbench.data.images import Images
-from clbench.errors import UserError
+from clbench.errors import UserError, counted
 from clbench.randomness import generator
 from clbench.strategies.selection import BY_FEATURES, Selection
 from clbench.strategies.storage import Storage, Stored
@@ -26,7 +26,7 @@ class Buffer:
     the proportion that they had, and stay held out when the others are replayed.
 
     Args:
-        size: number of images in all, at most; None where bytes count.
+        size: number of images in all, at most; None where `budget` counts.
         seed: seed of the choice.
         budget: bytes of all that is kept, at most; None where images count. As many images are kept as fit.
         selection: which images are kept. `reservoir` keeps each image seen with the same chance, so that stages share in
@@ -46,47 +46,67 @@ class Buffer:
         order: Callable[[Images], Tensor] | None = None,
         storage: Storage | None = None,
     ):
+        if (size is None) == (budget is None):
+            raise ValueError(f"size={size} and budget={budget}: give one of them")
         self.size, self.budget = size, budget
         self.seed = seed
         self.selection = selection
         self.storage = storage or Storage()
         self._order = order
         self._stored: list[tuple[Stored, Stored]] = []
+        self._ready = False  # whether the storage knows what is stored now
         self._seen = torch.empty(0, len(_KINDS), dtype=torch.int64)  # images of each stage, for the reservoir
+
+    @property
+    def _room(self) -> int:
+        """The images, or the bytes, that there is room for in all."""
+        found = self.size if self.budget is None else self.budget
+        assert found is not None
+        return found
 
     @property
     def shares(self) -> list[tuple[Tensor | Images, Tensor | Images]]:
         """For each stage, the images that it was learned from and those held out of it, both uint8 [M, 3, H, W], on the CPU.
 
-        What the storage does not keep as it is comes as `Images` that are made when they are asked for.
+        What the storage does not keep as it is comes as `Images` that are made when they are asked for. What learning from
+        them takes beside is there until the next images are stored.
         """
+        if not self._ready:
+            self.storage.ready([share for pair in self._stored for share in pair])
+            self._ready = True
         return [(learned.images, held_out.images) for learned, held_out in self._stored]
 
     def begin(self, images: Images) -> None:
-        """Make ready for a stage that learns from images, uint8 [N, 3, H, W]."""
+        """Take the size of images of a stage, uint8 [N, 3, H, W]."""
         self.storage.see(images)
-        self.storage.ready([share for pair in self._stored for share in pair])
 
     def check(self, images: Sequence[Tensor | Images]) -> None:
-        """Check, before training, that the bytes have room for an image.
+        """Check, before training, that there is room for an image of each stage; in a reservoir, for one of any.
 
         Args:
             images: one of each stage, uint8 [1, 3, H, W].
 
         Raises:
-            UserError: they have not, or images are too small for the storage.
+            UserError: there is not, or images are too small for the storage.
         """
         self.storage.see(images[0])
+        shares = 1 if self.selection == "reservoir" else len(images)
         if self.budget is None:
+            if self._room < shares:
+                raise UserError(
+                    f"replay.size={self.size} has no room for an image of each of {counted(shares, 'task')}, and the last would "
+                    f"never be replayed: give {shares} or more, or take replay.selection=reservoir"
+                )
             return
         fixed = self.storage.store(Images.of(images[0]).some(slice(0)).on(_CPU)).fixed + self._fixed(
             len(images)
         )
-        largest = fixed + max(int(self.storage.costs(Images.of(one).on(_CPU))) for one in images)
-        if self.budget < largest:
+        image = fixed + max(int(self.storage.costs(Images.of(one).on(_CPU))) for one in images)
+        if self.budget < shares * image:
+            each = f" of each of {shares} tasks" if shares > 1 else ""
             raise UserError(
-                f"replay.budget_mb={self.budget / MB:g} has no room for an image, which takes {largest:,} bytes with "
-                f"{self.storage.name}: give {_rounded_up(largest)} or more, or a storage that takes less"
+                f"replay.budget_mb={self.budget / MB:g} has no room for an image{each}, which takes {image:,} bytes with "
+                f"{self.storage.name}: give {_rounded_up(shares * image)} or more, or a storage that takes less"
             )
 
     def add(self, stage: int, learned: Tensor | Images, held_out: Tensor | Images) -> list[Pair]:
@@ -122,7 +142,8 @@ class Buffer:
             self.storage.store(images.some(chosen)) for images, chosen in zip(given, rows[-1], strict=True)
         ]
         self._stored = [*kept, (new[0], new[1])]
-        self.storage.ready(())
+        self.storage.ready(())  # lets go of what was dropped
+        self._ready = False
         return rows
 
     def _orders(self, stage: int, owner: int, counts: tuple[int, int], given: tuple[Images, Images]) -> Pair:
@@ -180,7 +201,7 @@ class Buffer:
             costs: see `_costs`; None where images count.
         """
         there = [(len(first), len(second)) for first, second in orders]
-        whole, extra = divmod(self.size or self.budget or 0, len(orders))
+        whole, extra = divmod(self._room, len(orders))
         if costs is None:
             wanted = [min(whole + (owner < extra), sum(counts)) for owner, counts in enumerate(there)]
             return [_parts(*counts, count) for counts, count in zip(there, wanted, strict=True)]
@@ -192,7 +213,7 @@ class Buffer:
             for counts, (one, other) in zip(there, costs, strict=True)
         ]
         found = [bisect.bisect_right(bytes_of, whole) - 1 for bytes_of in taken]
-        left = (self.budget or 0) - sum(bytes_of[count] for bytes_of, count in zip(taken, found, strict=True))
+        left = self._room - sum(bytes_of[count] for bytes_of, count in zip(taken, found, strict=True))
         for owner, (bytes_of, count) in enumerate(zip(taken, found, strict=True)):
             if count + 1 < len(bytes_of) and bytes_of[count + 1] - bytes_of[count] <= left:
                 found[owner] += 1
@@ -223,7 +244,7 @@ class Buffer:
                 own = costs[owner][kind]
                 count = counts[owner][kind]
                 spent += own[count + 1] - own[count]
-                if spent > (self.budget or 0):
+                if spent > self._room:
                     break
             counts[owner][kind] += 1
         return [(one, other) for one, other in counts]
@@ -254,6 +275,7 @@ class Buffer:
             for kind in _KINDS
         )
         self._stored = list(zip(learned, held_out, strict=True))
+        self._ready = False
         self._seen = tensors.get(_SEEN, self._seen[:0]).cpu()
 
 
@@ -265,8 +287,11 @@ _CPU = torch.device("cpu")
 
 
 def _parts(learned: int, held_out: int, count: int) -> tuple[int, int]:
-    """How many of `count` images that stay are learned ones and held-out ones, in the proportion that there are."""
-    second = round(count * held_out / (learned + held_out)) if count else 0
+    """How many of `count` images that stay are learned ones and held-out ones, in the proportion that there are.
+
+    The first is a learned one.
+    """
+    second = min(round(count * held_out / (learned + held_out)), count - 1) if count else 0
     return count - second, second
 
 

@@ -22,7 +22,7 @@ from clbench.strategies.teacher import (
 )
 from clbench.training import Batch, with_prefix
 
-Storage = Literal["full", "half", "pooled", "recompute"]
+Form = Literal["full", "half", "pooled", "recompute"]
 _SIDE = 4  # positions of a map that are pooled, along each side
 _LARGEST = torch.finfo(torch.float16).max
 
@@ -41,6 +41,9 @@ class DER(Replay):
             with which such means are compared; `recompute`: not at all. Then the weights after the stage before are kept,
             and compute them in every step: those of all earlier stages' images by that one model.
         replay: settings of the buffer, as for `Replay`.
+
+    Raises:
+        UserError: bytes of images are limited, and outputs would be stored beside them.
     """
 
     needs_outputs = True
@@ -52,11 +55,17 @@ class DER(Replay):
         *,
         seed: int = 0,
         alpha: NonNegativeFloat = 0.5,
-        outputs: Storage = "full",
+        outputs: Form = "full",
         **replay: Any,
     ):
         super().__init__(detector, seed=seed, **replay)
-        self.alpha, self.storage = alpha, outputs
+        self.alpha, self.form = alpha, outputs
+        budget = replay.get("replay_budget_mb")
+        if budget is not None and outputs != "recompute":
+            raise UserError(
+                f"replay.budget_mb={budget:g} is of images, and strategy.outputs={outputs} keeps outputs beside them, which "
+                "would not count: give replay.size, or take strategy.outputs=recompute"
+            )
 
     def begin_stage(self, stage: int, images: Images) -> None:
         super().begin_stage(stage, images)
@@ -67,7 +76,7 @@ class DER(Replay):
         drawn = drawn.some(slice(0, len(drawn) // self.draws))
         if not len(drawn):
             return None
-        found = compared(learner_outputs(detector, drawn, as_learning=bool(batch.outputs)), self.storage)
+        found = compared(learner_outputs(detector, drawn, as_learning=bool(batch.outputs)), self.form)
         return self.alpha * detector.distance(found, self._wanted(detector, drawn, found))
 
     def _wanted(self, detector: Detector, batch: Batch, found: Sequence[Tensor]) -> list[Tensor]:
@@ -79,7 +88,7 @@ class DER(Replay):
         Raises:
             UserError: the stored ones are of other shapes.
         """
-        if self.storage == "recompute":
+        if self.form == "recompute":
             return taught_outputs(self.memory, detector, batch.images)
         stages = batch.stages.tolist()
         stored = {stage: _of_stage(self.memory, stage) for stage in set(stages)}
@@ -100,12 +109,12 @@ class DER(Replay):
 
     def end_stage(self, stage: int, images: Images) -> None:
         super().end_stage(stage, images)
-        if self.storage == "recompute":
+        if self.form == "recompute":
             keep_teacher(self.memory, self.detector)
 
     @torch.no_grad()
     def keep(self, rows: Sequence[Tensor]) -> None:
-        if self.storage == "recompute":
+        if self.form == "recompute":
             return
         *earlier, _ = rows
         for stage, stay in enumerate(earlier):
@@ -119,7 +128,7 @@ class DER(Replay):
         detector, done = self.detector, 0
         with evaluating(detector), detector.learning(), detector.mixed():
             for part in Images.of(images).on(detector.device).split(detector.batch_size):
-                for index, output in enumerate(stored_as(detector.outputs(part), self.storage)):
+                for index, output in enumerate(stored_as(detector.outputs(part), self.form)):
                     if done == 0:
                         shape = (len(images), *output.shape[1:])
                         self.memory[_name(stage, index)] = torch.empty(shape, dtype=output.dtype)
@@ -130,24 +139,24 @@ class DER(Replay):
     def restore_kept(self, tensors: dict[str, Tensor]) -> None:
         super().restore_kept(tensors)
         stored = with_prefix(self.memory, _PREFIX).values()
-        wanted = {"full": torch.float32, "half": torch.float16, "pooled": torch.float16}.get(self.storage)
-        taught = has_teacher(self.memory) and self.storage != "recompute"
+        wanted = {"full": torch.float32, "half": torch.float16, "pooled": torch.float16}.get(self.form)
+        taught = has_teacher(self.memory) and self.form != "recompute"
         if taught or any(tensor.dtype != wanted for tensor in stored):
             raise UserError(
-                f"strategy.outputs={self.storage}, and outputs were stored in another way: put back the strategy.outputs "
+                f"strategy.outputs={self.form}, and outputs were stored in another way: put back the strategy.outputs "
                 "that the run was begun with, or begin it anew with overwrite=true"
             )
 
 
-def compared(outputs: Sequence[Tensor], storage: Storage) -> list[Tensor]:
+def compared(outputs: Sequence[Tensor], form: Form) -> list[Tensor]:
     """Outputs [B, ...] in the shapes that they are stored and compared in."""
-    return [pooled(output) for output in outputs] if storage == "pooled" else list(outputs)
+    return [pooled(output) for output in outputs] if form == "pooled" else list(outputs)
 
 
-def stored_as(outputs: Sequence[Tensor], storage: Storage) -> list[Tensor]:
+def stored_as(outputs: Sequence[Tensor], form: Form) -> list[Tensor]:
     """Outputs [B, ...] as they are stored: in float16 the largest finite number stands for larger ones."""
-    outputs = compared(outputs, storage)
-    if storage == "full":
+    outputs = compared(outputs, form)
+    if form == "full":
         return outputs
     return [output.clamp(-_LARGEST, _LARGEST).half() for output in outputs]
 

@@ -6,7 +6,7 @@ from pydantic import NonNegativeFloat
 from torch import Tensor
 
 from clbench.methods.base import Detector
-from clbench.strategies.der import DER, Storage
+from clbench.strategies.der import DER, Form
 from clbench.training import Batch
 
 
@@ -29,7 +29,7 @@ class DERpp(DER):
         seed: int = 0,
         alpha: NonNegativeFloat = 0.5,
         beta: NonNegativeFloat = 0.5,
-        outputs: Storage = "full",
+        outputs: Form = "full",
         **replay: Any,
     ):
         super().__init__(detector, seed=seed, alpha=alpha, outputs=outputs, **replay)

@@ -37,6 +37,7 @@ class LwF(Replay):
 
     needs_buffer = False
     needs_outputs = True
+    needs_lasting_weights = True
 
     def __init__(
         self,

@@ -30,9 +30,9 @@ class Replay(Strategy):
 
     Args:
         detector, seed: as for `Strategy`.
-        replay_size: number of images in the buffer, see `Buffer`; None where bytes count, or for no buffer, which is
-            fine-tuning: for strategies that extend this one, say `needs_buffer = False`, and keep tensors of their own in
-            `memory`.
+        replay_size: number of images in the buffer, see `Buffer`; None where bytes count, or for no buffer. Without one this
+            is fine-tuning, in all that detectors do: for strategies that extend this one, say `needs_buffer = False`, and
+            keep tensors of their own in `memory`.
         replay_budget_mb: in place of it, 10^6 bytes that the buffer takes at most.
         replay_selection: which images are kept: `random`, with equal shares for tasks; `reservoir`, with equal chances for
             images; or by pooled features of the detector's frozen networks, with equal shares, `herding` or `kcenter`.
@@ -106,9 +106,10 @@ class Replay(Strategy):
                 f"{chosen} keeps features of a frozen backbone, and {detector.__name__} learns from more of an image: take "
                 "replay.storage=raw, jpeg, webp or small, or another method"
             )
-        if storage == "latent" and settings.get("symmetric"):
+        if storage in ("raw", "latent") and settings.get("symmetric"):
             raise UserError(
-                f"replay.symmetric=true with {chosen}, which changes no image: leave it out, or take jpeg, webp or small"
+                f"replay.symmetric=true with {chosen}, which changes no image: leave it out, or take replay.storage=jpeg, "
+                "webp or small"
             )
         if selection in BY_FEATURES and not has_backbone:
             raise UserError(
@@ -153,7 +154,7 @@ class Replay(Strategy):
     def begin_stage(self, stage: int, images: Images) -> None:
         if self.buffer:
             self.buffer.begin(images)
-        if self.detector.rebuilt_by_replay:
+        if self.buffer is None or self.detector.rebuilt_by_replay:
             self.detector.forget()
 
     def shown(self, stage: int, images: Images) -> Images:
@@ -179,8 +180,8 @@ class Replay(Strategy):
         """Called after the buffer has changed, for what is kept beside an image and goes with it.
 
         Args:
-            rows: for each stage, which of the images that are replayed stay, int64 and ascending: of those that were stored
-                so far, or for the last one that could be.
+            rows: for each stage, which of the images that are replayed stay, int64, in the order in which they are stored from
+                now on: of those that were stored so far, or for the last one that could be.
         """
 
     def kept(self) -> dict[str, Tensor]:

@@ -16,13 +16,13 @@ _BATCH = 16  # images whose features are there at a time
 
 
 def by_features(selection: Selection, detector: Detector, images: Images) -> Tensor:
-    """The order in which images, uint8 [N, 3, H, W], are chosen by their `pooled` features, int64 [N]."""
-    features = pooled(detector, images)
+    """The order in which images, uint8 [N, 3, H, W], are chosen by their `mean_features`, int64 [N]."""
+    features = mean_features(detector, images)
     return herding(features) if selection == "herding" else kcenter(features)
 
 
 @torch.no_grad()
-def pooled(detector: Detector, images: Images) -> Tensor:
+def mean_features(detector: Detector, images: Images) -> Tensor:
     """Images, uint8 [N, 3, H, W] -> features of a detector's frozen networks, float32 [N, D], on the CPU.
 
     They are the means over all positions of each level, or over all tokens, one level after the other, as they are: levels

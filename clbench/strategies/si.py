@@ -10,6 +10,7 @@ from torch import Tensor
 from clbench.data.images import Images
 from clbench.methods.base import Detector
 from clbench.strategies.anchored import Anchored
+from clbench.training import with_prefix
 
 
 class SI(Anchored):
@@ -18,11 +19,11 @@ class SI(Anchored):
     The loss gets weight * sum_i importance_i * (weight_i - anchor_i)^2 (Zenke et al., 2017, equation 4). In each step
     path_i grows by -g_i * (change of the weight), with g the gradient of the loss without the penalty and before it is
     clipped, and the change that the optimizer really makes. After a task the importance grows by
-    max(path_i, 0) / ((weight_i - anchor_i)^2 + damping) (equation 5; the paper does not cut off below 0). Where training
-    ends with the weights of an earlier epoch, the path still counts all steps.
+    max(path_i, 0) / ((weight_i - anchor_i)^2 + damping) (equation 5; the paper does not cut off below 0). Where early stopping
+    brings back the weights of an earlier epoch, the path is the one to them.
 
-    Replayed images count as part of the task. While a task is learned 4 bytes more are kept for each trained weight, and
-    within a step a copy of gradients and one of weights.
+    Replayed images count as part of the task. While a task is learned 4 bytes more are kept for each trained weight, twice as
+    many with early stopping, and within a step a copy of gradients and one of weights.
 
     Args:
         detector, seed: as for `Strategy`.
@@ -31,8 +32,8 @@ class SI(Anchored):
         settings: those of `Anchored`.
 
     Attributes:
-        memory: while a task is learned also `path.NAME`, of the parameter's shape, and from its first step on `anchor.NAME`
-            in the first task.
+        memory: while a task is learned also `path.NAME`, of the parameter's shape, `best.NAME`, what that was at the epoch
+            with the lowest held-out loss, and from its first step on `anchor.NAME` in the first task.
     """
 
     def __init__(self, detector: Detector, *, seed: int = 0, damping: PositiveFloat = 1e-3, **settings: Any):
@@ -58,11 +59,17 @@ class SI(Anchored):
             self.memory[f"path.{name}"].addcmul_(gradient, fallen)
         self._before = {}
 
+    def at_best(self) -> None:
+        self.memory |= {
+            f"best.{name}": path.clone() for name, path in with_prefix(self.memory, "path.").items()
+        }
+
     def end_stage(self, stage: int, images: Images) -> None:
         with torch.no_grad():
             found = {}
             for name in self.trained():
                 path = self.memory.pop(f"path.{name}", None)
+                path = self.memory.pop(f"best.{name}", path)
                 if path is not None:
                     moved = self.detector.get_parameter(name) - self.memory[f"anchor.{name}"]
                     found[name] = path.clamp_min_(0).div_(moved.square_().add_(self.damping))

@@ -18,6 +18,7 @@ Kind = Literal["raw", "jpeg", "webp", "small", "latent"]
 QUALITY, SCALE = 75, 2  # where none is given
 CODECS = {"jpeg": ".jpg", "webp": ".webp"}
 _BATCH = 16  # images whose features are there at a time
+_LARGEST = torch.finfo(torch.float16).max
 
 
 class Stored:
@@ -88,7 +89,7 @@ class Storage:
         return None
 
     def ready(self, stored: Sequence[Stored]) -> None:
-        """Have ready what learning from these takes beside their images, and nothing else; none of them when a stage ends."""
+        """Have at hand what learning from these images takes beside them, and let go of what was at hand for others."""
 
 
 class _Pixels(Stored):
@@ -281,8 +282,9 @@ class _Reduced(_Made):
 class Latent(Storage):
     """Keeps all levels of a detector's frozen networks in half precision, for detectors with `needs_only_features`.
 
-    What is replayed are images in name only: black, but for a digest of their features, by which the networks' stores find
-    these. A GPU has a copy of them while a stage is learned, and of those images.
+    A detector asks its frozen networks for features of images, and these look first in what they have stored by the image's
+    content. So what is replayed are placeholders: black images with a digest of the features in their first pixels, which
+    tells them apart and finds the features that are kept. A GPU has a copy of both.
 
     Args:
         detector: whose networks they are.
@@ -300,6 +302,11 @@ class Latent(Storage):
             for pyramid in detector.pyramids():
                 parts = [pyramid(batch) for batch in images.on(detector.device).split(_BATCH)]
                 levels = [torch.cat(level).half().cpu().contiguous() for level in zip(*parts, strict=True)]
+                if not all(bool(level.isfinite().all()) for level in levels):
+                    raise UserError(
+                        f"{self.name} keeps features in half precision, up to {_LARGEST:,.0f}, and the backbone gives larger "
+                        "ones: take another storage, or another backbone"
+                    )
                 networks.append(levels or [torch.empty(0, dtype=torch.float16)])
         return Features(networks, self)
 
