@@ -5,7 +5,7 @@ INSTALLED := .venv/.installed
 SLURM_TESTS ?=  # of pytest -k
 EXPERIMENT ?= demo
 
-.PHONY: install demo report pictures test test-long test-slurm lint bench clean
+.PHONY: install demo report pictures figures docs site test test-long test-slurm lint bench clean
 .DEFAULT_GOAL := demo
 
 $(INSTALLED): pyproject.toml
@@ -23,11 +23,21 @@ report: install  ## a page, tables and figures of outputs/$(EXPERIMENT), in its 
 	$(BIN)/clbench report outputs/$(EXPERIMENT)
 
 # Debian: apt-get install chromium chromium-driver
-pictures: install  ## the README's picture of a report, of runs on the synthetic stream
+pictures: install  ## the README's picture of a report and those of docs/gallery.md, of runs on the synthetic stream
 	$(BIN)/python train.py -m experiment=pictures maps=few method=patchcore,padim strategy=native,finetune,joint,single \
 	  'task_order.tasks=[bottle_top,circuit,gear,leather,washer]'
 	$(BIN)/clbench report outputs/pictures
 	$(BIN)/python scripts/draw_report.py outputs/pictures/report/index.html docs/report.jpg
+	$(BIN)/python scripts/draw_gallery.py docs/gallery outputs/pictures/*strategy=finetune* outputs/pictures/*strategy=native*
+
+figures: install  ## the figures of docs/science.md, of the tables in docs/measured.md
+	$(BIN)/python scripts/draw_science.py
+
+docs: install site  ## the documentation as pages, site/index.html; a link that leads nowhere fails
+
+site:  # needs of the installed the extra `docs` alone
+	$(BIN)/python -m mkdocs build --strict --quiet
+	$(BIN)/python scripts/check_site.py site
 
 test: install
 	$(BIN)/python -m pytest -q
@@ -54,4 +64,4 @@ bench: install  ## the tables of measured speed that docs/measured.md quotes
 	$(BIN)/python -m benchmarks
 
 clean:
-	rm -rf .venv outputs/*/
+	rm -rf .venv site outputs/*/

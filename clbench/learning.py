@@ -41,7 +41,7 @@ def learn(
     of them stays, and they are not measured again.
 
     Args:
-        run_directory: outputs/<experiment>/<run>, of a run that is complete.
+        run_directory: `outputs/<experiment>/<run>`, of a run that is complete.
         folder: the product's images, see `clbench.data.products.Product`.
         name: the product's; the folder's name where None is given.
         output: the directory of the run that goes on; beside the first and named after it where None is given.
@@ -96,7 +96,7 @@ def forget(
     task's bank had is for products to come: those that are there do not grow again. The run itself is left as it is.
 
     Args:
-        run_directory: outputs/<experiment>/<run>, of a run that is complete.
+        run_directory: `outputs/<experiment>/<run>`, of a run that is complete.
         task: the name of one of its tasks.
         output: the directory of the run that goes on; beside the first and named after it where None is given.
         gpu, replace: as for `learn`.

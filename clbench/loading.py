@@ -229,7 +229,7 @@ def load(
     """The detector that a run has trained so far.
 
     Args:
-        run_directory: outputs/<experiment>/<run>.
+        run_directory: `outputs/<experiment>/<run>`.
         task: name of the task, or of one of its categories, whose model is wanted where there is a model for
             each task (`strategy=single`); None otherwise.
         device: `auto`, `cpu`, `cuda` or `cuda:1`.

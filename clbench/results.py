@@ -101,7 +101,7 @@ class Results:
         )
 
     def matrix(self, metric: str) -> Matrix:
-        """R of one metric, [stage][category]; None where it is undefined or was not evaluated."""
+        """R of one metric, by stage and category; None where it is undefined or was not evaluated."""
         return [_plain(row) for row in self._R[metric]]
 
     def seen(self, stage: int) -> list[int]:

@@ -1,7 +1,7 @@
 """Summaries of a run from the R matrix of one metric.
 
-R[stage][category] is the metric on a category's test set after a stage, None where it is undefined or was not
-evaluated (a row may also end early). learned[category] is the stage, 0-based, that learned the category. A
+`R[stage][category]` is the metric on a category's test set after a stage, None where it is undefined or was not
+evaluated (a row may also end early). `learned[category]` is the stage, 0-based, that learned the category. A
 joint run has one stage, which learns all. Entries that are None are left out of a mean; a mean of nothing is
 None. Every summary is in the unit of R unless it says percent.
 """

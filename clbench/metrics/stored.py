@@ -9,7 +9,8 @@ class Decisions(NamedTuple):
     """The thresholds that each of N test images is judged by, float64 [N]: what is above one is defective.
 
     Attributes:
-        pixel, image: of maps and of scores, at the stored false-positive rates.
+        pixel: of maps, at the stored false-positive rate of pixels.
+        image: of scores, at that of images.
         wide: mean + 3 deviations of the maps of normal images.
     """
 
