@@ -133,7 +133,7 @@ def test_every_ready_made_sweep_can_be_started(
         "backbones": 4,
         "bank_memory": 12,
         "demo": 14,
-        "equal_memory": 19,
+        "equal_memory": 22,
         "strategies": 39,
         "foundation": 27,
         "paper_bounds": 14,
