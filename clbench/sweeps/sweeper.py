@@ -155,7 +155,8 @@ class RunSweeper(Sweeper):
                     raise UserError(
                         f"{key}: {value} in a grid is no choice: write the names with commas in one text, as {key}: a,b"
                     )
-            texts = [*(f"{key}={value}" for key, value in {**self.params, **grid}.items()), *arguments]
+            settings = {**self.params, **grid}.items()
+            texts = [*(f"{key}={'null' if value is None else value}" for key, value in settings), *arguments]
             given += combinations(parser.parse_overrides([readable(text) for text in texts]))
         settings_of = functools.cache(self._settings_of)
         images = FinishedImages(self._config.cache, Display("sweep").line)
