@@ -19,6 +19,7 @@ from clbench.metrics.pimo import aupimo
 from clbench.metrics.resampling import Evidence
 from clbench.metrics.stored import Decisions, image_decisions, pixel_decisions
 from clbench.out_of_memory import pinning
+from clbench.recollection import Recollection
 from clbench.strategies.base import Strategy
 from clbench.training import Diverged, advice_on_divergence
 
@@ -27,7 +28,12 @@ _TIMED_IMAGES = 32  # images of a timed pass
 
 
 def predict(
-    strategy: Strategy, images: ImageSet, task: int, device: torch.device, progress: Progress
+    strategy: Strategy,
+    images: ImageSet,
+    task: int,
+    device: torch.device,
+    progress: Progress,
+    recollection: Recollection | None = None,
 ) -> Prediction:
     """Predict the test images of a category: maps float32 [N, H, W] and scores float32 [N], on the CPU.
 
@@ -36,6 +42,7 @@ def predict(
         task: index of the task that the category arrived in; only strategies with `task_known` use it.
         device: where the detector is.
         progress: told after every batch.
+        recollection: what was found out about test images before, which the detector may use and add to.
 
     Raises:
         Diverged: a map or score is not finite.
@@ -43,13 +50,14 @@ def predict(
     count, done = len(images), 0
     maps, scores = torch.empty(images.masks.shape), torch.empty(count)
     chosen: list[Tensor] = []
-    for batch in predictions(strategy, images.images, task, device):
-        rows = slice(done, done + len(batch.scores))
-        maps[rows], scores[rows] = batch
-        if batch.chosen is not None:
-            chosen.append(batch.chosen)
-        done = rows.stop
-        progress("evaluating", done, count)
+    with strategy.detector.recalling(recollection):
+        for batch in predictions(strategy, images.images, task, device):
+            rows = slice(done, done + len(batch.scores))
+            maps[rows], scores[rows] = batch
+            if batch.chosen is not None:
+                chosen.append(batch.chosen)
+            done = rows.stop
+            progress("evaluating", done, count)
     return Prediction(maps, scores, torch.cat(chosen) if chosen else None)
 
 

@@ -15,6 +15,7 @@ from clbench.history import History
 from clbench.interruption import Interruption
 from clbench.measuring import Measuring
 from clbench.methods.base import silent
+from clbench.recollection import Recollection
 from clbench.recording import heat_maps
 from clbench.recording.provenance import made_by
 from clbench.recording.recorder import Recorder
@@ -127,6 +128,7 @@ class Course:
         self.spent = self.history.spent
         self.strategy.bookmark, self.strategy.on_epoch = self.history.checkpoints, self.history.add_epoch
         self.strategy.detector.progress = self.progress
+        self._recollection = Recollection(assembly.config.evaluation_memory_mb * 10**6)
         self._thread = ThreadPoolExecutor(1)
         # Stage, category, and the evaluation that is still computed.
         self._to_come: tuple[int, int, Future[Evaluation]] | None = None
@@ -201,8 +203,7 @@ class Course:
             if known is None or (self.assembly.config.maps is True and self.history.has_images(category)):
                 found = self._measured(stage, category)
             else:
-                deviation = self.results.pixel_fpr_deviation(stage - 1, category)
-                found = _there(Evaluation(known, pixel_fpr_deviation=deviation))  # and no model was chosen
+                found = _there(known)
         self.settle()
         self._to_come = stage, category, found
         if found.done():
@@ -232,7 +233,9 @@ class Course:
         self.display.heading(title)
         with _titled(title):
             task = self.results.task_of[category]
-            prediction = evaluation.predict(self.strategy, test, task, self.assembly.device, self.progress)
+            prediction = evaluation.predict(
+                self.strategy, test, task, self.assembly.device, self.progress, self._recollection
+            )
         if self.recorder.wants_pictures:
             self.recorder.pictures(stage, name, heat_maps.few(prediction.maps, test))
         pictures = self.directory.path / "maps" / name
@@ -245,7 +248,9 @@ class Course:
         return _there(self.measuring.evaluation(stage, category, prediction))
 
     def record(self, stage: int) -> None:
-        """Give a stage's results to the recorder and show their means on the terminal."""
+        """Give a stage's results, where it has some, to the recorder, and show their means on the terminal."""
+        if not self.history.evaluates(stage):
+            return
         results = self.results.after(stage)
         self.recorder.stage(stage, results)
         seen = len(self.results.seen(stage))

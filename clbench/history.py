@@ -23,7 +23,7 @@ from clbench.recording.checkpoint import Checkpoints
 from clbench.recording.metrics_file import MetricRow
 from clbench.recording.recorder import Recorder
 from clbench.recording.run_directory import RunDirectory
-from clbench.results import Evaluation, Results, Values
+from clbench.results import Evaluation, Results
 from clbench.spent import Spent
 from clbench.thresholds import Thresholds
 
@@ -70,7 +70,10 @@ class History:
             saved=interruption.saved,
             beside=self._beside,
         )
-        self._every = assembly.config.evaluate == "all"
+        evaluate = assembly.config.evaluate
+        self._all = evaluate == "all"
+        step = evaluate.removeprefix("every:")
+        self._step = int(step) if step.isdecimal() else len(self.stages) if evaluate == "last" else 1
         self.continued: str | None = None
         self._stream, self._files = fingerprints(self.tasks), assembly.identity["files"]
         self._frozen = frozen_digest(self.strategy.detector)
@@ -81,9 +84,15 @@ class History:
         self.last_learned = self._restore()
         self._write_metrics()
 
+    def evaluates(self, stage: int) -> bool:
+        """Whether categories are evaluated after a stage."""
+        return (stage + 1) % self._step == 0 or stage == len(self.stages) - 1
+
     def to_evaluate(self, stage: int) -> list[int]:
         """The indices of the categories that are to be evaluated after a stage and were not yet."""
-        wanted = range(len(self.results.categories)) if self._every else self.results.seen(stage)
+        if not self.evaluates(stage):
+            return []
+        wanted = range(len(self.results.categories)) if self._all else self.results.seen(stage)
         lacking = (category for category in wanted if self.results.get(stage, category) is None)
         return [category for category in lacking if self.has_images(category) or self.known(stage, category)]
 
@@ -91,10 +100,19 @@ class History:
         """Whether there are test images of a category; of a product that was learned in an earlier run there may be none."""
         return self._has_images[category]
 
-    def known(self, stage: int, category: int) -> Values | None:
-        """The metrics that a category has after a stage as before it, as its predictions did not change; else None."""
-        unchanged = stage > 0 and self.strategy.unchanged(stage, self.results.learned[category])
-        return self.results.get(stage - 1, category) if unchanged else None
+    def known(self, stage: int, category: int) -> Evaluation | None:
+        """What was measured of a category at the last evaluation before a stage, as no prediction has changed since; else None.
+
+        Which models were chosen is not a part of it.
+        """
+        for earlier in range(stage - 1, -1, -1):
+            if not self.strategy.unchanged(earlier + 1, self.results.learned[category]):
+                return None
+            if (values := self.results.get(earlier, category)) is not None:
+                return Evaluation(
+                    values, pixel_fpr_deviation=self.results.pixel_fpr_deviation(earlier, category)
+                )
+        return None
 
     def add_epoch(self, stage: int, epoch: int, loss: float) -> None:
         """Keep an epoch's mean loss; stage and epoch are 0-based.
@@ -205,7 +223,8 @@ class History:
                     f"{self._journal.path} lacks results of stage {stage + 1}, and what was learned then is gone: put "
                     "it back, take another experiment=NAME, or overwrite=true"
                 )
-            self.recorder.stage(stage, self.results.after(stage))
+            if self.evaluates(stage):
+                self.recorder.stage(stage, self.results.after(stage))
         return last
 
     def _take(self, entries: Iterable[dict[str, Any]]) -> None:

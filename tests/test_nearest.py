@@ -210,7 +210,7 @@ def test_the_closest_bank_is_the_one_with_the_smallest_mean_distance(way: str) -
         distances, rows = by_differences(patches.flatten(0, 1), bank, sizes)
         distances, rows = distances.view(3, 7, 9), rows.view(3, 7, 9)
         expected = distances.mean(2).argmin(0)
-        selected, near, at = Search().closest_bank(patches, bank, sizes)
+        selected, near, at, _ = Search().closest_bank(patches, bank, sizes)
         assert torch.equal(selected, expected)
         assert torch.equal(near, distances[expected, torch.arange(7)])
         assert torch.equal(at, rows[expected, torch.arange(7)])

@@ -24,6 +24,7 @@ NOT_IN_RESULTS = (
     "only",
     "dry_run",
     "checkpoint_s",
+    "evaluation_memory_mb",
     "sweep",
     "wandb",
     "hydra",

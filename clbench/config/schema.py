@@ -42,6 +42,19 @@ def _folder_name(name: str) -> str:
     return name
 
 
+def _when(evaluate: str) -> str:
+    """After which stages a run evaluates, and which tasks.
+
+    Raises:
+        ValueError: it is none of those that there are.
+    """
+    if not re.fullmatch("seen|all|last|every:[1-9][0-9]*", evaluate):
+        raise ValueError(
+            "give seen, all, last, or every:N for every N-th stage and the last, with N of 1 or more"
+        )
+    return evaluate
+
+
 def _further(names: list[str]) -> list[str]:
     """Names of further metrics, each once, in the order of `FURTHER`.
 
@@ -242,6 +255,7 @@ class SweepSettings(Closed):
     only: Literal["failed", "missing"] | None
     dry_run: bool
     checkpoint_s: Annotated[float, Field(ge=0, strict=False, allow_inf_nan=False)]
+    evaluation_memory_mb: NonNegativeInt = 1000  # runs of earlier versions have none
 
 
 class Config(SweepSettings):
@@ -260,7 +274,7 @@ class Config(SweepSettings):
     experiment: Annotated[str, AfterValidator(_folder_name)]
     cache: Annotated[str, Field(min_length=1), PATH]
     seed: Annotated[int, Field(ge=0)]
-    evaluate: Literal["seen", "all"]
+    evaluate: Annotated[str, AfterValidator(_when)]
 
     _plain: dict[str, Any] = PrivateAttr(default_factory=dict)
 

@@ -92,7 +92,7 @@ class AnomalyDINO(PatchBank):
         """
         found = tokens(self.pyramid(images))[0]
         batch, height, width, _ = found.shape
-        selected, distances, _ = self.nearest(F.normalize(found, dim=3))
+        selected, distances, _, _ = self.nearest(images, F.normalize(found, dim=3))
         cosine = distances.square() / 2  # of unit vectors
         if self.masking:
             cosine = cosine * objects(found).flatten(1)

@@ -1,5 +1,6 @@
 """Banks of normal patches: a coreset for each task, in a memory of fixed size (supplement, Algorithm 2)."""
 
+import itertools
 import math
 import tempfile
 import weakref
@@ -16,10 +17,12 @@ from clbench.errors import UserError
 from clbench.feature_store import on_disk
 from clbench.methods.base import Detector
 from clbench.methods.coreset import farthest_first
-from clbench.methods.nearest import Search
+from clbench.methods.nearest import Closest, Search
 from clbench.precision import single_precision
 from clbench.randomness import generator
+from clbench.recollection import small
 
+_NUMBERS = itertools.count()
 MemoryMb = Annotated[float, Gt(0)] | None  # 10^6 bytes of what is memorised; None where entries are counted
 
 
@@ -122,6 +125,8 @@ class TaskBanks(Collecting):
 
         # bank_sizes, its version, and what it holds
         self._read: tuple[weakref.ref[Tensor], int, list[int]] | None = None
+        # bank, its version, and the banks' numbers
+        self._numbered: tuple[weakref.ref[Tensor], int, tuple[int, ...]] | None = None
 
     def forget(self) -> None:
         self.bank, self.bank_sizes = self.bank[:0], self.bank_sizes[:0]
@@ -141,8 +146,18 @@ class TaskBanks(Collecting):
         None leaves them as they are.
         """
         parts = [*(old[:share] for old in self.banks()), new.to(self.bank)]
+        numbers = self.numbers()
         self.bank = torch.cat(parts)
+        self._numbered = weakref.ref(self.bank), self.bank._version, (*numbers, next(_NUMBERS))
         self.bank_sizes = torch.tensor([len(part) for part in parts], device=self.bank.device)
+
+    def numbers(self) -> tuple[int, ...]:
+        """A number for each bank, which none has that was not made by cutting the same one in this process."""
+        bank, known = self.bank, self._numbered
+        if known is None or known[0]() is not bank or known[1] != bank._version:
+            fresh = tuple(next(_NUMBERS) for _ in self.sizes())
+            self._numbered = known = weakref.ref(bank), bank._version, fresh
+        return known[2]
 
     def for_export(self) -> None:
         """Read `bank_sizes` now: tracing sees the shape of a buffer, and not its values."""
@@ -220,13 +235,25 @@ class PatchBank(TaskBanks):
         # Farthest-first order is nested: the coreset of an old coreset is its beginning.
         self.add_bank(patches[chosen.to(patches.device)], share)
 
-    def nearest(self, patches: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Patches [B, h, w, D] -> the task that each image's are nearest to on average, and their distances to its coreset.
+    def nearest(self, images: Tensor, patches: Tensor) -> Closest:
+        """The task that each image's patches are nearest to on average, and their distances to its coreset.
 
-        Returns:
-            Tasks int64 [B], Euclidean distances float32 [B, h * w], rows of `bank` int64 [B, h * w].
+        Args:
+            images: [B, 3, H, W].
+            patches: theirs, float32 [B, h, w, D].
         """
-        return self._search.closest_bank(patches.flatten(1, 2), self.bank, self.sizes())
+        patches, recollection = patches.flatten(1, 2), self.recollection
+        if recollection is None:
+            return self._search.closest_bank(patches, self.bank, self.sizes())
+        numbers, begins = self.numbers(), self.bank_sizes.cumsum(0) - self.bank_sizes
+        before, kept = None, recollection.get(images)
+        if kept is not None and numbers[: len(kept.by)] == kept.by:
+            selected, distances, places, least = kept.tensors
+            before = Closest(selected, distances, places + begins[selected][:, None], least)
+        found = self._search.closest_bank(patches, self.bank, self.sizes(), before)
+        places = small(found.rows - begins[found.selected][:, None])
+        recollection.put(images, numbers, found.selected, found.distances, places, found.least)
+        return found
 
 
 def check_room(memory_mb: float | None, entry: int, wanted: int, what: str) -> None:

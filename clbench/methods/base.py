@@ -17,6 +17,7 @@ from clbench.backbones import FeaturePyramid
 from clbench.data.images import Images
 from clbench.errors import UserError
 from clbench.feature_store import FeatureStore
+from clbench.recollection import Recollection
 
 Share = Annotated[float, Ge(0), Lt(1)]  # a share of a whole, less than all of it
 
@@ -92,6 +93,8 @@ class Detector(nn.Module):
             a time where they are more; None for half of what a GPU has free.
         done: share of the task's steps that are done, in [0, 1): set before each, for what follows a schedule.
         progress: called with (phase, done, total, note) during long phases.
+        recollection: where it may look up and put what it finds out about images that it will be asked for again; None, and
+            so it is but where a run evaluates test images, for nowhere. Predictions are the same with and without.
     """
 
     native = False
@@ -109,6 +112,7 @@ class Detector(nn.Module):
     image_memory: int | None = None
     gradient_scale: Mapping[str, Any] = {}
     done = 0.0
+    recollection: Recollection | None = None
     _noted: list[Tensor] | None = None
 
     def __init__(self) -> None:
@@ -306,6 +310,15 @@ class Detector(nn.Module):
         finally:
             for store in self.stores():
                 store.paused = False
+
+    @contextmanager
+    def recalling(self, recollection: Recollection | None) -> Iterator[None]:
+        """Inside, it may use what it has found out about images before, and keep there what it finds out."""
+        self.recollection = recollection
+        try:
+            yield
+        finally:
+            self.recollection = None
 
     @contextmanager
     def learning(self) -> Iterator[None]:

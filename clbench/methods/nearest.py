@@ -22,9 +22,9 @@ import threading
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,6 +45,28 @@ _LOOKED = 1 << 18  # values that are looked at one by one at a time, or a sixtee
 _SUMMED = 64  # rows that a GPU sums at a time, at least
 _FAR = 2.0**100  # more than any distance
 _LAST = torch.iinfo(torch.int64).max
+
+
+class Closest(NamedTuple):
+    """The bank that each image's patches are nearest to on average, and what helps to find it again.
+
+    Attributes:
+        selected: the index of the bank, int64 [B].
+        distances: of each patch to its nearest entry there, float32 [B, P].
+        rows: of that entry among those of all banks, int64 [B, P].
+        least: what the image's mean distance to each bank is not below, float32 [B, K]: nor is that to a bank's first
+            entries alone.
+    """
+
+    selected: Tensor
+    distances: Tensor
+    rows: Tensor
+    least: Tensor
+
+    @staticmethod
+    def concatenated(several: Sequence["Closest"]) -> "Closest":
+        """Those of images one after the other."""
+        return Closest(*map(torch.cat, zip(*several, strict=True)))
 
 
 def nearest(queries: Tensor, bank: Tensor, sizes: list[int]) -> tuple[Tensor, Tensor]:
@@ -85,8 +107,10 @@ class Search:
         with self._alone, single_precision(queries.device), whole_sums():
             return self._known(bank, sizes).nearest(queries.contiguous(), bank.contiguous())
 
-    def closest_bank(self, queries: Tensor, bank: Tensor, sizes: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-        """The bank that each image's patches are nearest to on average, the first of several, and their distances to it.
+    def closest_bank(
+        self, queries: Tensor, bank: Tensor, sizes: list[int], before: Closest | None = None
+    ) -> Closest:
+        """The bank that each image's patches are nearest to on average, the first of several.
 
         Banks are not searched for an image where a lower bound on its mean distance is above its mean distance to
         another. On a GPU: four waits for each bank that is searched for a block of images, and two more.
@@ -94,16 +118,16 @@ class Search:
         Args:
             queries: patches of images, float32 [B, P, D].
             bank, sizes: as for a call.
-
-        Returns:
-            Indices of banks int64 [B], Euclidean distances float32 [B, P], rows of `bank` int64 [B, P].
+            before: what was found for the same patches in the first of these banks, which may have been cut since to their
+                first entries: rows from the bank's present beginning on, beyond its end where the entry was cut off. Those
+                patches are searched for again in their bank, and all patches in new banks. What is found is the same.
         """
         images, patches, _ = queries.shape
         if torch.compiler.is_compiling():
             distances, rows = _nearest_traced(queries.flatten(0, 1), bank, sizes)
             return _closest(distances.view(-1, images, patches), rows.view(-1, images, patches))
         with self._alone, single_precision(queries.device), whole_sums():
-            return self._known(bank, sizes).closest(queries.contiguous(), bank.contiguous())
+            return self._known(bank, sizes).closest(queries.contiguous(), bank.contiguous(), before)
 
     def _known(self, bank: Tensor, sizes: list[int]) -> "_Banks":
         if self._banks is None or not self._banks.are(bank, sizes):
@@ -118,11 +142,18 @@ def _forget(owner: "weakref.ref[Search]") -> None:
         search._banks = None
 
 
-def _closest(distances: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The first bank with the smallest mean of distances [K, B, P]: its index [B], distances and rows [B, P]."""
-    selected = _of_rows(torch.mean, distances.flatten(0, 1)).view(distances.shape[:2]).argmin(0)
+def _closest(distances: Tensor, rows: Tensor) -> Closest:
+    """The first bank with the smallest mean of distances, where all were searched: distances and rows [K, B, P]."""
+    means = _of_rows(torch.mean, distances.flatten(0, 1)).view(distances.shape[:2])
+    selected = means.argmin(0)
     each = torch.arange(distances.shape[1], device=distances.device)
-    return selected, distances[selected, each], rows[selected, each]
+    least = _lowered(means, distances.shape[2]).T
+    return Closest(selected, distances[selected, each], rows[selected, each], least)
+
+
+def _lowered(means: Tensor, count: int) -> Tensor:
+    """What is not above means of so many distances, as single precision has them, or of such as are not smaller."""
+    return means * (1 - 4 * gamma(count + 2))
 
 
 class _Banks:
@@ -135,6 +166,7 @@ class _Banks:
 
     def __init__(self, bank: Tensor, sizes: list[int], gone: Callable[[Any], None]):
         self._bank, self._version, self._sizes = weakref.ref(bank, gone), _version(bank), list(sizes)
+        self._ends = torch.tensor([*itertools.accumulate(sizes)], device=bank.device)
         self._on_cpu = bank.device.type == "cpu"
         self._error = gamma(bank.shape[1] + 8)
         self._norms = torch.linalg.vector_norm(bank, dim=1).square_().mul_(1 - 5 * self._error)
@@ -156,7 +188,7 @@ class _Banks:
         self._seen = 0  # queries
         self._longest = 0  # block that was searched by plain products
         self._trials = 0  # of bounds, on no shorter ones
-        self._plain = self._with_bounds = math.inf  # seconds a query, the least
+        self._plain = self._with_bounds = math.inf  # seconds a query and an entry, the least
 
     def are(self, bank: Tensor, sizes: list[int]) -> bool:
         """Whether these are the banks, unchanged."""
@@ -172,25 +204,49 @@ class _Banks:
         step = self._block(queries.shape[1])
         for first in range(0, len(queries), step):
             block = slice(first, first + step)
-            with self._timed(len(queries[block]), bank):
+            with self._timed(len(queries[block]), bank, len(bank)):
                 distances[:, block], rows[:, block] = self._distances(queries[block], bank)
         self._release()
         return distances, rows
 
-    def closest(self, queries: Tensor, bank: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def closest(self, queries: Tensor, bank: Tensor, before: Closest | None) -> Closest:
         """As `Search.closest_bank`, both contiguous."""
-        found = []
+        found: list[Closest] = []
+        done = 0
         for part in queries.split(max(1, self._block(queries.shape[2]) // queries.shape[1])):
-            with self._timed(len(part) * part.shape[1], bank):
+            rows = slice(done, done + len(part))
+            done = rows.stop
+            count = len(part) * part.shape[1]
+            if before is not None:
+                new = len(self._sizes) - before.least.shape[1]
+                with self._timed(count, bank, sum(self._sizes[-new:]) if new else 0):
+                    found.append(self._again(part, bank, Closest(*(each[rows] for each in before))))
+                continue
+            with self._timed(count, bank, len(bank)):
                 if self._bounds is None or len(self._sizes) < 2:
-                    distances, rows = self._distances(part.flatten(0, 1), bank)
+                    distances, where = self._distances(part.flatten(0, 1), bank)
                     shape = len(self._sizes), *part.shape[:2]
-                    found.append(_closest(distances.view(shape), rows.view(shape)))
+                    found.append(_closest(distances.view(shape), where.view(shape)))
                 else:
-                    found.append(self._routed(part, bank))
+                    found.append(self._routed(part, bank, self._lower_means(part)))
         self._release()
-        selected, chosen, which = zip(*found, strict=True)
-        return torch.cat(selected), torch.cat(chosen), torch.cat(which)
+        return Closest.concatenated(found)
+
+    def _again(self, queries: Tensor, bank: Tensor, before: Closest) -> Closest:
+        """As `closest`, for a block of images [B, P, D] of which it is known what was closest before."""
+        selected, distances, rows, least = (each.clone() for each in before)
+        cut = rows >= self._ends[selected][:, None]
+        for index in sorted(set(selected.tolist())):
+            of = (cut & (selected == index)[:, None]).view(-1).nonzero()[:, 0]
+            if len(of):
+                again = queries.flatten(0, 1).index_select(0, of)
+                (distances.view(-1)[of],), (rows.view(-1)[of],) = self._distances(again, bank, index)
+        known = least.shape[1]
+        lower = least.new_zeros(len(self._sizes), len(queries))
+        lower[:known] = least.T
+        if self._bounds is not None and known < len(lower):
+            lower[known:] = self._lower_means(queries, known)
+        return self._routed(queries, bank, lower, (selected, distances, rows))
 
     def _block(self, size: int) -> int:
         """How many queries of this size are searched at a time."""
@@ -208,19 +264,23 @@ class _Banks:
             self._memory = self._memory[:0].clone()
 
     @contextmanager
-    def _timed(self, count: int, bank: Tensor) -> Iterator[None]:
-        """Inside, so many queries are searched: by plain products until bounds are worth it, and if they are quicker."""
+    def _timed(self, count: int, bank: Tensor, entries: int) -> Iterator[None]:
+        """Inside, so many queries are searched: by plain products until bounds are worth it, and if they are quicker.
+
+        Args:
+            entries: how many of `bank` they are searched in.
+        """
         if not self._prepared and self._seen >= _WORTH * bank.shape[1]:
             self._prepared = True
             self._bounds = bounds_of(bank, self._pieces, self._norms.isinf())
         begin = time.perf_counter()
         yield
-        seconds = (time.perf_counter() - begin) / max(count, 1)
         self._seen += count
-        if self._bounds is None:
+        seconds = (time.perf_counter() - begin) / max(count * entries, 1)
+        if self._bounds is None and entries:
             self._plain = min(seconds, self._plain)
             self._longest = max(count, self._longest)
-        elif self._trials < _TRIALS and count >= self._longest:
+        elif self._trials < _TRIALS and count >= self._longest and entries == len(bank):
             self._trials += 1
             self._with_bounds = min(seconds, self._with_bounds)
             if self._trials == _TRIALS and self._with_bounds > self._plain:
@@ -239,15 +299,26 @@ class _Banks:
         squared = torch.stack([found.squared for found in nearest])
         return squared.sqrt_(), torch.stack([found.rows for found in nearest])
 
-    def _routed(self, queries: Tensor, bank: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """As `closest`, for a block of images [B, P, D], searching only banks that can be an image's closest."""
+    def _routed(
+        self, queries: Tensor, bank: Tensor, lower: Tensor, found: tuple[Tensor, Tensor, Tensor] | None = None
+    ) -> Closest:
+        """As `closest`, for a block of images [B, P, D], searching only banks that can be an image's closest.
+
+        Args:
+            lower: what an image's mean distance to a bank is not below, [K, B]; raised where more is found out.
+            found: for each image a bank that was searched, [B], and distances and rows there, [B, P] both: changed in place.
+        """
         images, patches, _ = queries.shape
-        lower = self._lower_means(queries)
-        best = torch.full_like(lower[0], math.inf)
-        selected = torch.full_like(best, len(lower), dtype=torch.int64)
-        distances = queries.new_empty(images, patches)
-        rows = torch.empty(images, patches, dtype=torch.int64, device=queries.device)
         left = torch.ones_like(lower, dtype=torch.bool)  # what was not searched and can be closest
+        if found is None:
+            best = torch.full_like(lower[0], math.inf)
+            selected = torch.full_like(best, len(lower), dtype=torch.int64)
+            distances = queries.new_empty(images, patches)
+            rows = torch.empty(images, patches, dtype=torch.int64, device=queries.device)
+        else:
+            selected, distances, rows = found
+            best, each = _of_rows(torch.mean, distances), torch.arange(images, device=queries.device)
+            left[selected, each], lower[selected, each] = False, _lowered(best, patches)
         while True:
             left &= ~(lower > best)
             promising = lower.clamp(max=_FAR).where(left, math.inf).argmin(0).where(left.any(0), -1).tolist()
@@ -262,22 +333,26 @@ class _Banks:
                 best[of], selected[of] = mean.where(taken, before), selected[of].where(~taken, index)
                 distances[of] = near.where(taken[:, None], distances[of])
                 rows[of] = at.where(taken[:, None], rows[of])
-                left[index, of] = False
+                left[index, of], lower[index, of] = False, _lowered(mean, patches)
             if max(promising) < 0:
-                return selected, distances, rows
+                return Closest(selected, distances, rows, lower.T)
 
-    def _lower_means(self, queries: Tensor) -> Tensor:
-        """What an image's mean distance to a bank, as single precision has it, is not below: [B, P, D] -> [K, B]."""
+    def _lower_means(self, queries: Tensor, first: int = 0) -> Tensor:
+        """What an image's mean distance to a bank, as single precision has it, is not below: [B, P, D] -> [K, B].
+
+        Args:
+            first: the first bank that is asked for.
+        """
         assert self._bounds is not None
         images, patches, _ = queries.shape
         rough = self._bounds.rough or self._bounds
         narrow = rough.queries(queries.flatten(0, 1))
         squared = [
             torch.stack([rough.least(narrow, piece, self._values) for piece in pieces]).amin(0)
-            for pieces in self._pieces_of
+            for pieces in self._pieces_of[first:]
         ]
         lower = torch.stack(squared).mul_(1 - 2 * self._error).sub_(TINY).clamp_min_(0).sqrt_()
-        return lower.view(-1, images, patches).mean(2) * (1 - 4 * gamma(patches + 2))
+        return _lowered(lower.view(-1, images, patches).mean(2), patches)
 
     def _search(self, found: "_Found", norms: Tensor, narrow: Tensor | None, piece: int) -> None:
         """Look for nearer entries in a piece of a bank.

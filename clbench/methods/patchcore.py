@@ -77,11 +77,13 @@ class PatchCore(PatchBank):
         patches = self.patches(images)
         batch, height, width, size = patches.shape
         # The task is unknown: take the coreset that the image is nearest to on average.
-        selected, chosen, rows = self.nearest(patches)
+        selected, chosen, rows, _ = self.nearest(images, patches)
         maps = to_image_size(chosen.view(batch, height, width), images.shape[-2:], self.sigma)
         highest, farthest, matched = farthest_patches(patches.view(batch, -1, size), chosen, rows, self.bank)
-        weights = torch.stack(
-            [score_weights(bank, farthest, matched, highest, self.neighbours) for bank in self.banks()]
-        )
-        each = torch.arange(batch, device=patches.device)
-        return Prediction(maps, highest * weights[selected, each], selected)
+        weights = torch.ones_like(highest)
+        traced = torch.compiler.is_compiling()  # a graph weighs by all of them
+        banks = self.banks()
+        for index in range(len(banks)) if traced else sorted(set(selected.tolist())):
+            weight = score_weights(banks[index], farthest, matched, highest, self.neighbours)
+            weights = weight.where(selected == index, weights)
+        return Prediction(maps, highest * weights, selected)

@@ -61,7 +61,7 @@ def _complete(directory: RunDirectory) -> None:
                 epoch += 1
             elif entry["kind"] == "evaluation":
                 results.add(entry["stage"], results.categories.index(entry["category"]), entry["values"])
-        for stage in range(1 + max(entry["stage"] for entry in journal.entries)):
+        for stage in sorted({entry["stage"] for entry in journal.entries if entry["kind"] == "evaluation"}):
             recorder.stage(stage, results.after(stage))
         said = recorder.finish(summary, {metric: results.matrix(metric) for metric in results.metrics})
         if recorder.missing() is not None:
