@@ -194,14 +194,23 @@ class PaDiM(Detector):
             for number, level in enumerate(self.pyramid(images))
         ]
         self._grid = levels[0].shape[-2:]
-        # By nearest neighbours: the method copies a deep feature to all positions that it covers.
         chosen = [level for level in levels if level.shape[1]]  # none of a level's channels may be chosen
-        aligned = torch.cat([self._aligned(level) for level in chosen], 1)
-        return aligned.flatten(2).permute(2, 1, 0).contiguous()
+        return torch.cat([self._aligned(level) for level in chosen], 1)
 
     def _aligned(self, level: Tensor) -> Tensor:
-        """A level [B, C, h_l, w_l] on the grid of the first, [B, C, h, w]."""
-        return level if level.shape[-2:] == self._grid else F.interpolate(level, self._grid, mode="nearest")
+        """A level [B, C, h_l, w_l] at the positions of the first, [P, C, B].
+
+        By nearest neighbours: the method copies a deep feature to all positions that it covers.
+        """
+        features = level.permute(2, 3, 1, 0).flatten(0, 1).contiguous()
+        height, width = level.shape[-2:]
+        if level.shape[-2:] == self._grid:
+            return features
+        cells = torch.arange(height * width, dtype=torch.float32, device=level.device).view(
+            1, 1, height, width
+        )
+        covering = F.interpolate(cells, self._grid, mode="nearest").flatten().long()
+        return features.index_select(0, covering)
 
 
 def mahalanobis(embedding: Tensor, mean: Tensor, factor: Tensor) -> Tensor:
