@@ -6,6 +6,7 @@ import argparse
 import csv
 import io
 import json
+import math
 import os
 import sys
 from collections import deque
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from clbench.loading import Found, TrainedDetector
 
 _THREADS = min(8, os.cpu_count() or 1)
+_PIXELS_AHEAD = 1 << 25  # of maps whose pictures are still to be written, at most
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -314,7 +316,9 @@ def _written(
     with ThreadPoolExecutor(_THREADS) as pool:
         for one in found:
             pending.append(pool.submit(write, one))
-            if len(pending) > 2 * _THREADS:
+            ahead = min(2 * _THREADS, _PIXELS_AHEAD // math.prod(one.size))
+            del one  # its map goes when its pictures are written
+            while len(pending) > ahead:
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()

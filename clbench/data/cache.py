@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from clbench.data.images import ImageSet
 
 _FORMAT = 2  # raise it when the same samples and geometry would be stored differently
+_BYTES_AHEAD = 1 << 28  # of images at the run's size that are decoded before they are asked for, at most
 _ABANDONED_S = 3600  # seconds: a part file not written to for so long belongs to a killed process
 
 THREADS = min(8, os.cpu_count() or 1)
@@ -283,12 +284,16 @@ def _decoded(samples: list[Sample], geometry: Geometry) -> Generator[AtSize, Non
             raise UserError(f"{sample.name}: {error}") from error
 
     pending: deque[Future[AtSize]] = deque()
+    ahead = 1  # until the size of one is known
     with ThreadPoolExecutor(THREADS) as pool:
         try:
             for sample in samples:
                 pending.append(pool.submit(decode, sample))
-                if len(pending) > 2 * THREADS:
-                    yield pending.popleft().result()
+                while len(pending) > ahead:
+                    found = pending.popleft().result()
+                    ahead = max(1, min(2 * THREADS, _BYTES_AHEAD // found[0].nbytes))
+                    yield found
+                    del found
             while pending:
                 yield pending.popleft().result()
         finally:

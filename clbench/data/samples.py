@@ -14,6 +14,8 @@ from clbench.errors import UserError
 Split = Literal["train", "test"]
 GOOD = "good"
 
+_ROWS = 256  # of a map that are restored at a time
+
 
 class Sample(ABC):
     """One image of a category, not yet decoded."""
@@ -193,15 +195,22 @@ class Geometry:
             size: size (H, W) of the original image, in pixels.
 
         Returns:
-            The map, float32 [H, W], interpolated linearly; NaN outside the crop, where nothing is known.
+            The map, float32 [H, W], interpolated linearly; NaN outside the crop, where nothing is known. The same object
+            where the image was left as it is.
         """
-        rows, columns = (
+        if self.resize is None and grid.shape == size:
+            return grid
+        (low, high, share), columns = (
             _weights(original, self.resize or original, known)
             for original, known in zip(size, grid.shape, strict=True)
         )
-        for low, high, share in (rows, columns):
-            grid = (grid[low] * (1 - share) + grid[high] * share).T
-        return np.ascontiguousarray(grid)
+        left, right, beyond = columns
+        found = np.empty(size, np.float32)
+        for begin in range(0, size[0], _ROWS):  # beside a large map there is no second one
+            rows = slice(begin, begin + _ROWS)
+            strip = (grid[low[rows]] * (1 - share[rows]) + grid[high[rows]] * share[rows]).T
+            found[rows] = (strip[left] * (1 - beyond) + strip[right] * beyond).T
+        return found
 
     def _cropped(self, array: np.ndarray) -> np.ndarray:
         if self.crop is None:

@@ -74,7 +74,8 @@ class Evidence:
             values: the seven metrics, None where one is undefined.
         """
         known = np.setdiff1d(np.arange(len(maps)), unknown)
-        edges, tied = _bins(maps[known], masks[known])
+        of_known = (maps[known], masks[known]) if len(known) < len(maps) else (maps, masks)  # a copy, or none
+        edges, tied = _bins(*of_known)
         count = len(edges)
         normal, anomalous = np.zeros((2, len(maps), count), np.int64)
         overlap, regions = np.zeros((len(maps), count), np.float32), np.zeros(len(maps), np.int64)
@@ -229,7 +230,9 @@ def _bins(maps: np.ndarray, masks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         maps: float32 [N, H, W].
         masks: bool [N, H, W].
     """
-    anomalous, normal = np.sort(maps[masks]), np.sort(maps[~masks])
+    anomalous, normal = maps[masks], maps[~masks]
+    anomalous.sort()
+    normal.sort()
     equal = [(anomalous, np.linspace(0, 1, _ANOMALOUS)), (normal, np.linspace(0, 1, _NORMAL))]
     tail = 1 - np.geomspace(_LEAST_SHARE, 1, _TAIL)
     found = [

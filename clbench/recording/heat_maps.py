@@ -11,6 +11,7 @@ from clbench.recording.files import write_whole
 
 _SMALL = 256  # pixels: the longest height or width of a small picture
 _QUALITY = 85  # of JPEG
+_ROWS = 256  # of a picture that are coloured at a time
 
 
 def write_all(maps: Tensor, images: ImageSet, directory: Path, stage: int) -> None:
@@ -100,10 +101,15 @@ def overlay(picture: np.ndarray, mask: np.ndarray, heat: np.ndarray, low: float,
     Where the map is NaN (the detector did not look there) the picture stays as it is. `low` and `high` are the values
     of the map that get the darkest and the brightest colour.
     """
-    known = np.isfinite(heat)
-    scaled = np.clip((np.where(known, heat, low) - low) / max(high - low, 1e-12), 0, 1)
-    colours = cv2.applyColorMap((255 * scaled).astype(np.uint8), cv2.COLORMAP_INFERNO)
-    coloured = np.where(known[:, :, None], cv2.addWeighted(picture, 0.5, colours, 0.5, 0), picture)
+    coloured = np.empty_like(picture)
+    # In strips, as what is computed on the way takes several times an image's memory.
+    for begin in range(0, len(picture), _ROWS):
+        rows = slice(begin, begin + _ROWS)
+        known = np.isfinite(heat[rows])
+        scaled = np.clip((np.where(known, heat[rows], low) - low) / max(high - low, 1e-12), 0, 1)
+        colours = cv2.applyColorMap((255 * scaled).astype(np.uint8), cv2.COLORMAP_INFERNO)
+        blended = cv2.addWeighted(picture[rows], 0.5, colours, 0.5, 0)
+        coloured[rows] = np.where(known[:, :, None], blended, picture[rows])
     outlines, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
     cv2.drawContours(coloured, outlines, -1, (255, 255, 255), max(1, min(mask.shape) // 400))
     return coloured
