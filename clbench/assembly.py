@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clbench import decisions, footprint, precision
+from clbench import decisions, evaluation, footprint, precision
 from clbench.backbones import Backbone
 from clbench.config import Config, takes, wandb_mode
 from clbench.config.classes import BUFFER, arguments, class_of_kind
@@ -24,6 +24,7 @@ from clbench.data.images import Images
 from clbench.data.products import Products
 from clbench.data.samples import Dataset
 from clbench.data.stream import Task
+from clbench.data.tiles import Tiling
 from clbench.errors import UserError, counted
 from clbench.methods.base import Detector, Progress
 from clbench.metrics.names import USUAL, need
@@ -38,6 +39,7 @@ _OF_NETWORKS = (
     "method.reconstructive_width",
     "method.discriminative_width",
     "method.hidden_ratio",
+    "dataset.tile",
     "dataset.resize",
 )
 _OPEN = ("apache-2.0", "mit", "bsd-3-clause", "bsd-2-clause")  # licences of weights, as timm names them
@@ -91,6 +93,7 @@ def assemble(config: Config, progress: Progress) -> Assembly:
         detector = place(build_detector(config), config.gpu, device)
     with memory_for("reading the images", config, torch.device("cpu"), "dataset.resize"):
         tasks = read(progress)
+    evaluation.check_room(tasks)
     strategy = build_strategy(config, detector)
     with memory_for("trying an image", config, device, "backbone.batch_size", *_OF_NETWORKS):
         strategy.check(tasks)
@@ -165,6 +168,8 @@ def memory_for(
             node, _, name = key.partition(".")
             if node == "gpu":
                 return on_gpu
+            if key == "dataset.tile":
+                return config.dataset.tile is not None
             return node == "dataset" or takes(config, "method", name if node == "method" else node)
 
         ways = [f"lower {', then '.join(filter(known, settings))}"]
@@ -175,6 +180,11 @@ def memory_for(
         return f"{', or '.join(ways)}; what was finished is kept"
 
     return memory_named(phase, way_out(device.type == "cuda"), device, way_out_on_host=way_out(on_gpu=False))
+
+
+def tiling(config: Config) -> Tiling | None:
+    """How images are cut into tiles; None where they are not."""
+    return Tiling(config.dataset.tile, config.dataset.shared) if config.dataset.tile is not None else None
 
 
 def build_dataset(config: Config) -> Dataset:
@@ -204,22 +214,31 @@ def reader(config: Config, dataset: Dataset) -> Callable[[Progress], list[Task]]
     order = config.task_order
     categories = stream.order(dataset, order.kind, order.tasks, config.seed)
     geometry = config.dataset.geometry()
-    size, absent = config.replay.size, config.dataset.absent
+    size, absent, cut = config.replay.size, config.dataset.absent, tiling(config)
     images = sum(len(dataset.samples(name, "train")) for group in categories for name in group)
+    what = "training image"
+    if (
+        cut is not None and size is not None and size > images and not absent
+    ):  # it may be of tiles yet: by the size of the first image
+        first = stream.first_image(dataset, categories, geometry)
+        cut.check(first.shape[-2:], dataset.samples(categories[0][0], "train")[0].name)
+        images, what = images * len(cut.corners(first.shape[-2:])), "tile"
     if size is not None and size > images and not absent:
         usual = (
             " (the method's own, where none is given)" if size == config.method.protocol.replay_size else ""
         )
         raise UserError(
-            f"replay.size={size}{usual} is larger than all of {counted(images, 'training image')} of the stream: "
+            f"replay.size={size}{usual} is larger than all of {counted(images, what)} of the stream: "
             f"give at most {images}, or strategy=joint"
         )
     cache, defects = Path(config.cache), need(config.metrics.further, "saturations")
-    return lambda progress: stream.load_tasks(dataset, categories, geometry, cache, progress, defects, absent)
+    return lambda progress: stream.load_tasks(
+        dataset, categories, geometry, cache, progress, defects, absent, cut
+    )
 
 
 def stage_bytes(config: Config) -> int:
-    """Bytes of the images that the largest stage of a run learns from, with those of its buffer, at the run's size.
+    """Bytes of the images, or tiles, that the largest stage of a run learns from, with those of its buffer, at the run's size.
 
     They are on a GPU for its training, up to `gpu.image_memory_mb`.
 
@@ -245,14 +264,17 @@ def buffer_bytes(config: Config) -> float:
 
 
 def _first_image(config: Config) -> tuple[Tensor, list[int]]:
-    """The stream's first training image, uint8 [3, H, W], and how many each of its tasks has."""
+    """The stream's first training image, uint8 [3, H, W], and how many each of its tasks has; or its first tile, and how many."""
     dataset = build_dataset(config)
     order = config.task_order
     groups = stream.order(dataset, order.kind, order.tasks, config.seed)
     counts = [sum(len(dataset.samples(name, "train")) for name in group) for group in groups]
-    geometry = config.dataset.geometry()
-    image, _ = dataset.samples(groups[0][0], "train")[0].at(geometry).read()
-    return torch.from_numpy(geometry.image(image)).permute(2, 0, 1), counts
+    image = stream.first_image(dataset, groups, config.dataset.geometry())
+    if (cut := tiling(config)) is None:
+        return image, counts
+    cut.check(image.shape[-2:], "the first image")
+    tiles = cut.cut(image[None])
+    return tiles[0], [count * len(tiles) for count in counts]
 
 
 def _buffer_of(config: Config, image: Tensor, total: int) -> tuple[int, float]:
@@ -289,6 +311,8 @@ def build_detector(config: Config) -> Detector:
     detector = _constructed(config)
     detector.lay_out()
     detector.image_memory = None if gpu.image_memory_mb is None else gpu.image_memory_mb * 10**6
+    if config.dataset.tile is not None:
+        detector.size_setting = "dataset.tile"
     detector.compute_in(precision.mixed(gpu.precision))
     return detector
 

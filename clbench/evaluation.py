@@ -11,13 +11,17 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from clbench import digests
 from clbench.data.images import Images, ImageSet
-from clbench.data.stream import Category
+from clbench.data.memory import free_memory
+from clbench.data.stream import Category, Task
+from clbench.data.tiles import Tiling
 from clbench.energy import Meter
+from clbench.errors import UserError, counted
 from clbench.methods.base import Prediction, Progress
 from clbench.metrics.curves import image_metrics, pixel_metrics
 from clbench.metrics.pimo import aupimo
 from clbench.metrics.resampling import Evidence
 from clbench.metrics.stored import Decisions, image_decisions, pixel_decisions
+from clbench.mosaics import whole
 from clbench.out_of_memory import pinning
 from clbench.recollection import Recollection
 from clbench.strategies.base import Strategy
@@ -25,6 +29,7 @@ from clbench.training import Diverged, advice_on_divergence
 
 BATCH_SIZE = 16  # images predicted at a time
 _TIMED_IMAGES = 32  # images of a timed pass
+_BYTES_A_PIXEL = 13  # of maps, of what metrics sort, and of masks
 
 
 def predict(
@@ -51,7 +56,7 @@ def predict(
     maps, scores = torch.empty(images.masks.shape), torch.empty(count)
     chosen: list[Tensor] = []
     with strategy.detector.recalling(recollection):
-        for batch in predictions(strategy, images.images, task, device):
+        for batch in predictions(strategy, images.images, task, device, images.tiling):
             rows = slice(done, done + len(batch.scores))
             maps[rows], scores[rows] = batch
             if batch.chosen is not None:
@@ -61,19 +66,35 @@ def predict(
     return Prediction(maps, scores, torch.cat(chosen) if chosen else None)
 
 
-@torch.no_grad()
 def predictions(
-    strategy: Strategy, images: Tensor | Images, task: int, device: torch.device
+    strategy: Strategy,
+    images: Tensor | Images,
+    task: int,
+    device: torch.device,
+    tiling: Tiling | None = None,
 ) -> Iterator[Prediction]:
     """Images of a task, uint8 [N, 3, H, W] -> maps [B, H, W] and scores [B] batch by batch, on the CPU.
 
     Args:
         task: its index; only strategies with `task_known` use it.
         device: where the detector is.
+        tiling: how images are cut for the detector: then there is one image at a time, whose tiles come in batches; None
+            where they are not.
 
     Raises:
         Diverged: a map or score is not finite.
     """
+    if tiling is None:
+        return _by_batches(strategy, images, task, device)
+    tiles = _by_batches(strategy, tiling.cut(images), task, device)
+    return whole(tiles, tiling, Images.of(images).sizes)
+
+
+@torch.no_grad()
+def _by_batches(
+    strategy: Strategy, images: Tensor | Images, task: int, device: torch.device
+) -> Iterator[Prediction]:
+    """As `predictions`, of what the detector takes as it is."""
     strategy.detector.eval()
     before: Callable[[], Prediction] | None = None
     for batch in Images.of(images).on(device).split(BATCH_SIZE):
@@ -118,6 +139,24 @@ def _finite(prediction: Prediction, strategy: Strategy) -> Prediction:
             f"an anomaly map or score is not finite: {advice_on_divergence(strategy.detector, strategy)}"
         )
     return prediction
+
+
+def check_room(tasks: Sequence[Task]) -> None:
+    """Check, before anything is learned, that memory has room for the maps of a category's test images, and their metrics.
+
+    Raises:
+        UserError: it has not.
+    """
+    free = free_memory()
+    for test, name in ((category.test, category.name) for task in tasks for category in task.categories):
+        needed = _BYTES_A_PIXEL * test.masks.numel()
+        if free is not None and needed > free:
+            height, width = test.masks.shape[1:]
+            raise UserError(
+                f"evaluating '{name}' takes {needed / 1e9:.2g} GB, for {counted(len(test), 'map')} of {width}x{height} pixels "
+                f"and their metrics, and {free / 1e9:.2g} GB of memory are free here: give a smaller dataset.resize, or "
+                "fewer test images"
+            )
 
 
 def metrics_of(
@@ -185,10 +224,11 @@ def inference_cost(
 ) -> dict[str, float]:
     """What an image costs, from uint8 pixels on the device to map and score. Features are computed anew.
 
-    Over 32 images, which are repeated where there are fewer.
+    Over 32 images, which are repeated where there are fewer. Where they are tiles, an image costs what all of its tiles do;
+    that their maps are put together is not counted.
 
     Args:
-        images: images of a task, uint8 [N, 3, H, W].
+        images: images of a task, uint8 [N, 3, H, W], or tiles of images of one size.
         task: its index; only strategies with `task_known` use it.
         device: where the detector is.
         progress: told before every pass; it may raise, to stop the run.
@@ -201,6 +241,8 @@ def inference_cost(
             `torch.utils.flop_counter` counts them: a multiplication and an addition are two. Others, as triangular
             solves, are not counted.
     """
+    parents = Images.of(images).parents
+    each = 1 if parents is None else len(parents) // len(parents.unique())  # tiles of an image
     # Whole batches only: frozen networks fill up a batch that is not, which would count as time.
     images = Images.of(images).on(device)[torch.arange(_TIMED_IMAGES) % min(len(images), _TIMED_IMAGES)]
     passes = []
@@ -217,10 +259,10 @@ def inference_cost(
             for batch in images.split(BATCH_SIZE):
                 strategy.predict(batch, task).scores.cpu()
             passes.append(time.perf_counter() - begin)
-        joules = (meter.joules() - before) / (3 * len(images))
-    operations = counter.get_total_flops() / BATCH_SIZE
+        joules = each * (meter.joules() - before) / (3 * len(images))
+    operations = each * counter.get_total_flops() / BATCH_SIZE
     return {
-        "ms": 1000 * min(passes) / len(images),
+        "ms": each * 1000 * min(passes) / len(images),
         **({"j": joules} if meter.available else {}),
         "gflop": operations / 10**9,
     }

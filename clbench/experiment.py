@@ -173,7 +173,7 @@ class Course:
 
     def _learn(self, stage: int) -> None:
         """Learn a stage, and save what was learned."""
-        train = [self.tasks[task].train.images for task in self.stages[stage]]
+        train = [self.tasks[task].train.pieces for task in self.stages[stage]]
         names = "+".join(self.tasks[task].name for task in self.stages[stage])
         if not any(map(len, train)):
             raise UserError(
@@ -269,7 +269,7 @@ class Course:
         self.display.heading("the trained detector")
         device, last = self.assembly.device, len(self.tasks) - 1
         newest = self.tasks[-1]
-        images = (newest.categories[0].test if len(newest.categories[0].test) else newest.train).images
+        images = (newest.categories[0].test if len(newest.categories[0].test) else newest.train).pieces
         with self._predicting("timing"):
             cost = evaluation.inference_cost(
                 self.strategy, images, last, device, self.progress, self.spent.meter

@@ -1,6 +1,6 @@
 """The detector that a run has trained, for use elsewhere."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,9 +16,11 @@ from clbench.config.messages import reason
 from clbench.config.using import for_use
 from clbench.data.files import find_images, read_image_at
 from clbench.data.samples import Geometry
+from clbench.data.tiles import Tiling
 from clbench.errors import UserError, counted, first_line
 from clbench.evaluation import BATCH_SIZE
 from clbench.methods.base import Detector, Prediction, check_frozen, frozen_digest
+from clbench.mosaics import whole
 from clbench.out_of_memory import is_out_of_memory, memory_named
 from clbench.paths import expanded
 from clbench.recording.checkpoint import Checkpoints
@@ -74,15 +76,18 @@ _NO_THRESHOLDS = (
 class TrainedDetector:
     """A trained detector: call it on images of the run's size, or let it `predict` files of any size.
 
+    One that cuts images into tiles takes images of any size that has room for one.
+
     Attributes:
         detector: the detector itself, in evaluation mode.
         geometry: how images are brought to the run's size.
-        image_size: the run's size, (H, W) in pixels; None where images kept their own size and the run was
-            made by an older clbench.
+        image_size: the size that the detector takes, (H, W) in pixels; None where images kept their own size and the run
+            was made by an older clbench.
         thresholds: thresholds of maps and scores; None where the run has not ended.
         device: where the detector is.
         peak: the largest value of the 16-bit files that were predicted; None where there were none.
         run: the directory of the run that trained it.
+        tiling: how it cuts images into tiles of `image_size`; None where it takes them as they are.
     """
 
     def __init__(
@@ -92,8 +97,10 @@ class TrainedDetector:
         image_size: tuple[int, int] | None,
         thresholds: Thresholds | None,
         run: Path | None = None,
+        tiling: Tiling | None = None,
     ):
         self.run = run
+        self.tiling = tiling
         self.detector = detector
         self.geometry = geometry
         self.image_size = image_size
@@ -102,17 +109,26 @@ class TrainedDetector:
         self.peak: int | None = None
 
     @torch.no_grad()
-    def __call__(self, images: Tensor) -> Prediction:
+    def __call__(self, images: Tensor, batch_size: int = BATCH_SIZE) -> Prediction:
         """Images of the run's size [B, 3, H, W], uint8 or in [0, 1] -> maps [B, H, W] and scores [B].
 
+        Args:
+            batch_size: tiles predicted at a time, where images are cut.
+
         Raises:
-            UserError: memory is not enough.
+            UserError: images are smaller than a tile, or memory is not enough.
         """
         fewer = "predict fewer at a time (--batch-size, or batch_size in Python)"
         on_cpu = f"{fewer}, or on the CPU (--device cpu)"
         phase = f"predicting {counted(len(images), 'image')}"
         with memory_named(phase, on_cpu, self.device, way_out_on_host=fewer), self.detector.uncached():
-            return self.detector.predict(images.to(self.device))
+            if self.tiling is None:
+                return self.detector.predict(images.to(self.device))
+            size = images.shape[-2:]
+            self._check_room(size, "an image")
+            tiles = self.tiling.cut(images).split(batch_size)
+            found = (self.detector.predict(tile.to(self.device)) for tile in tiles)
+            return _together(list(whole(found, self.tiling, [(size[0], size[1])] * len(images))))
 
     def learn(
         self,
@@ -152,7 +168,7 @@ class TrainedDetector:
             false_positive_rate: share of normal pixels that masks may mark.
             image_false_positive_rate: share of normal images that may be called anomalous; None for the same
                 rate.
-            batch_size: number of images predicted at a time.
+            batch_size: number of images predicted at a time; of tiles, where images are cut, one image after the other.
             unreadable: called with each file that is no image or has the wrong size, and its error; the file
                 is then passed over. None: the error is raised.
 
@@ -169,7 +185,8 @@ class TrainedDetector:
             pixel, image = self.thresholds.at(false_positive_rate, image_false_positive_rate)
         given = [images] if isinstance(images, str | Path) else list(images)
         paths = find_images(given)
-        batches = [paths[begin : begin + batch_size] for begin in range(0, len(paths), batch_size)]
+        together = batch_size if self.tiling is None else 1
+        batches = [paths[begin : begin + together] for begin in range(0, len(paths), together)]
         with ThreadPoolExecutor(min(8, batch_size)) as pool:
             ahead = [pool.submit(self._read, path) for path in batches[0]] if batches else []
             for number, batch in enumerate(batches):
@@ -191,11 +208,24 @@ class TrainedDetector:
                         unreadable(path, error)
                 if not read:
                     continue
-                maps, scores = self(torch.from_numpy(np.stack([pixels for _, pixels, _ in read])))
+                stacked = np.stack([pixels for _, pixels, _ in read]) if len(read) > 1 else read[0][1][None]
+                maps, scores = self(torch.from_numpy(stacked), batch_size)
                 grids = maps.cpu().numpy()
                 for (path, _, size), grid, score in zip(read, grids, scores.tolist(), strict=True):
                     anomalous = None if image is None else score > image
                     yield Found(path, score, anomalous, size, grid, self.geometry, pixel)
+
+    def _check_room(self, size: Sequence[int], name: str) -> None:
+        """Check that an image of a size (H, W) has room for a tile, where images are cut.
+
+        Raises:
+            UserError: it has not; `name` is the image's.
+        """
+        if self.tiling is not None and min(size) < self.tiling.side:
+            raise UserError(
+                f"{name} is {size[1]}x{size[0]}, and the run judges tiles of {self.tiling.side} pixels (dataset.tile): give it "
+                "larger images"
+            )
 
     def _read(self, path: Path) -> tuple[np.ndarray, tuple[int, int], int | None]:
         """An image at the run's size, uint8 [3, h, w], its own size (H, W), and its largest value if it has 16 bits.
@@ -209,7 +239,9 @@ class TrainedDetector:
             pixels = self.geometry.image(picture)
         except UserError as error:
             raise UserError(f"image file {path}: {error}") from error
-        if self.image_size not in (None, pixels.shape[:2]):
+        if self.tiling is not None:
+            self._check_room(pixels.shape[:2], f"image file {path}")
+        elif self.image_size not in (None, pixels.shape[:2]):
             wanted = f"{self.image_size[1]}x{self.image_size[0]}"  # type: ignore[index]
             raise UserError(
                 f"image file {path} is {width}x{height}, and the run learned from images of {wanted}: "
@@ -296,14 +328,24 @@ def load(
             else f"{which}: {directory.path} has learned {', '.join(tasks)}; leave it out, as one model judges all"
         )
     geometry = config.dataset.geometry()
-    side = geometry.crop or geometry.resize
+    side = config.dataset.tile or geometry.crop or geometry.resize
     return TrainedDetector(
         strategy.detector_for(tasks.index(task)).eval(),
         geometry,
         (limits and limits.image_size) or ((side, side) if side else None),
         None if limits is None else thresholds.for_task(limits, task),
         directory.path,
+        assembly.tiling(config),
     )
+
+
+def _together(found: list[Prediction]) -> Prediction:
+    """The predictions of several images of one size as one; that of a single one as it is."""
+    if len(found) == 1:
+        return found[0]
+    maps, scores = (torch.cat(parts) for parts in zip(*found, strict=True))
+    chosen = [each.chosen for each in found if each.chosen is not None]
+    return Prediction(maps, scores, torch.cat(chosen) if chosen else None)
 
 
 @dataclass(frozen=True)

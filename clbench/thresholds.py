@@ -151,8 +151,8 @@ def calibrate(
         earlier: what thresholds.json of the run that this one goes on from holds; None where it goes on from none.
 
     Returns:
-        What thresholds.json holds: the image size (H, W), the false-positive rates, and the thresholds of
-        each model.
+        What thresholds.json holds: the size (H, W) of the images that the detector takes, or of the tiles, the
+        false-positive rates, and the thresholds of each model.
 
     Raises:
         Diverged: a map or score is not finite.
@@ -167,7 +167,8 @@ def calibrate(
             found.append(kept[tuple(tasks[task].name for task in learned)])
         else:
             found.append(asdict(of_stages(strategy, tasks, model, device, progress)[0]))
-    size = list(tasks[0].train.images.shape[-2:])
+    tiling = tasks[0].train.tiling
+    size = [tiling.side] * 2 if tiling else list(tasks[0].train.images.shape[-2:])
     return {"image_size": size, "false_positive_rates": list(RATES), "models": found}
 
 
@@ -176,7 +177,8 @@ def of_stages(
 ) -> tuple[Thresholds, list[float]]:
     """The thresholds of a model for images of what it learned in these stages, 0-based, as the model is now.
 
-    With the image scores that they were set on. Of a stage whose images are not there, stored ones count, or none.
+    With the image scores that they were set on. Of a stage whose images are not there, stored ones count, or none: tiles that
+    are stored are no images, whose scores are the highest of many.
 
     Args:
         tasks, device, progress: as for `calibrate`.
@@ -193,13 +195,14 @@ def of_stages(
         sets.append((learning[stage][0], images))
         all_held = all_held and held
     count = sum(len(images) for _, images in sets)
-    scores, pixels = Tail(count), Tail(count * math.prod(tasks[0].train.images.shape[-2:]))
+    scores, pixels = Tail(count), Tail(sum(math.prod(size) for _, images in sets for size in images.sizes))
     moments, every = Moments(), list[float]()
     done = 0
     for task, images in sets:
+        tiling = tasks[task].train.tiling
         # Features of stored images may be what is stored of them.
         with strategy.detector.uncached() if len(tasks[task].train) else nullcontext():
-            for batch in evaluation.predictions(strategy, images, task, device):
+            for batch in evaluation.predictions(strategy, images, task, device, tiling):
                 pixels.add(batch.maps)
                 moments.add(batch.maps)
                 scores.add(batch.scores)
@@ -254,6 +257,8 @@ def _normal(strategy: Strategy, tasks: list[Task], stage: int, enough: int) -> t
     """
     images = Images.concatenate([tasks[task].train.images for task in strategy.stages(len(tasks))[stage]])
     if not len(images):
+        if any(task.train.tiling for task in tasks):
+            return images, False
         pair = next(iter(strategy.replayed()[stage : stage + 1]), (images, images))
         stored, unseen = map(Images.of, pair)
         return (unseen, True) if len(unseen) else (stored.some(slice(max(enough, 1))), False)
@@ -270,7 +275,7 @@ class Stored:
 
     Args:
         models: the thresholds of each model.
-        image_size: the run's size, (H, W) in pixels; None in files of earlier versions.
+        image_size: the size that the detector takes, (H, W) in pixels; None in files of earlier versions.
     """
 
     models: list[Thresholds]

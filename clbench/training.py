@@ -451,8 +451,8 @@ class Descent:
             images = batch.images
             raise UserError(
                 f"a batch of {len(images)} image, {images.shape[-1]}x{images.shape[-2]} pixels, leaves one position in "
-                "the deepest level, which batch normalisation cannot learn from: give a larger dataset.resize, or a "
-                "method.batch_size that leaves no single image over"
+                "the deepest level, which batch normalisation cannot learn from: give a larger "
+                f"{self.detector.size_setting}, or a method.batch_size that leaves no single image over"
             ) from error
 
     def _check(self) -> None:
@@ -594,10 +594,17 @@ def _batches(
 def split(images: Tensor | Images, share: float, seed: int, stage: int) -> tuple[Images, Images]:
     """A stage's images, uint8 [N, 3, H, W], to learn from, and those held out; none is copied.
 
-    At least one is learned from; of two or more at least one is held out where the share is not 0.
+    At least one is learned from; of two or more at least one is held out where the share is not 0. Tiles of one image stay
+    together.
     """
-    learned, held = split_rows(len(images), share, seed, stage)
-    return Images.of(images).some(learned), Images.of(images).some(held)
+    images = Images.of(images)
+    if images.parents is None:
+        learned, held = split_rows(len(images), share, seed, stage)
+        return images.some(learned), images.some(held)
+    parents, owners = images.parents.unique(return_inverse=True)
+    _, held = split_rows(len(parents), share, seed, stage)
+    apart = torch.isin(owners, held)
+    return images.some((~apart).nonzero().flatten()), images.some(apart.nonzero().flatten())
 
 
 def split_rows(count: int, share: float, seed: int, stage: int) -> tuple[Tensor, Tensor]:

@@ -91,7 +91,8 @@ def main(options: argparse.Namespace) -> int:
             for file in sorted(Path(folder).iterdir()):
                 file.replace(output / file.name)
         batch = "any number of" if any_number else "one"
-        display.line(f"{output}: takes {batch} {options.input} RGB images of {width}x{height} at a time")
+        what = "images" if detector.tiling is None else "tiles"
+        display.line(f"{output}: takes {batch} {options.input} RGB {what} of {width}x{height} at a time")
         for name, relative in found.items():
             runtime_name = {"onnx": "model.onnx in ONNX Runtime", "torch": "model.pt2"}[name]
             display.line(f"{runtime_name} agrees with the detector to {relative:.1e} of the maps' range")
@@ -115,6 +116,9 @@ def _check_difference(name: str, difference: float, tolerance: float) -> None:
 def _about(options: argparse.Namespace, detector: TrainedDetector, shape: list[int | None]) -> dict[str, Any]:
     """What model.json says of the graph: how images are prepared, and which thresholds go with which rate.
 
+    Where images are cut, the graph takes tiles, and thresholds are of whole images: of their maps, put together, and of the
+    highest score of their tiles.
+
     Args:
         shape: shape of the images that the graph takes; None where any number fits.
     """
@@ -127,6 +131,8 @@ def _about(options: argparse.Namespace, detector: TrainedDetector, shape: list[i
             "type": options.input,
             "resize": geometry.resize,
             "crop": geometry.crop,
+            "tile": detector.tiling and detector.tiling.side,
+            "overlap": detector.tiling and detector.tiling.overlap,
         },
         "thresholds": detector.thresholds and detector.thresholds.by_rate(),
     }

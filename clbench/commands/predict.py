@@ -58,7 +58,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help="judge what comes into a folder until it is stopped: a line of JSON for each image, and no pictures",
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:1 (auto)")
-    parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="images at a time (16)")
+    parser.add_argument(
+        "--batch-size", type=int, default=16, metavar="N", help="images, or tiles of one, at a time (16)"
+    )
 
 
 def main(options: argparse.Namespace) -> int:

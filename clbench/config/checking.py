@@ -208,7 +208,7 @@ def _with_checked_settings(config: Config) -> Config:
 
     check("method", detector_of(config), "protocol")
     dataset = classes.class_of_kind("dataset", config.dataset.target, Dataset)
-    check("dataset", dataset, *Geometry.__annotations__)
+    check("dataset", dataset, *Geometry.__annotations__, "tile", "overlap")
     check("backbone", classes.class_of(classes.BACKBONE))
     check("strategy", strategy_of(config))
     config.dataset.geometry()
@@ -284,14 +284,51 @@ def _check_combinations(config: Config) -> None:
             "ones; take another method, or strategy=replay or finetune"
         )
     if strategy.has_buffer:
-        side = config.dataset.crop or config.dataset.resize
+        side = config.dataset.tile or config.dataset.crop or config.dataset.resize
         has_backbone = "backbone" in classes.constructor(detector)
         strategy.check_buffer(dict(config.replay), detector, has_backbone, side)
+    _check_tiles(config)
     _check_saturations(config)
     wandb_mode(config.wandb.model_dump())
     if config.gpu.device == "cpu" and config.gpu.precision == "fp16":
         raise UserError("gpu.precision=fp16 is for GPUs: on gpu.device=cpu take bf16 or fp32")
     _check_order(config.task_order)
+
+
+def _check_tiles(config: Config) -> None:
+    """Check that images can be cut into the tiles that are asked for, and that the method can learn them.
+
+    Raises:
+        UserError: they cannot, or it cannot.
+    """
+    dataset = config.dataset
+    if dataset.tile is None:
+        if dataset.overlap is not None:
+            raise UserError(
+                f"dataset.overlap={dataset.overlap} is of tiles, and there are none: give dataset.tile too, or leave it out"
+            )
+        return
+    given = f"dataset.tile={dataset.tile}"
+    if dataset.shared >= dataset.tile:
+        raise UserError(
+            f"dataset.overlap={dataset.overlap} is as large as {given}, so that no tile would come after the first: give less, "
+            f"such as {dataset.tile // 8}"
+        )
+    if dataset.crop is not None:
+        raise UserError(
+            f"{given} with dataset.crop={dataset.crop} makes no sense, as tiles are cut from whole images: give "
+            "dataset.crop=null too"
+        )
+    if dataset.resize is not None and dataset.tile >= dataset.resize:
+        raise UserError(
+            f"{given} cuts nothing out of images of dataset.resize={dataset.resize}: give dataset.resize=null, which leaves "
+            "images as large as they are, or a larger one"
+        )
+    if reason := detector_of(config).why_no_tiles(config.method.settings):
+        raise UserError(
+            f"{given} with method={config.method.name} makes no sense: {reason}, and where in its image a tile lies is not known to "
+            "it; take a method without places, such as patchcore, or dataset.tile=null"
+        )
 
 
 def _check_order(order: TaskOrder) -> None:

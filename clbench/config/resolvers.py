@@ -21,13 +21,13 @@ def if_given(value: Any, then: Any, otherwise: Any) -> Any:
     return otherwise if value is None else then
 
 
-def images_mb(count: int, resize: int | None, crop: int | None) -> float:
-    """10^6 bytes of so many images, as they are, of a run's size in pixels.
+def images_mb(count: int, resize: int | None, crop: int | None, tile: int | None = None) -> float:
+    """10^6 bytes of so many images, as they are, of a run's size in pixels; of so many tiles where it cuts images.
 
     Raises:
         UserError: the size is that of the files, which is not known.
     """
-    side = crop or resize
+    side = tile or crop or resize
     if side is None:
         raise UserError(
             f"dataset.resize=null: the bytes of {count} images are not known; give dataset.resize a number"

@@ -132,6 +132,8 @@ class DatasetNode(Node):
         resize: pixels that both sides of an image are brought to; None keeps the files' size.
         crop: pixels of both sides that are cut out of the center; None for no crop.
         bit_depth: how many bits of 16-bit images the camera has filled; None for all.
+        tile: pixels of both sides of the tiles that images are then cut into; None for no tiles.
+        overlap: pixels that neighbouring tiles share at least; None for an eighth of the tile, rounded down.
         added: products that were learned later, by `clbench learn`: name -> folder.
         absent: categories whose images were not there any more then: name -> the fingerprints of its images, see
             `clbench.data.unchanged`.
@@ -144,6 +146,8 @@ class DatasetNode(Node):
     resize: PositiveInt | None
     crop: PositiveInt | None
     bit_depth: Annotated[int, Field(ge=8, le=16)] | None = None
+    tile: PositiveInt | None = None
+    overlap: NonNegativeInt | None = None
 
     def geometry(self) -> Geometry:
         """What images are brought to.
@@ -152,6 +156,11 @@ class DatasetNode(Node):
             UserError: a size makes no sense.
         """
         return Geometry(self.resize, self.crop, self.bit_depth)
+
+    @property
+    def shared(self) -> int:
+        """Pixels that neighbouring tiles share at least, where there are tiles."""
+        return (self.tile or 0) // 8 if self.overlap is None else self.overlap
 
 
 class StrategyNode(Node):

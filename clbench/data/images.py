@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
-from typing import Any, Union
+from typing import TYPE_CHECKING, Any, Union
 
 import torch
 from torch import Tensor
@@ -14,6 +14,9 @@ from clbench import digests
 from clbench.data.cache import Contents
 from clbench.data.samples import GOOD, Defect, different_sizes
 from clbench.out_of_memory import pinning
+
+if TYPE_CHECKING:
+    from clbench.data.tiles import Tiling
 
 Identity = str  # the SHA-256 of an image's pixels
 
@@ -39,6 +42,10 @@ class Made:
         """The images of some rows, int64 [M] -> uint8 [M, 3, H, W]."""
         raise NotImplementedError
 
+    def made_of(self) -> tuple[Union[Tensor, "Made"], Any]:
+        """What they are made of, and how: identities are kept for as long as there is the first; itself, and None."""
+        return self, None
+
     def __len__(self) -> int:
         return self.shape[0]
 
@@ -61,6 +68,8 @@ class Images:
         parts: uint8 [M, 3, H, W] each, at least one: files that are mapped into memory, for example, or `Made`.
         device: what rows are on; None for that of the first part.
         places: which of all parts' images these are, int64 [N] on the CPU; None for all of them in their order.
+        parents: where these are tiles, the image that each was cut from, int64 [N] on the CPU: tiles of one image have the
+            same number.
     """
 
     def __init__(
@@ -68,10 +77,12 @@ class Images:
         parts: Sequence[Tensor | Made],
         device: torch.device | None = None,
         places: Tensor | None = None,
+        parents: Tensor | None = None,
     ):
         self._parts = list(parts)
         self._starts = torch.tensor([0, *accumulate(map(len, self._parts))])
         self._places = torch.arange(int(self._starts[-1])) if places is None else places
+        self.parents = parents
         self._origin: Images | None = None  # the same images where they were before they were copied
         self.device = self._parts[0].device if device is None else device
         self.dtype = self._parts[0].dtype
@@ -89,7 +100,8 @@ class Images:
             return each[0]
         begins = accumulate((int(images._starts[-1]) for images in each), initial=0)
         places = [images._places + begin for images, begin in zip(each, begins, strict=False)]
-        found = Images([part for images in each for part in images._parts], each[0].device, torch.cat(places))
+        parts = [part for images in each for part in images._parts]
+        found = Images(parts, each[0].device, torch.cat(places), _numbered_through(each))
         if any(images._origin is not None for images in each):
             found._origin = Images.concatenate(
                 [images if images._origin is None else images._origin for images in each]
@@ -98,7 +110,7 @@ class Images:
 
     def on(self, device: torch.device) -> "Images":
         """The same images with rows on another device; they stay where they are until they are asked for."""
-        return self if device == self.device else Images(self._parts, device, self._places)
+        return self if device == self.device else Images(self._parts, device, self._places, self.parents)
 
     def copied(self, limit: float) -> "Images":
         """The same images, copied to a GPU once where they take at most so many bytes; else as they are.
@@ -113,7 +125,7 @@ class Images:
             there[begin : begin + _PIECE] = self[begin : begin + _PIECE]
             if self.device.type == "cuda":
                 torch.cuda.current_stream(self.device).synchronize()
-        found = Images([there])
+        found = Images([there], parents=self.parents)
         found._origin = self
         return found
 
@@ -124,10 +136,35 @@ class Images:
 
     def some(self, rows: Tensor | slice) -> "Images":
         """Some of the images, by a slice or by rows, int64 [M] on the CPU; nothing is copied."""
-        found = Images(self._parts, self.device, self._places[rows])
+        parents = None if self.parents is None else self.parents[rows]
+        found = Images(self._parts, self.device, self._places[rows], parents)
         if self._origin is not None:
             found._origin = self._origin.some(rows)
         return found
+
+    def divided(self, divide: Callable[[Any], Made]) -> "Images":
+        """What a function makes of the images, equally many of each one of a part, image by image; their `parents` are these.
+
+        Args:
+            divide: gives what it makes of a part, which may be of another size than the others.
+        """
+        parts = [divide(part) for part in self._parts]
+        each = torch.tensor(
+            [len(made) // max(len(part), 1) for made, part in zip(parts, self._parts, strict=True)]
+        )
+        starts = torch.tensor([0, *accumulate(map(len, parts))])
+        owners = self._owners(self._places)
+        counts = each[owners]
+        firsts = starts[owners] + (self._places - self._starts[owners]) * counts
+        parents = torch.arange(len(self)).repeat_interleave(counts)
+        within = torch.arange(len(parents)) - (counts.cumsum(0) - counts)[parents]
+        return Images(parts, self.device, firsts[parents] + within, parents)
+
+    @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """The size (H, W) of each image: those of different parts may differ where they are only cut into tiles."""
+        of_parts = [(part.shape[-2], part.shape[-1]) for part in self._parts]
+        return [of_parts[owner] for owner in self._owners(self._places).tolist()]
 
     def __len__(self) -> int:
         return len(self._places)
@@ -229,7 +266,7 @@ class Images:
 
 # Rows of images -> these images, the rows, and the tensor's version then.
 _ORIGINS: Any = WeakTensorKeyDictionary()
-# Parts -> their version then, and the identity of each image.
+# Parts -> what is made of them, or None for themselves -> their version then, and the identity of each image.
 _IDENTITIES: Any = WeakTensorKeyDictionary()
 
 
@@ -256,11 +293,25 @@ def identities(images: Tensor) -> list[Identity]:
 
 
 def _identities_of_part(part: Tensor | Made) -> list[Identity]:
-    known = _IDENTITIES.get(part)
-    if known is None or known[0] != part._version:
+    source, how = (part, None) if isinstance(part, Tensor) else part.made_of()
+    kept = _IDENTITIES.get(source)
+    if kept is None:
+        _IDENTITIES[source] = kept = {}
+    if how not in kept or kept[how][0] != part._version:
         found = [each for some in part.split(_PIECE) for each in identities(some)]
-        _IDENTITIES[part] = known = part._version, found
-    return known[1]
+        kept[how] = part._version, found
+    return kept[how][1]
+
+
+def _numbered_through(several: Sequence[Images]) -> Tensor | None:
+    """The `parents` of several, one after the other; None where some have none."""
+    begin, found = 0, []
+    for images in several:
+        if images.parents is None:
+            return None
+        found.append(images.parents + begin)
+        begin += int(images.parents.max()) + 1 if len(images) else 0
+    return torch.cat(found)
 
 
 def sent(tensor: Tensor, device: torch.device) -> Tensor:
@@ -292,6 +343,7 @@ class ImageSet:
         unknown: indices of the defective images whose defect was not outlined: their masks mean nothing.
         contents: what was found when they were decoded; nothing where they come from elsewhere.
         defects: each defect by itself, where saturation areas are asked for; else none.
+        tiling: how images are cut for detectors; None where they are not.
     """
 
     images: Tensor | Images
@@ -301,9 +353,15 @@ class ImageSet:
     unknown: list[int] = field(default_factory=list)
     contents: Contents = field(default_factory=lambda: Contents("", None, []))
     defects: Sequence[Defect] = ()
+    tiling: "Tiling | None" = None
 
     def __len__(self) -> int:
         return len(self.images)
+
+    @property
+    def pieces(self) -> Images:
+        """What detectors learn and judge: the images, uint8 [N, 3, H, W], or all tiles of them."""
+        return Images.of(self.images) if self.tiling is None else self.tiling.cut(self.images)
 
     @property
     def labels(self) -> Tensor:
@@ -332,6 +390,7 @@ class ImageSet:
         Raises:
             UserError: the sets differ in image size.
         """
+        sets = [part for part in sets if len(part)] or sets[:1]
         if len(sets) == 1:
             return sets[0]
         for other in sets[1:]:
@@ -348,4 +407,5 @@ class ImageSet:
                 for begin, part in zip(begins, sets, strict=False)
                 for defect in part.defects
             ],
+            tiling=sets[0].tiling,
         )

@@ -14,6 +14,7 @@ from clbench.data import doubts as doubtful
 from clbench.data.images import ImageSet
 from clbench.data.protocols import protocol_of
 from clbench.data.samples import Dataset, Geometry
+from clbench.data.tiles import Tiling
 from clbench.data.unchanged import SPLITS, Fingerprints
 from clbench.errors import UserError
 from clbench.randomness import generator
@@ -148,6 +149,7 @@ def load_tasks(
     progress: Callable[[str, int, int], None],
     defects: bool = False,
     absent: Mapping[str, list[str]] | None = None,
+    tiling: Tiling | None = None,
 ) -> list[Task]:
     """The tasks of a stream. Every file is read now, so that a bad one is found before training.
 
@@ -160,9 +162,11 @@ def load_tasks(
         progress: called with the phase, the number of images read, and of all.
         defects: whether test sets need each defect by itself; only where the dataset has `defects`.
         absent: the fingerprints of categories whose images are not there any more.
+        tiling: how images are cut for detectors; None where they are not. Then images of one task alone need to be of one
+            size.
 
     Raises:
-        UserError: a file is unreadable, images differ in size, or the cache cannot be written.
+        UserError: a file is unreadable, images differ in size or are smaller than a tile, or the cache cannot be written.
     """
     found = {
         (name, split): dataset.samples(name, split)
@@ -191,8 +195,12 @@ def load_tasks(
     }
     first = next(iter(sets.values()))
     for images in sets.values():
-        ImageSet.same_size(first, images)
+        if tiling is None:
+            first.same_size(images)
+        else:
+            tiling.check(images.masks.shape[1:], images.names[0])
     sets |= {key: ImageSet.none(first.masks.shape[1:]) for key in found if key not in sets}
+    sets = {key: replace(images, tiling=tiling) for key, images in sets.items()}
 
     def category(name: str) -> Category:
         known = [sets[name, split].contents for split in SPLITS]
@@ -215,6 +223,16 @@ def load_tasks(
         )
         for group in categories
     ]
+
+
+def first_image(dataset: Dataset, categories: list[list[str]], geometry: Geometry) -> torch.Tensor:
+    """The stream's first training image at the run's size, uint8 [3, H, W], read for itself.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    image, _ = dataset.samples(categories[0][0], "train")[0].at(geometry).read()
+    return torch.from_numpy(geometry.image(image)).permute(2, 0, 1)
 
 
 def doubts(tasks: Sequence[Task], bit_depth: int | None) -> list[str]:

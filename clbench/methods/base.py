@@ -91,6 +91,7 @@ class Detector(nn.Module):
         gradient_scale: state of the scaler that float16 trains with, which goes on from task to task; empty at first.
         image_memory: bytes of a stage's images that may be on the device for its training, which takes them a batch at
             a time where they are more; None for half of what a GPU has free.
+        size_setting: what the size of the images that it is given is set with, for errors.
         done: share of the task's steps that are done, in [0, 1): set before each, for what follows a schedule.
         progress: called with (phase, done, total, note) during long phases.
         recollection: where it may look up and put what it finds out about images that it will be asked for again; None, and
@@ -111,6 +112,7 @@ class Detector(nn.Module):
     precision: torch.dtype | None = None
     image_memory: int | None = None
     gradient_scale: Mapping[str, Any] = {}
+    size_setting = "dataset.resize (and dataset.crop)"
     done = 0.0
     recollection: Recollection | None = None
     _noted: list[Tensor] | None = None
@@ -124,6 +126,15 @@ class Detector(nn.Module):
         """The device of its parameters and buffers; the CPU where it has none yet."""
         tensors = chain(self.parameters(), self.buffers())
         return next((tensor.device for tensor in tensors), torch.device("cpu"))
+
+    @classmethod
+    def why_no_tiles(cls, settings: Mapping[str, Any]) -> str | None:
+        """Why it cannot learn tiles of images, as the end of a sentence: what it learns of each place; None where it can.
+
+        Args:
+            settings: of the method, as its constructor is given them.
+        """
+        return None
 
     @property
     def bank_limit(self) -> int | None:
@@ -279,7 +290,7 @@ class Detector(nn.Module):
             UserError: the detector takes no images of this size.
         """
         for pyramid in self.pyramids():
-            pyramid.check(images)
+            pyramid.check(images, f"set {self.size_setting}")
 
     def check_stages(self, counts: Sequence[int], kept: int) -> None:
         """Check, before anything is learned, that what it keeps suits the stages.

@@ -1,5 +1,8 @@
 """CFA: patches drawn to centroids of normal ones, by coupled hyperspheres (Lee et al., 2022)."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor, nn
@@ -75,6 +78,10 @@ class CFA(Detector):
         self.radius = nn.Parameter(torch.tensor(1e-5))
         self.register_buffer("centroids", torch.empty(0, size))
         self.register_buffer("tasks", torch.tensor(0))
+
+    @classmethod
+    def why_no_tiles(cls, settings: Mapping[str, Any]) -> str:
+        return "its centroids are means over images at each place"
 
     def check(self, images: Tensor) -> None:
         grid = self.pyramid.check(images)[0].shape[-2:]  # all levels are brought to the first one's grid

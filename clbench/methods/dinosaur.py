@@ -1,7 +1,7 @@
 """DINOSaur: banks of tokens at each position, and a prototype of each task to choose among them (Weatherly & Lin, 2026)."""
 
-from collections.abc import Sequence
-from typing import Annotated, Literal
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal
 
 import torch
 from annotated_types import Gt, Le
@@ -83,6 +83,10 @@ class DINOSaur(TaskBanks):
 
     def check(self, images: Tensor) -> None:
         self._positions = self.pyramid.check(images)[0].shape[-2:].numel()
+
+    @classmethod
+    def why_no_tiles(cls, settings: Mapping[str, Any]) -> str:
+        return "it has a bank for each place of an image"
 
     @property
     def bank_limit(self) -> int | None:

@@ -73,8 +73,8 @@ class DRAEM(Detector):
         height, width = images.shape[-2:]
         if min(height, width) < _SMALLEST:
             raise UserError(
-                f"method=draem halves images five times, and takes none of {width}x{height}: give a dataset.resize "
-                f"(and dataset.crop) of {_SMALLEST} or more"
+                f"method=draem halves images five times, and takes none of {width}x{height}: give a "
+                f"{self.size_setting} of {_SMALLEST} or more"
             )
         self.pictures.look_up()
 

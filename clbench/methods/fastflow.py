@@ -1,6 +1,7 @@
 """FastFlow: two-dimensional normalising flows over a pyramid's levels (Yu et al., 2021)."""
 
 import math
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 import torch
@@ -72,6 +73,13 @@ class FastFlow(Detector):
         self.epochs, self.batch_size = epochs, batch_size
         self.learning_rate, self.weight_decay = learning_rate, weight_decay
         self.held_out = held_out
+
+    @classmethod
+    def why_no_tiles(cls, settings: Mapping[str, Any]) -> str | None:
+        trained = settings.get("trained_normalisation", False)
+        return (
+            "method.trained_normalisation=true has a factor for each place of an image" if trained else None
+        )
 
     def lay_out(self) -> None:
         super().lay_out()

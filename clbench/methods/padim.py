@@ -1,7 +1,8 @@
 """PaDiM: a Gaussian of patch features at every position (Defard et al., 2021)."""
 
 import itertools
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import torch
 from pydantic import PositiveFloat, PositiveInt
@@ -84,6 +85,10 @@ class PaDiM(Detector):
         self.register_buffer("mean", torch.empty(0, 0, size))
         self.register_buffer("factor", torch.empty(0, 0, size, size))
         self.register_buffer("counts", torch.empty(0, dtype=torch.int64))
+
+    @classmethod
+    def why_no_tiles(cls, settings: Mapping[str, Any]) -> str:
+        return "it has a Gaussian for each place of an image"
 
     def forget(self) -> None:
         self.mean, self.factor, self.counts = self.mean[:0], self.factor[:0], self.counts[:0]

@@ -79,7 +79,7 @@ class RD4AD(Detector):
             near = max(step, round(min(height, width) / step) * step)
             raise UserError(
                 f"method=rd4ad halves images {_HALVINGS} times, and takes none of {width}x{height}: give a "
-                f"dataset.resize (and dataset.crop) that is a multiple of {step}, as {near}"
+                f"{self.size_setting} that is a multiple of {step}, as {near}"
             )
         super().check(images)
 

@@ -333,8 +333,10 @@ def _paper_choice(run: FoundRun) -> str | None:
 
 def _image_size(run: FoundRun) -> str:
     """What images are brought to, in pixels: `256 cropped to 224`."""
-    resize, crop = run.config["dataset"]["resize"], run.config["dataset"]["crop"]
-    return f"{resize or 'as in the files'}" + (f" cropped to {crop}" if crop else "")
+    about = run.config["dataset"]
+    crop, tile = about["crop"], about.get("tile")
+    cut = f" cropped to {crop}" if crop else f" in tiles of {tile}" if tile else ""
+    return f"{about['resize'] or 'as in the files'}{cut}"
 
 
 def _on_other_images(runs: Sequence[FoundRun]) -> bool:

@@ -12,7 +12,7 @@ from clbench.data.stream import Task
 from clbench.errors import UserError, counted
 from clbench.methods.base import Detector, Prediction, kept_state
 from clbench.randomness import seed_for
-from clbench.training import OF_STEPS, Bookmark, Hooks, held_out, overrides, train, with_prefix
+from clbench.training import OF_STEPS, Bookmark, Hooks, overrides, split, train, with_prefix
 
 
 def ignore_epoch(stage: int, epoch: int, loss: float) -> None:
@@ -121,20 +121,22 @@ class Strategy(Hooks):
             UserError: the detector takes no images of their size, or a batch is larger than a task.
         """
         detector = self.detector
-        first = next(task.train.images for task in tasks if len(task.train))
+        first = next(task.train.pieces for task in tasks if len(task.train))
         detector.check(first[:1].to(detector.device))
         stages = [stage for stage in self.stages(len(tasks)) if all(len(tasks[task].train) for task in stage)]
-        counts = [sum(len(tasks[task].train) for task in stage) for stage in stages]
-        learned = [count - held_out(count, detector.held_out) for count in counts]
+        images = [Images.concatenate([tasks[task].train.pieces for task in stage]) for stage in stages]
+        counts = [len(of_stage) for of_stage in images]
+        learned = [len(split(of_stage, detector.held_out, self.seed, 0)[0]) for of_stage in images]
         kept = len(self.stages(len(tasks))) if self.needs_native_update else 1
         detector.check_stages(learned, kept)
         if not detector.has_gradients():
             return
+        what = "image" if first.parents is None else "tile"
         for stage, count, rest in zip(stages, counts, learned, strict=True):
             if detector.batch_size > rest:
                 name = "+".join(tasks[task].name for task in stage)
                 raise UserError(
-                    f"method.batch_size={detector.batch_size} is larger than the {counted(rest, 'image')} of task "
+                    f"method.batch_size={detector.batch_size} is larger than the {counted(rest, what)} of task "
                     f"'{name}' that are learned from (held out: {count - rest}): give at most {rest}"
                 )
 

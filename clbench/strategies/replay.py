@@ -146,7 +146,7 @@ class Replay(Strategy):
     def check(self, tasks: Sequence[Task]) -> None:
         super().check(tasks)
         if self.buffer:
-            first = [tasks[stage[0]].train.images for stage in self.stages(len(tasks))]
+            first = [tasks[stage[0]].train.pieces for stage in self.stages(len(tasks))]
             there = next(images for images in first if len(images))  # others were learned in an earlier run
             shown = [(images if len(images) else there)[:1] for images in first]
             self.buffer.check([image.to(self.detector.device) for image in shown])
@@ -166,7 +166,9 @@ class Replay(Strategy):
         if passed is None:
             return images
         together = Images.concatenate([images.some(others), passed.on(images.device)])
-        return together.some(torch.cat([others, own]).argsort())
+        found = together.some(torch.cat([others, own]).argsort())
+        found.parents = images.parents
+        return found
 
     def replayed(self) -> Sequence[tuple[Tensor | Images, Tensor | Images]]:
         return self.buffer.shares if self.buffer else ()
