@@ -2,9 +2,10 @@
 
     python -m benchmarks [NAME ...] [--checkpoint FILE] [--root FOLDER]
 
+<<<<<<< HEAD
 NAME: coreset, nearest, metrics, kernels, phases, steps, footprints, backbones, startup, sweeps, network, export,
 reports, growth, digests, checkpoints, company, launches, precision, positions, cadic, strategies, buffers, watch,
-evaluation; all of them where none is given.
+evaluation, tiles; all of them where none is given.
 Absolute times are this machine's; the ratios within a table are what carries over. A checkpoint (of timm's
 resnet18) and a root (an MVTec AD layout) replace random weights and synthetic images where a table takes features
 of images.
@@ -41,6 +42,7 @@ NAMES = (
     "buffers",
     "watch",
     "evaluation",
+    "tiles",
 )
 
 

@@ -217,9 +217,7 @@ def reader(config: Config, dataset: Dataset) -> Callable[[Progress], list[Task]]
     size, absent, cut = config.replay.size, config.dataset.absent, tiling(config)
     images = sum(len(dataset.samples(name, "train")) for group in categories for name in group)
     what = "training image"
-    if (
-        cut is not None and size is not None and size > images and not absent
-    ):  # it may be of tiles yet: by the size of the first image
+    if cut is not None and size is not None and size > images and not absent:  # there are more tiles
         first = stream.first_image(dataset, categories, geometry)
         cut.check(first.shape[-2:], dataset.samples(categories[0][0], "train")[0].name)
         images, what = images * len(cut.corners(first.shape[-2:])), "tile"

@@ -16,6 +16,7 @@ from test_predict import CPU, Brightness, normal
 from torch import Tensor
 from torch.nn import functional as F
 
+from benchmarks.tiles import picture
 from clbench import assembly, evaluation, thresholds
 from clbench.backbones import Backbone
 from clbench.commands.export import _about
@@ -415,3 +416,37 @@ def test_a_large_map_goes_back_to_its_file_strip_by_strip() -> None:
     expected = F.interpolate(torch.from_numpy(grid)[None, None], (600, 50), mode="bilinear")[0, 0].numpy()
     np.testing.assert_allclose(Geometry(40).restore(grid, (600, 50)), expected, atol=1e-5)
     assert Geometry(None).restore(grid, (40, 40)) is grid
+
+
+# What tiles are for
+
+
+def lost_or_found(size: int, geometry: Geometry, tiling: Tiling | None, count: int) -> list[bool]:
+    """Whether the highest point of the map of each of `count` scratched surfaces is on the scratch, 10 x 2 pixels."""
+    random = np.random.default_rng(0)
+    good = [picture(random, size, size)[0] for _ in range(4)]
+    scratched = [picture(random, size, size, scratched=True) for _ in range(count)]
+
+    def stacked(pixels: list[np.ndarray]) -> Tensor:
+        return torch.from_numpy(np.stack([geometry.image(each).transpose(2, 0, 1) for each in pixels]))
+
+    channels = {"channels": [48, 96, 192, 384]}
+    backbone = Backbone("resnet18", checkpoint="package:small.safetensors", arguments=channels, batch_size=4)
+    detector = PatchCore(backbone, layers=[1, 2], memory_size=500)
+    learned = stacked(good)
+    Native(detector).learn(0, learned if tiling is None else tiling.cut(learned))
+    trained = TrainedDetector(detector.eval(), geometry, None, None, tiling=tiling)
+    found = []
+    for image, mask in scratched:
+        restored = geometry.restore(trained(stacked([image])).maps[0].numpy(), (size, size))
+        near = cv2.dilate(mask.astype(np.uint8), np.ones((9, 9), np.uint8))
+        found.append(bool(near.flat[restored.argmax()]))
+    return found
+
+
+@pytest.mark.parametrize(("size", "count"), [(256, 3), pytest.param(1024, 6, marks=pytest.mark.long)])
+def test_a_defect_of_ten_pixels_is_lost_where_images_are_shrunk_and_found_in_tiles(
+    size: int, count: int
+) -> None:
+    assert sum(lost_or_found(size, Geometry(size // 8), None, count)) <= count // 3
+    assert sum(lost_or_found(size, Geometry(None), Tiling(128, 16), count)) >= count - count // 6

@@ -10,6 +10,7 @@ from clbench.data.images import ImageSet
 from clbench.recording.files import write_whole
 
 _SMALL = 256  # pixels: the longest height or width of a small picture
+_LARGE = 1024  # pixels: that of a picture beside others in a panel that is sent elsewhere
 _QUALITY = 85  # of JPEG
 _ROWS = 256  # of a picture that are coloured at a time
 
@@ -47,14 +48,12 @@ def write_few(maps: Tensor, images: ImageSet, directory: Path, stage: int) -> No
     for index in chosen(images):
         shown = parts(images.images[index].numpy(), images.masks[index].numpy(), heat[index], low, high)
         endings = (".jpg", "-mask.png", f"-stage-{stage:02d}.jpg")
-        scale = min(1.0, _SMALL / max(shown[0].shape))
         for picture, ending in zip(shown, endings, strict=True):
-            small = cv2.resize(picture, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
-            write_picture(directory / f"{images.kinds[index]}-{index:03d}{ending}", small)
+            write_picture(directory / f"{images.kinds[index]}-{index:03d}{ending}", _shrunk(picture, _SMALL))
 
 
 def few(maps: Tensor, images: ImageSet) -> list[np.ndarray]:
-    """Panels of the images that `chosen` picks: BGR uint8 [H, 3 W, 3] each.
+    """Panels of the images that `chosen` picks: BGR uint8 [h, 3 w, 3] each, of large images at 1024 pixels.
 
     Args:
         maps: anomaly maps [B, H, W] of the images, on the CPU.
@@ -62,9 +61,16 @@ def few(maps: Tensor, images: ImageSet) -> list[np.ndarray]:
     """
     heat = maps.numpy()
     low, high = float(heat.min()), float(heat.max())
-    return [
-        panel(images.images[i].numpy(), images.masks[i].numpy(), heat[i], low, high) for i in chosen(images)
-    ]
+    shown = (
+        parts(images.images[i].numpy(), images.masks[i].numpy(), heat[i], low, high) for i in chosen(images)
+    )
+    return [np.hstack([_shrunk(picture, _LARGE) for picture in each]) for each in shown]
+
+
+def _shrunk(picture: np.ndarray, longest: int) -> np.ndarray:
+    """A picture [H, W, 3] with at most so many pixels in height and width."""
+    scale = min(1.0, longest / max(picture.shape))
+    return cv2.resize(picture, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
 
 
 def chosen(images: ImageSet, count: int = 2) -> list[int]:
