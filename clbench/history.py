@@ -5,7 +5,6 @@ replaced. A line of the journal counts once the checkpoint of its stage is there
 the other lines.
 """
 
-import itertools
 from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any
@@ -62,6 +61,8 @@ class History:
         self._has_images = [len(each.test) > 0 for task in self.tasks for each in task.categories]
         self.results = Results(categories, self.stages, assembly.metrics)
         self.spent = Spent(assembly.device)
+        self._stream, self._files = fingerprints(self.tasks), assembly.identity["files"]
+        self._frozen = frozen_digest(self.strategy.detector)
         self.checkpoints = Checkpoints(
             directory.path / "checkpoint",
             str(assembly.device),
@@ -69,14 +70,13 @@ class History:
             urgent=interruption.urgent,
             saved=interruption.saved,
             beside=self._beside,
+            about={"stream": self._stream, "files": self._files, "frozen": self._frozen},
         )
         evaluate = assembly.config.evaluate
         self._all = evaluate == "all"
         step = evaluate.removeprefix("every:")
         self._step = int(step) if step.isdecimal() else len(self.stages) if evaluate == "last" else 1
         self.continued: str | None = None
-        self._stream, self._files = fingerprints(self.tasks), assembly.identity["files"]
-        self._frozen = frozen_digest(self.strategy.detector)
         self._journal = directory.journal()
         self.thresholds: dict[int, Learned] = {}
         self._needs_thresholds = need(assembly.metrics, "thresholds")
@@ -93,7 +93,7 @@ class History:
         if not self.evaluates(stage):
             return []
         wanted = range(len(self.results.categories)) if self._all else self.results.seen(stage)
-        lacking = (category for category in wanted if self.results.get(stage, category) is None)
+        lacking = (category for category in wanted if not self.results.evaluated(stage, category))
         return [category for category in lacking if self.has_images(category) or self.known(stage, category)]
 
     def has_images(self, category: int) -> bool:
@@ -265,14 +265,9 @@ class History:
         return valid
 
     def _beside(self) -> dict[str, Any]:
-        """What every checkpoint holds beside its own data; what the journal holds by now is on the disk then."""
+        """What a checkpoint holds beside its own data; what the journal holds by now is on the disk then."""
         self._journal.flush()
-        return {
-            "stream": self._stream,
-            "files": self._files,
-            "frozen": self._frozen,
-            "spent": self.spent.so_far(),
-        }
+        return {"spent": self.spent.so_far()}
 
     def _tell_epoch(self, stage: int, epoch: int, loss: float) -> None:
         """Tell the recorder an epoch's mean loss, with the epoch counted over all stages."""
@@ -281,9 +276,9 @@ class History:
 
     def _write_metrics(self) -> None:
         """Write metrics.csv whole."""
-        evaluations = itertools.product(range(len(self.stages)), range(len(self.results.categories)))
-        rows = [row for stage, category in evaluations for row in self._rows(stage, category)]
-        self.directory.write_metrics(rows)
+        self.directory.write_metrics(
+            row for where in self.results.evaluations() for row in self._rows(*where)
+        )
 
     def _rows(self, stage: int, category: int) -> list[MetricRow]:
         """The rows of metrics.csv for the evaluation of a category after a stage; none where there was none."""

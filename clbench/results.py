@@ -1,7 +1,7 @@
 """R by stage, category and metric: the evaluations of a run, and means, forgetting and transfer."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -54,12 +54,14 @@ class Results:
     ):
         self.metrics = tuple(metrics)
         self.categories = [name for task in tasks for name in task]
+        self._tasks = ["+".join(task) for task in tasks]
         self.task_of = [index for index, task in enumerate(tasks) for _ in task]
         stage_of = {task: stage for stage, learning in enumerate(stages) for task in learning}
         self.learned = [stage_of[task] for task in self.task_of]
         self._evaluated = np.zeros((len(stages), len(self.categories)), dtype=bool)
-        # NaN: undefined, or not evaluated.
-        self._R = {metric: np.full(self._evaluated.shape, np.nan) for metric in self.metrics}
+        # Of each stage with an evaluation, float64 [metrics, categories]. NaN: undefined, or not evaluated.
+        self._R: dict[int, np.ndarray] = {}
+        self._nothing = np.full((len(self.metrics), len(self.categories)), np.nan)
         # By stage and category, where there are any.
         self._chosen: dict[tuple[int, int], list[int]] = {}
         self._deviations: dict[tuple[int, int], float] = {}
@@ -79,10 +81,21 @@ class Results:
             self._chosen[stage, category] = chosen
         if pixel_fpr_deviation is not None:
             self._deviations[stage, category] = pixel_fpr_deviation
+        if stage not in self._R:
+            self._R[stage] = self._nothing.copy()
         self._evaluated[stage, category] = True
-        for metric, R in self._R.items():
-            value = values.get(metric)  # a journal of an earlier version may lack one
-            R[stage, category] = np.nan if value is None else value
+        found = map(values.get, self.metrics)  # a journal of an earlier version may lack one
+        self._R[stage][:, category] = [np.nan if value is None else value for value in found]
+
+    def evaluated(self, stage: int, category: int) -> bool:
+        """Whether a category was evaluated after a stage."""
+        return bool(self._evaluated[stage, category])
+
+    def evaluations(self) -> Iterator[tuple[int, int]]:
+        """The stage and the category of each evaluation, ascending."""
+        for stage in sorted(self._R):
+            for category in np.flatnonzero(self._evaluated[stage]).tolist():
+                yield stage, category
 
     def chosen(self, stage: int, category: int) -> list[int] | None:
         """How often the model of each stage was chosen for a category's test images after a stage; None where none is."""
@@ -96,13 +109,16 @@ class Results:
         """The metrics of a category after a stage; None where it was not evaluated."""
         if not self._evaluated[stage, category]:
             return None
-        return dict(
-            zip(self._R, _plain(np.array([R[stage, category] for R in self._R.values()])), strict=True)
-        )
+        return dict(zip(self.metrics, _plain(self._R[stage][:, category]), strict=True))
 
     def matrix(self, metric: str) -> Matrix:
-        """R of one metric, by stage and category; None where it is undefined or was not evaluated."""
-        return [_plain(row) for row in self._R[metric]]
+        """R of one metric, [stage][category]; None where it is undefined or was not evaluated."""
+        return self._rows({stage: values[self.metrics.index(metric)] for stage, values in self._R.items()})
+
+    def _rows(self, found: Mapping[int, np.ndarray]) -> Matrix:
+        """Rows of R by stage, float64 [categories], as plain data. Stages without evaluations share one row."""
+        nothing: list[float | None] = [None] * len(self.categories)
+        return [_plain(found[stage]) if stage in found else nothing for stage in range(len(self._evaluated))]
 
     def seen(self, stage: int) -> list[int]:
         """The indices of the categories learned up to a stage, this one included."""
@@ -110,7 +126,13 @@ class Results:
 
     def mean_seen(self, metric: str, stage: int) -> float | None:
         """A metric's mean over the categories learned up to a stage; None where it is defined for none."""
-        return continual.mean(_plain(self._R[metric][stage, self.seen(stage)]))
+        if stage not in self._R:
+            return None
+        return continual.mean(_plain(self._row(metric, stage)[self.seen(stage)]))
+
+    def _row(self, metric: str, stage: int) -> np.ndarray:
+        """A metric of each category after a stage, float64 [categories]; NaN where it is undefined or was not evaluated."""
+        return self._R.get(stage, self._nothing)[self.metrics.index(metric)]
 
     def after(self, stage: int) -> dict[str, Values]:
         """The results of a stage: name -> metric -> value.
@@ -125,15 +147,15 @@ class Results:
         found["mean"] = {metric: self.mean_seen(metric, stage) for metric in self.metrics}
         best = self._best_before(stage)
         found["forgetting"] = {
-            metric: continual.mean(_plain(best[metric] - self._upwards(metric)[stage]))
+            metric: continual.mean(_plain(best[metric] - self._upwards(metric, stage)))
             for metric in self.metrics
         }
         return found
 
-    def _upwards(self, metric: str) -> np.ndarray:
-        """R of a metric, float64 [stages, categories], with the sign that makes greater values better."""
-        known = METRICS.get(metric)
-        return -self._R[metric] if known is not None and known.better == "lower" else self._R[metric]
+    def _upwards(self, metric: str, stage: int) -> np.ndarray:
+        """As `_row`, with the sign that makes greater values better."""
+        known, row = METRICS.get(metric), self._row(metric, stage)
+        return -row if known is not None and known.better == "lower" else row
 
     def _best_before(self, stage: int) -> dict[str, np.ndarray]:
         """Metric -> float64 [categories]: the best value of each, see `_upwards`, since the stage that learned it.
@@ -142,10 +164,10 @@ class Results:
         """
         if stage < self._best_until:
             self._best, self._best_until = self._none_yet(), 0
-        for earlier in range(self._best_until, stage):
+        for earlier in filter(self._R.__contains__, range(self._best_until, stage)):
             seen = self.seen(earlier)
             for metric in self.metrics:
-                values = self._upwards(metric)[earlier, seen]
+                values = self._upwards(metric, earlier)[seen]
                 self._best[metric][seen] = np.fmax(self._best[metric][seen], values)
         self._best_until = stage
         return self._best
@@ -156,14 +178,27 @@ class Results:
 
     def just_learned(self, metric: str) -> list[float | None]:
         """Each category's value after the stage that learned it."""
-        return _plain(self._R[metric][self.learned, range(len(self.learned))])
+        found = (self._row(metric, stage)[category] for category, stage in enumerate(self.learned))
+        return _plain(np.fromiter(found, float, len(self.learned)))
 
-    def summary(self) -> dict[str, Any]:
-        """The means of R in summary.json: final values, forgetting and transfer, each over the categories."""
+    def summary(self, tasks: Sequence[str] | None = None) -> dict[str, Any]:
+        """The means of R in summary.json: final values, forgetting and transfer, each over the categories.
+
+        Args:
+            tasks: names of the tasks; None where they are called after their categories.
+        """
+        names = self._tasks if tasks is None else tasks
         R = {metric: self.matrix(metric) for metric in self.metrics}
-        upwards = {metric: list(map(_plain, self._upwards(metric))) for metric in self.metrics}
+        upwards = {
+            metric: self._rows({stage: self._upwards(metric, stage) for stage in self._R})
+            for metric in self.metrics
+        }
         last = len(R["pixel_f1"]) - 1
-        chosen = {name: self.chosen(last, category) for category, name in enumerate(self.categories)}
+        chosen = {
+            name: {names[task]: count for task, count in enumerate(counts) if count}
+            for category, name in enumerate(self.categories)
+            if (counts := self.chosen(last, category)) is not None
+        }
         return {
             "final": {metric: continual.final_mean(R[metric]) for metric in self.metrics},
             "average_forgetting_pct": continual.average_forgetting_pct(R["pixel_f1"], self.learned),
@@ -174,7 +209,7 @@ class Results:
                 m: continual.backward_transfer(upwards[m], self.learned) for m in self.metrics
             },
             "forward_transfer": {m: continual.forward_transfer(R[m], self.learned) for m in self.metrics},
-            # For how many test images of each category the model of each task was chosen, after the last stage.
+            # For how many test images of each category the model of each task was chosen, after the last stage; without zeros.
             **({"routing": chosen} if "routing_accuracy" in self.metrics else {}),
         }
 

@@ -31,10 +31,11 @@ def forgetting(R: Matrix, learned: Sequence[int]) -> float | None:
     Over the categories learned before the last stage. The best is taken over the stages from the one that
     learned the category to the last but one.
     """
-    final = len(R) - 1
+    final, stages = len(R) - 1, evaluated(R)
     losses = []
     for category, stage in enumerate(learned):
-        earlier = [value for s in range(stage, final) if (value := _entry(R, s, category)) is not None]
+        since = (s for s in stages if stage <= s < final)
+        earlier = [value for s in since if (value := _entry(R, s, category)) is not None]
         last = _entry(R, final, category) if earlier else None
         losses.append(max(earlier) - last if last is not None else None)
     return mean(losses)
@@ -53,8 +54,8 @@ def forward_transfer(R: Matrix, learned: Sequence[int]) -> float | None:
 
     These are the entries above R's diagonal; None where no category was evaluated before it was learned.
     """
-    unseen = [(category, range(min(stage, len(R)))) for category, stage in enumerate(learned)]
-    return mean(_entry(R, stage, category) for category, before in unseen for stage in before)
+    stages = evaluated(R)
+    return mean(_entry(R, s, category) for category, stage in enumerate(learned) for s in stages if s < stage)
 
 
 def _just_learned_and_final(R: Matrix, learned: Sequence[int]) -> list[tuple[float, float]]:
@@ -63,6 +64,11 @@ def _just_learned_and_final(R: Matrix, learned: Sequence[int]) -> list[tuple[flo
     early = [(category, stage) for category, stage in enumerate(learned) if stage < last]
     pairs = [(_entry(R, stage, category), _entry(R, last, category)) for category, stage in early]
     return [(just, final) for just, final in pairs if just is not None and final is not None]
+
+
+def evaluated(R: Matrix) -> list[int]:
+    """The stages with any defined value, ascending."""
+    return [stage for stage, row in enumerate(R) if any(value is not None for value in row)]
 
 
 def _entry(R: Matrix, stage: int, category: int) -> float | None:

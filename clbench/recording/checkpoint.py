@@ -5,7 +5,7 @@ There are two kinds in a run's `checkpoint/`: `stage-<stage>`, the state after a
 
 What did not change is not written again. Tensors are written in parts of 16 MB or more: several small ones, a large one, or
 a row of one whose rows are as large. Each is a file in `checkpoint/parts/`, named by its content, that goes when no
-checkpoint has it any more.
+checkpoint has it any more. What a run says of itself in every checkpoint, as its stream, is such a part too.
 """
 
 import json
@@ -28,6 +28,7 @@ _KEPT = 2  # checkpoints of a kind: if the newest is damaged, the one before is 
 _SHARE = 0.05  # share of a run's time, at most, that checkpoints at the ends of epochs take
 
 _LARGE = 16 * 10**6  # bytes of a part, at least
+_ABOUT = "about"  # of a checkpoint's data, the digest of the part with what is the same in all; and its tensor's name
 
 Saved = tuple[dict[str, Tensor], dict[str, Any]]  # name -> tensor, and plain data
 
@@ -44,6 +45,7 @@ class Checkpoints:
         urgent: tells whether a checkpoint is wanted at once.
         saved: called after each checkpoint of a stage that is being learned; may raise, to end the run there.
         beside: gives plain data that goes into every checkpoint.
+        about: plain data that is in every checkpoint, and is written once.
     """
 
     def __init__(
@@ -55,12 +57,14 @@ class Checkpoints:
         urgent: Callable[[], bool] = lambda: False,
         saved: Callable[[], None] = lambda: None,
         beside: Callable[[], dict[str, Any]] = dict,
+        about: Mapping[str, Any] | None = None,
     ):
         self.directory = directory
         self.device = device
         self.every_s = every_s
         self.urgent, self.saved = urgent, saved
         self.beside = beside
+        self._about = None if about is None else {_ABOUT: _as_tensor(about)}
         self._whole: set[str] = set()  # files of parts that this process has written or read, and not removed
         self._digests: Any = (
             WeakTensorKeyDictionary()
@@ -166,10 +170,12 @@ class Checkpoints:
         """
         parts, rest = _in_parts(tensors)
         named = [self._write_part(part) for part in parts]
+        of_all = {} if self._about is None else {_ABOUT: self._write_part(self._about)}
         _write_tensors(self._path(name, "safetensors"), rest)
         about = {
             "tensors": digests.of_file(self._path(name, "safetensors")),
-            "parts": named,
+            "parts": [*of_all.values(), *named],
+            **of_all,
             # safetensors keeps neither order nor devices.
             "devices": {key: tensor.device.type for key, tensor in tensors.items()},
         }
@@ -237,8 +243,13 @@ class Checkpoints:
             data = json.loads(text)
             if digests.of_file(self._path(name, "safetensors")) != data.pop("tensors"):
                 return None
-            return data if all(map(self._is_whole, data.get("parts", []))) else None
-        except (OSError, ValueError):
+            if not all(map(self._is_whole, data.get("parts", []))):
+                return None
+            if (digest := data.pop(_ABOUT, None)) is not None:
+                with safe_open(self._part(digest), framework="pt") as file:
+                    data = {**_from_tensor(file.get_tensor(_ABOUT)), **data}
+            return data
+        except (OSError, ValueError, SafetensorError):
             return None
 
     def _path(self, name: str, kind: str) -> Path:
@@ -332,6 +343,16 @@ def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
             raise OSError(str(error)) from error
 
     write_whole(path, write)
+
+
+def _as_tensor(data: Mapping[str, Any]) -> Tensor:
+    """Plain data as the bytes of its JSON, uint8 [length]."""
+    return torch.frombuffer(bytearray(json.dumps(dict(data)).encode()), dtype=torch.uint8)
+
+
+def _from_tensor(content: Tensor) -> dict[str, Any]:
+    """The plain data that `_as_tensor` made a tensor of."""
+    return json.loads(content.numpy().tobytes())
 
 
 def _size(tensor: Tensor) -> int:

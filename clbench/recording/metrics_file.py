@@ -3,7 +3,7 @@
 import csv
 import io
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 HEADER = "stage,task_index,task,category,metric,value\n"
@@ -26,7 +26,7 @@ class MetricRow(NamedTuple):
     value: float | None
 
 
-def as_text(rows: Sequence[MetricRow]) -> str:
+def as_text(rows: Iterable[MetricRow]) -> str:
     """Rows as text, without the header; None is written as `undefined`."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")

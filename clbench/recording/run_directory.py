@@ -12,7 +12,7 @@ import socket
 import sys
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from importlib.metadata import version
@@ -413,7 +413,7 @@ class RunDirectory:
         """
         return Journal(self.path / "journal.jsonl")
 
-    def write_metrics(self, rows: Sequence[MetricRow]) -> None:
+    def write_metrics(self, rows: Iterable[MetricRow]) -> None:
         """Write metrics.csv with these rows alone.
 
         Raises:
@@ -421,7 +421,7 @@ class RunDirectory:
         """
         self._write("metrics.csv", HEADER + as_text(rows))
 
-    def append_metrics(self, rows: Sequence[MetricRow]) -> None:
+    def append_metrics(self, rows: Iterable[MetricRow]) -> None:
         """Append rows to metrics.csv.
 
         Raises:
