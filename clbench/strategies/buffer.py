@@ -135,7 +135,7 @@ class Buffer:
                 (pair[0].sort().values, pair[1].sort().values) if self.selection == "random" else pair
             )
         kept = [
-            (one.some(first), other.some(second))
+            (one.some(first), other.some(second)) if len(one) or len(other) else (one, other)
             for (one, other), (first, second) in zip(self._stored, rows, strict=False)
         ]
         new = [
@@ -155,7 +155,9 @@ class Buffer:
             counts: how many images of it there are.
             given: the new stage's images.
         """
-        if self.selection == "random":
+        if not any(counts):
+            one = other = _NO_ROWS
+        elif self.selection == "random":
             random = generator(self.seed, "replay buffer", stage, owner)
             one, other = (torch.randperm(count, generator=random) for count in counts)
         elif owner < stage:
@@ -254,11 +256,16 @@ class Buffer:
         return self._seen.element_size() * len(_KINDS) * stages if self.selection == "reservoir" else 0
 
     def tensors(self) -> dict[str, Tensor]:
-        """All that is kept, name -> tensor, for `Strategy.kept`: of images that are kept as they are, uint8 [M, 3, H, W]."""
+        """All that is kept, name -> tensor, for `Strategy.kept`: of images that are kept as they are, uint8 [M, 3, H, W].
+
+        A stage without images has no tensors, the last one excepted: there are as many as images at most, whatever the stages.
+        """
+        last = len(self._stored) - 1
         found = {
             f"{PREFIX}{stage}.{kind}{ending}": tensor
             for stage, pair in enumerate(self._stored)
             for kind, share in zip(_KINDS, pair, strict=True)
+            if len(share) or stage == last
             for ending, tensor in share.tensors().items()
         }
         return {**found, **({_SEEN: self._seen} if self.selection == "reservoir" else {})}
@@ -270,8 +277,13 @@ class Buffer:
             if found := _NAME.fullmatch(name):
                 stage, kind, ending = found.groups()
                 parts.setdefault((int(stage), kind), {})[ending] = tensor.cpu()
+        last = max((stage for stage, _ in parts), default=-1)
+        none = {kind: self.storage.restored(parts[last, kind]).some(_NO_ROWS) for kind in _KINDS if parts}
         learned, held_out = (
-            [self.storage.restored(parts[stage, kind]) for stage in range(len(parts) // len(_KINDS))]
+            [
+                self.storage.restored(parts[stage, kind]) if (stage, kind) in parts else none[kind]
+                for stage in range(last + 1)
+            ]
             for kind in _KINDS
         )
         self._stored = list(zip(learned, held_out, strict=True))
@@ -284,6 +296,7 @@ _KINDS = ("learned", "held_out")
 _SEEN = f"{PREFIX}seen"
 _NAME = re.compile(rf"buffer\.(\d+)\.({'|'.join(_KINDS)})(.*)")
 _CPU = torch.device("cpu")
+_NO_ROWS = torch.empty(0, dtype=torch.int64)
 
 
 def _parts(learned: int, held_out: int, count: int) -> tuple[int, int]:

@@ -1,5 +1,6 @@
 """DER: stored images come with the outputs that were learned for them (Buzzega et al., 2020)."""
 
+import itertools
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -119,7 +120,10 @@ class DER(Replay):
         *earlier, _ = rows
         for stage, stay in enumerate(earlier):
             for index, output in enumerate(_of_stage(self.memory, stage)):
-                self.memory[_name(stage, index)] = output[stay]
+                if len(stay):
+                    self.memory[_name(stage, index)] = output[stay]
+                else:
+                    del self.memory[_name(stage, index)]
         assert self.buffer is not None
         self._store(len(earlier), self.buffer.shares[-1][0])
 
@@ -178,5 +182,5 @@ def _name(stage: int, index: int) -> str:
 
 def _of_stage(memory: dict[str, Tensor], stage: int) -> list[Tensor]:
     """The stored outputs of a stage's images, in their order."""
-    found = with_prefix(memory, f"{_PREFIX}{stage}.")
-    return [found[str(index)] for index in range(len(found))]
+    names = itertools.takewhile(memory.__contains__, (_name(stage, index) for index in itertools.count()))
+    return [memory[name] for name in names]
