@@ -16,6 +16,7 @@ from typing_extensions import Self
 
 from clbench.errors import first_line
 from clbench.metrics.names import METRICS, USUAL
+from clbench.metrics.percentiles import MANY, PERCENTILES, percentiles
 
 if TYPE_CHECKING:
     from clbench.results import Results
@@ -135,7 +136,7 @@ def further_measured(metrics: Iterable[str], where: str) -> str:
 
 
 def run_table(summary: Mapping[str, Any], results: Results) -> Table:
-    """A finished run: a row for each category, with metrics just learned and after the last stage.
+    """A finished run: a row for each category, with metrics just learned and after the last stage; percentiles of many.
 
     Args:
         summary: what summary.json holds.
@@ -150,14 +151,25 @@ def run_table(summary: Mapping[str, Any], results: Results) -> Table:
         table.add_column(METRICS[metric].title, justify="right")
     table.add_column("F1 forgotten", justify="right")
     just_learned = {metric: results.just_learned(metric) for metric in SHOWN}
-    final = {metric: results.matrix(metric)[-1] for metric in SHOWN}
-    for index, name in enumerate(results.categories):
+    final = {metric: list(results.matrix(metric)[-1]) for metric in SHOWN}
+    lost = [
+        None if not before or after is None else 100 * (before - after) / before
+        for before, after in zip(just_learned["pixel_f1"], final["pixel_f1"], strict=True)
+    ]
+    names = results.categories
+    if len(names) > MANY:
+        names = [f"{name} of {len(names):,}" for name in PERCENTILES]
+        just_learned, final = (
+            {metric: list(percentiles(each[metric]).values()) for metric in SHOWN}
+            for each in (just_learned, final)
+        )
+        lost = list(percentiles(lost).values())
+    for index, name in enumerate(names):
         cells = [
             f"{number(just_learned[metric][index])} → {number(final[metric][index])}" for metric in SHOWN
         ]
-        before, after = just_learned["pixel_f1"][index], final["pixel_f1"][index]
-        lost = "" if not before or after is None else f"{number(100 * (before - after) / before, 1)} %"
-        table.add_row(escape(name), *cells, lost)
+        share = lost[index]
+        table.add_row(escape(name), *cells, "" if share is None else f"{number(share, 1)} %")
     table.add_section()
     forgotten = summary["average_forgetting_pct"]
     table.add_row(

@@ -97,7 +97,7 @@ def name_problem(name: str) -> str | None:
     Files, keys and columns of tables are named after categories.
     """
     reason = None
-    if name in _TAKEN:
+    if name in _TAKEN or name.startswith("percentile_"):
         reason = "has a name that results need for themselves"
     elif any(unicodedata.category(sign) in ("Cc", "Cs", "Zl", "Zp") for sign in name):
         reason = "has a name with signs that are no text in UTF-8"

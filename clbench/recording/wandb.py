@@ -25,7 +25,9 @@ import numpy as np
 
 from clbench import digests
 from clbench.errors import described
+from clbench.metrics import continual
 from clbench.metrics.continual import Matrix
+from clbench.metrics.percentiles import MANY, PERCENTILES, percentiles, some
 from clbench.recording.files import write_whole
 from clbench.recording.heat_maps import write_picture
 from clbench.recording.journal import Journal
@@ -42,7 +44,8 @@ class WandbRun(Recorder):
 
     Keys over `stage`: `<category>/<metric>`, `mean/<metric>`, `forgetting/<metric>`, `maps/<category>`; over `epoch`:
     `training/loss`; at the end, tables `R/<metric>`, and of what models were chosen, `routing`; and as summary `final/*`,
-    `memory/*`, `time/*`, `energy/*`, `operations/*`.
+    `memory/*`, `time/*`, `energy/*`, `operations/*`. Of more categories than can be read, `percentile_<percent>/<metric>` stand
+    for those of categories, tables have a row for each stage that was evaluated, and heat maps are of a few.
 
     Args:
         directory: the run directory.
@@ -64,6 +67,7 @@ class WandbRun(Recorder):
         import wandb
 
         self._begun = time.perf_counter()
+        self._many, self._pictured = len(names) > MANY, set(some(names))
         self.id = run_id(directory)
         self.folder = directory / "wandb"
         self._pictures = self.folder / "pictures"
@@ -95,7 +99,7 @@ class WandbRun(Recorder):
         self._log("epoch", epoch, {"epoch": epoch, "training/loss": loss, "training/stage": stage})
 
     def pictures(self, stage: int, category: str, pictures: Sequence[np.ndarray]) -> None:
-        if (f"maps/{category}", stage) in self._logged:
+        if (f"maps/{category}", stage) in self._logged or category not in self._pictured:
             return
         part = self._pictures / "part"
         shutil.rmtree(part, ignore_errors=True)
@@ -112,7 +116,7 @@ class WandbRun(Recorder):
     def stage(self, stage: int, results: Mapping[str, Mapping[str, float | None]]) -> None:
         values = {
             f"{name}/{metric}": value
-            for name, metrics in results.items()
+            for name, metrics in (_of_many(results) if self._many else results).items()
             for metric, value in metrics.items()
             if value is not None
         }
@@ -190,20 +194,54 @@ class WandbRun(Recorder):
         categories = (
             [name for group in summary["categories"] for name in group] if "categories" in summary else []
         )
-        columns = ["stage", *(categories or summary["tasks"])]
+        columns, rows_of = ["stage", *(categories or summary["tasks"])], _whole
+        if self._many:
+            columns, rows_of = ["stage", *_NAMES, "mean"], _percentile_rows
         tables = {
-            f"R/{metric}": wandb.Table(columns=columns, data=[[stage, *row] for stage, row in enumerate(R)])
-            for metric, R in matrices.items()
+            f"R/{metric}": wandb.Table(columns=columns, data=rows_of(R)) for metric, R in matrices.items()
         }
-        if "routing" in summary:
-            rows = [[name, *counts] for name, counts in summary["routing"].items()]
-            tables["routing"] = wandb.Table(columns=["category", *summary["tasks"]], data=rows)
+        if "routing" in summary and not self._many:
+            tasks = summary["tasks"]
+            rows = [
+                [name, *(counts if isinstance(counts, list) else [counts.get(task, 0) for task in tasks])]
+                for name, counts in summary["routing"].items()
+            ]
+            tables["routing"] = wandb.Table(columns=["category", *tasks], data=rows)
         self._run.log(tables, step=self._file.count - (("finished", None) in self._logged))
         for group in ("final", "forgetting", "memory", "time", "energy", "operations"):
             values = summary.get(group, {})  # runs of earlier versions lack the last two
             self._run.summary.update({f"{group}/{key}": value for key, value in values.items()})
         self._run.summary["average_forgetting_pct"] = summary["average_forgetting_pct"]
         self._run.finish()
+
+
+_NAMES = [f"percentile_{percent}" for percent in PERCENTILES.values()]
+
+
+def _of_many(results: Mapping[str, Mapping[str, float | None]]) -> dict[str, Mapping[str, float | None]]:
+    """A stage's results with percentiles in place of categories: name -> metric -> value."""
+    over = {name: results[name] for name in ("mean", "forgetting")}
+    categories = [values for name, values in results.items() if name not in over]
+    found = {
+        metric: percentiles(values.get(metric) for values in categories).values() for metric in over["mean"]
+    }
+    by_name = zip(*found.values(), strict=True)
+    return {
+        **over,
+        **{name: dict(zip(found, each, strict=True)) for name, each in zip(_NAMES, by_name, strict=True)},
+    }
+
+
+def _whole(R: Matrix) -> list[list[float | None]]:
+    """A table's rows: of each stage its number and all of R."""
+    return [[stage, *row] for stage, row in enumerate(R)]
+
+
+def _percentile_rows(R: Matrix) -> list[list[float | None]]:
+    """A table's rows: of each stage that was evaluated its number, percentiles and the mean."""
+    return [
+        [stage, *percentiles(R[stage]).values(), continual.mean(R[stage])] for stage in continual.evaluated(R)
+    ]
 
 
 def _begin(
@@ -242,7 +280,8 @@ def _begin(
     )
     for over in ("stage", "epoch"):
         run.define_metric(over)
-    plain = [name for name in names if "*" not in name]  # which wandb takes for a pattern
+    shown = _NAMES if len(names) > MANY else names
+    plain = [name for name in shown if "*" not in name]  # which wandb takes for a pattern
     for name in (*plain, "mean", "forgetting", "maps"):
         run.define_metric(f"{name}/*", step_metric="stage", step_sync=False)
     run.define_metric("training/*", step_metric="epoch", step_sync=False)

@@ -147,13 +147,19 @@ def routing(group: Group) -> Table | None:
 
 def routes(row: Row) -> bool:
     """Whether all runs of a row chose models for images, and counted which after the last stage."""
-    return all(run.summary.get("routing") and all(run.summary["routing"].values()) for run in row.runs)
+    return all(
+        run.summary.get("routing") and all(map(run.summary["routing"].get, run.categories))
+        for run in row.runs
+    )
 
 
 def chosen_shares(row: Row, category: str) -> list[tuple[str, float]]:
     """The share of a category's test images that the model of each task was chosen for at the end, over seeds."""
     counts: dict[str, int] = {}
     for run in row.runs:
-        for task, count in zip(run.tasks, run.summary["routing"][category], strict=True):
-            counts[task] = counts.get(task, 0) + count
+        found = run.summary["routing"][category]
+        if isinstance(found, list):  # an earlier version counted all tasks, in their order
+            found = dict(zip(run.tasks, found, strict=True))
+        for task in run.tasks:
+            counts[task] = counts.get(task, 0) + found.get(task, 0)
     return [(task, count / sum(counts.values())) for task, count in counts.items()]

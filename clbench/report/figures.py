@@ -13,9 +13,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import altair as alt
+import numpy as np
 
 from clbench.errors import counted
 from clbench.metrics.names import METRICS
+from clbench.metrics.percentiles import MANY, PERCENTILES, percentiles
 from clbench.report import uncertainty
 from clbench.report.comparison import Group
 from clbench.report.deployed import chosen_shares, routes
@@ -23,6 +25,8 @@ from clbench.report.rows import Row
 from clbench.report.tables import category_forgetting, curve, matrix
 from clbench.report.titles import method_colours, strategy_styles
 
+_MOST_POINTS = 200  # of a row's curve
+_BAND = ("lowest", "low", "middle", "high", "highest")  # fields that hold each of PERCENTILES
 _FILTER = (
     "(methods === null || indexof(methods, datum.method) >= 0)"
     " && (strategies === null || indexof(strategies, datum.strategy) >= 0)"
@@ -199,13 +203,7 @@ def _over_stages(group: Group, rows: list[Row]) -> Figure | None:
         return None
     picked = alt.selection_point(name="picked", fields=["strategy_title"], bind="legend")
     faint = alt.condition(picked, alt.value(1.0), alt.value(0.12))
-    stages = len(group.tasks)
-    x = alt.X(
-        "stage:Q",
-        title="tasks learned",
-        axis=alt.Axis(values=list(range(1, stages + 1)), labelOverlap=True, format="d", grid=False),
-        scale=alt.Scale(domain=[1, max(stages, 2)], nice=False),
-    )
+    x = _tasks_learned(group)
     y = alt.Y(
         "f1:Q", title="pixel F1, mean over tasks seen", scale=_from_nothing(entry["high"] for entry in data)
     )
@@ -238,6 +236,26 @@ def _over_stages(group: Group, rows: list[Row]) -> Figure | None:
     )
 
 
+def _tasks_learned(group: Group) -> alt.X:
+    """An axis with the number of tasks that were learned."""
+    stages = len(group.tasks)
+    ticks = list(range(1, stages + 1)) if stages <= MANY else alt.Undefined
+    return alt.X(
+        "stage:Q",
+        title="tasks learned",
+        axis=alt.Axis(values=ticks, labelOverlap=True, format="d", grid=False),
+        scale=alt.Scale(domain=[1, max(stages, 2)], nice=False),
+    )
+
+
+def _thinned(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """As many entries as a chart can show, evenly spread, the first and the last among them."""
+    if len(entries) <= _MOST_POINTS:
+        return entries
+    step = (len(entries) - 1) / (_MOST_POINTS - 1)
+    return [entries[round(step * place)] for place in range(_MOST_POINTS)]
+
+
 def _curve_entries(row: Row) -> list[dict[str, Any]]:
     """A row's mean pixel F1 after each stage, with its deviation to both sides."""
     entries: list[dict[str, Any]] = []
@@ -250,7 +268,7 @@ def _curve_entries(row: Row) -> list[dict[str, Any]]:
                 "deviation": spread.deviation,
             }
             entries.append({**_about(row), "stage": stage, **_all_short(values)})
-    return entries
+    return _thinned(entries)
 
 
 def _against_memory(group: Group, rows: list[Row]) -> Figure | None:
@@ -353,6 +371,8 @@ def _pareto_front(base: alt.Chart, x: alt.X, y: alt.Y, middle: float) -> list[al
 
 
 def _matrix_charts(group: Group, rows: list[Row]) -> Figure | None:
+    if len(group.categories) > MANY:
+        return _percentiles_over_stages(group, rows)
     data = [
         {**_about(row), "stage": stage + 1, "category": category, "f1": _short(spread.mean)}
         for row in rows
@@ -391,7 +411,60 @@ def _matrix_charts(group: Group, rows: list[Row]) -> Figure | None:
     )
 
 
+def _percentiles_over_stages(group: Group, rows: list[Row]) -> Figure | None:
+    data: list[dict[str, Any]] = []
+    for row in rows:
+        found: dict[int, list[float | None]] = {}
+        for stage, _, spread in matrix(row, "pixel_f1"):
+            found.setdefault(stage, []).append(spread.mean)
+        entries = [
+            {
+                **_about(row),
+                "stage": stage + 1,
+                **_all_short(dict(zip(_BAND, percentiles(values).values(), strict=True))),
+            }
+            for stage, values in found.items()
+        ]
+        data += _thinned(entries)
+    if not data:
+        return None
+    x = _tasks_learned(group)
+    y = alt.Y("middle:Q", title="pixel F1", scale=_from_nothing(entry["highest"] for entry in data))
+    tips = [
+        alt.Tooltip(f"{key}:Q", title=name, format=".3f")
+        for key, name in zip(_BAND, PERCENTILES, strict=True)
+    ]
+    base = alt.Chart()
+    chart = (
+        alt.layer(
+            base.mark_area(opacity=0.1).encode(x=x, y="lowest:Q", y2="highest:Q"),
+            base.mark_area(opacity=0.25).encode(x=x, y="low:Q", y2="high:Q"),
+            base.mark_line(strokeWidth=2).encode(x=x, y=y),
+            base.mark_point(filled=True, size=30, opacity=1).encode(
+                x=x, y=y, tooltip=[*_tooltip("row", "learned"), *tips]
+            ),
+        )
+        .properties(width=250, height=200)
+        .facet(
+            alt.Facet("row:N", title=None, sort=[row.title for row in rows]),
+            columns=3,
+            data=alt.Data(values=data),
+        )
+        .transform_filter(_FILTER)
+        .resolve_axis(x="independent")
+    )
+    return Figure(
+        "r-matrices",
+        f"{len(group.categories):,} categories after each stage that was evaluated",
+        "Pixel F1 over the categories that were evaluated: the median, where 80 % of them lie, and all of them. "
+        f"tables/r-matrices.csv has each. {_holds(rows)}.",
+        _finished(chart),
+    )
+
+
 def _routing_charts(group: Group, rows: list[Row]) -> Figure | None:
+    if len(group.categories) > MANY:
+        return None  # the table has percentiles
     data = [
         {**_about(row), "category": category, "model": task, "share": _short(share)}
         for row in rows
@@ -433,6 +506,8 @@ def _forgetting(group: Group, rows: list[Row]) -> Figure | None:
     data = [entry for row in arriving for entry in _forgetting_entries(row)]
     if len(group.tasks) < 2 or not data:
         return None
+    if len(group.categories) > MANY:
+        return _shares_forgotten(group, arriving, data)
     x, y = _by_category(group, labelAngle=-30, orient="top"), _by_row(rows)
     base = alt.Chart(alt.Data(values=data)).transform_filter(_FILTER)
     diverging = alt.Scale(domain=[-100, 0, 100], range=["#2166ac", "#f1efe9", "#b35806"], clamp=True)
@@ -454,6 +529,37 @@ def _forgetting(group: Group, rows: list[Row]) -> Figure | None:
         "Percent of the just learned pixel F1 that is lost at the end, means over seeds; less than zero: "
         f"later tasks helped. Joint runs forget nothing and are left out. {_holds(arriving)}.",
         _finished(alt.layer(cells, words).properties(width=alt.Step(62), height=alt.Step(26))),
+    )
+
+
+def _shares_forgotten(group: Group, rows: Sequence[Row], entries: Sequence[dict[str, Any]]) -> Figure:
+    """What share of the categories lost at most so much, in place of a cell for each."""
+    data: list[dict[str, Any]] = []
+    for row in rows:
+        lost = [entry["lost"] for entry in entries if entry["row"] == row.title]
+        found = np.percentile(lost, range(0, 101, 2)).tolist() if lost else []
+        data += [
+            {**_about(row), "share": 2 * place, "lost": _short(value)} for place, value in enumerate(found)
+        ]
+    line = (
+        alt.Chart(alt.Data(values=data))
+        .transform_filter(_FILTER)
+        .mark_line(strokeWidth=2)
+        .encode(
+            x=alt.X(
+                "share:Q", title="% of the categories that lost at most so much", axis=alt.Axis(grid=False)
+            ),
+            y=alt.Y("lost:Q", title="forgotten, %", scale=alt.Scale(domain=[-100, 100], clamp=True)),
+            color=alt.Color("row:N", title="row", sort=[row.title for row in rows]),
+            tooltip=[*_tooltip("row", "lost"), alt.Tooltip("share:Q", title="% of the categories")],
+        )
+    )
+    return Figure(
+        "forgetting",
+        f"What is forgotten of {len(group.categories):,} categories",
+        "Percent of the just learned pixel F1 that is lost at the end, from the category that lost least to the one that "
+        f"lost most; less than zero: later tasks helped. Joint runs forget nothing and are left out. {_holds(rows)}.",
+        _finished(line.properties(width=520, height=220)),
     )
 
 

@@ -122,8 +122,9 @@ def write_page(runs: Sequence[FoundRun], folder: Path, title: str) -> Report:
         name = made[0][1].name
         text(f"tables/{name}.csv", tables.as_csv(made))
         if make in _LOCAL_TABLES:
-            text(f"tables/{name}.md", "\n".join(f"## Group {n}\n\n{tables.as_markdown(t)}" for n, t in made))
-            text(f"tables/{name}.tex", "\n".join(tables.as_latex(table) for _, table in made))
+            read = [(number, tables.folded(table)) for number, table in made]
+            text(f"tables/{name}.md", "\n".join(f"## Group {n}\n\n{tables.as_markdown(t)}" for n, t in read))
+            text(f"tables/{name}.tex", "\n".join(tables.as_latex(table) for _, table in read))
     for section in sections:
         for figure in section.figures:
             svg = figure.svg()
@@ -142,6 +143,7 @@ def _page(report: Report, sections: Sequence[_Section], run_list: Table, title: 
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
+    environment.filters["folded"] = tables.folded
     drawn = [figure for section in sections for figure in section.figures]
     methods = {run.summary["method"] for run in report.runs if run.summary}
     strategies = {run.summary["strategy"] for run in report.runs if run.summary}

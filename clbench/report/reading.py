@@ -74,12 +74,12 @@ class FoundRun:
         """The names of the categories of each task; a pooled task counts as one category."""
         return _categories(self.summary)
 
-    @property
+    @cached_property
     def task_of(self) -> dict[str, int]:
         """Category -> index of its task, in the order of R's columns."""
         return {name: task for task, names in enumerate(self.categories_by_task) for name in names}
 
-    @property
+    @cached_property
     def categories(self) -> list[str]:
         """The categories of all tasks, in the order of R's columns; a pooled task counts as one."""
         return list(self.task_of)

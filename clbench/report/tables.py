@@ -6,13 +6,15 @@ import csv
 import io
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table as RichTable
 
+from clbench.metrics import continual
 from clbench.metrics.names import METRICS
+from clbench.metrics.percentiles import MANY, PERCENTILES, percentiles
 from clbench.report import titles
 from clbench.report.comparison import Group
 from clbench.report.reading import REPORTED, FoundRun
@@ -180,6 +182,34 @@ def category_cells(group: Group, row: Row, category: str) -> list[Cell]:
     return cells if group.categories != group.tasks else cells[:1]
 
 
+def folded(table: Table) -> Table:
+    """The table with percentiles in place of each row's categories, where these are too many to be read."""
+    width = len(WHO)
+    rows: dict[tuple[str, ...], list[Line]] = {}
+    for each in table.lines:
+        rows.setdefault(tuple(cell.text for cell in each.cells[:width]), []).append(each)
+    most = max(map(len, rows.values()), default=0)
+    if most <= MANY:
+        return table
+    caption = f"{table.caption}; percentiles over {most:,} lines each, which tables/{table.name}.csv has"
+    made = Table(table.name, caption, [*WHO, Column("of", "of all"), *filter(_numbers, table.columns)])
+    for lines in rows.values():
+        found = [
+            percentiles(value for each in lines if not isinstance(value := each.cells[place].value, str))
+            for place, column in enumerate(table.columns)
+            if column.numbers
+        ]
+        for name in PERCENTILES:
+            cells = (spread_text(Spread(values[name]), 3) for values in found)
+            numbers = (Cell(text, values[name]) for text, values in zip(cells, found, strict=True))
+            made.lines.append(replace(lines[0], cells=[*lines[0].cells[:width], words(name), *numbers]))
+    return made
+
+
+def _numbers(column: Column) -> bool:
+    return column.numbers
+
+
 def forgetting_table(group: Group) -> Table:
     """Pixel F1 of every category, just learned and after the last stage, over seeds."""
     columns = [
@@ -255,8 +285,9 @@ def matrix(row: Row, metric: str) -> list[tuple[int, str, Spread]]:
     """The entries of R that were evaluated, over seeds: stage from 0, category, value."""
     found: dict[tuple[int, str], list[float | None]] = {}
     for run in row.runs:
-        for stage, values in enumerate(run.R.get(metric, [])):
-            for category, value in zip(run.categories, values, strict=True):
+        R = run.R.get(metric, [])
+        for stage in continual.evaluated(R):
+            for category, value in zip(run.categories, R[stage], strict=True):
                 found.setdefault((stage, category), []).append(value)
     entries = [(stage, category, Spread.of(values)) for (stage, category), values in found.items()]
     return [entry for entry in entries if entry[2].mean is not None]
@@ -270,6 +301,8 @@ def stages(group: Group) -> Table:
     for row in group.found:
         curves = zip(*(curve(row, metric) for metric in group.metrics), strict=True)
         for stage, spreads in enumerate(curves, 1):
+            if all(spread.mean is None for spread in spreads):
+                continue  # nothing was evaluated
             cells = (_spread(spread, 3) for spread in spreads)
             table.lines.append(line(row, Cell(str(stage), stage), *cells))
     return table
