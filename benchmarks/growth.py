@@ -12,9 +12,7 @@ from benchmarks.running import run_in
 
 TASKS = (20, 40, 80, 160)
 _SIDE = 32  # pixels
-_METHOD = (
-    "method=patchcore",
-    "method.memory_size=400",
+TINY = (
     "backbone.checkpoint=null",
     "backbone.arguments.channels=[8,8,16,32]",
     "dataset=mvtec",
@@ -42,12 +40,13 @@ def table(checkpoint: str | None = None, root: str | None = None) -> Table:
     with tempfile.TemporaryDirectory() as folder:
         stream = Path(folder) / "stream"
         for number in range(max(TASKS)):
-            _write(stream / f"product_{number:03d}", np.random.default_rng(number))
+            write_category(stream / f"product_{number:03d}", np.random.default_rng(number))
         for tasks in TASKS:
             names = ",".join(f"product_{number:03d}" for number in range(tasks))
             place = Path(folder) / str(tasks)
             overrides = (
-                *_METHOD,
+                *("method=patchcore", "method.memory_size=400"),
+                *TINY,
                 f"dataset.root={stream}",
                 f"task_order.tasks=[{names}]",
                 f"cache={folder}/cache",
@@ -68,7 +67,7 @@ def table(checkpoint: str | None = None, root: str | None = None) -> Table:
     return shown
 
 
-def _write(folder: Path, random: np.random.Generator) -> None:
+def write_category(folder: Path, random: np.random.Generator) -> None:
     """A category of 4 training images and 4 test images, 2 of them with a bright spot."""
     pattern = cv2.resize(random.integers(40, 200, (4, 4, 3), dtype=np.uint8), (_SIDE, _SIDE))
 
