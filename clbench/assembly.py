@@ -1,8 +1,9 @@
 """From a checked config to everything that a run is made of: its device, strategy, tasks and recorder."""
 
+import dataclasses
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -12,14 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clbench import decisions, evaluation, footprint, precision
+from clbench import boundaries, decisions, evaluation, footprint, precision
 from clbench.backbones import Backbone
 from clbench.config import Config, takes, wandb_mode
 from clbench.config.classes import BUFFER, arguments, class_of_kind
 from clbench.config.files import file_digests
 from clbench.config.schema import Gpu
 from clbench.cores import usable_cores
-from clbench.data import stream
+from clbench.data import blurred, stream
+from clbench.data.drift import Drift
 from clbench.data.images import Images
 from clbench.data.products import Products
 from clbench.data.samples import Dataset
@@ -31,6 +33,7 @@ from clbench.metrics.names import USUAL, need
 from clbench.out_of_memory import memory_named
 from clbench.recording.recorder import Recorder, Surviving
 from clbench.strategies.base import Strategy
+from clbench.strategies.selection import mean_features
 from clbench.strategies.storage import storage_of
 
 # Settings that need less memory where they are lower, the most effective first: of networks, and of features kept.
@@ -95,13 +98,32 @@ def assemble(config: Config, progress: Progress) -> Assembly:
         tasks = read(progress)
     evaluation.check_room(tasks)
     strategy = build_strategy(config, detector)
+    about: dict[str, Any] = {}
+    if config.stream.kind == "blurred":
+        with memory_for("looking for boundaries", config, device, "backbone.batch_size", *_OF_NETWORKS):
+            tasks, about = without_tasks(config, tasks, detector, progress)
     with memory_for("trying an image", config, device, "backbone.batch_size", *_OF_NETWORKS):
         strategy.check(tasks)
-    notes = [*dataset.notes, *stream.doubts(tasks, config.dataset.bit_depth), *licences(detector)]
-    assembly = Assembly(config, device, strategy, tasks, identity(config, tasks), notes)
+    notes = [
+        *dataset.notes,
+        *_alarms(about),
+        *stream.doubts(tasks, config.dataset.bit_depth),
+        *licences(detector),
+    ]
+    assembly = Assembly(config, device, strategy, tasks, {**identity(config, tasks), **about}, notes)
     rates = config.metrics.pixel_rate, config.metrics.image_rate
     decisions.check_enough(strategy, tasks, assembly.metrics, rates)
     return assembly
+
+
+def _alarms(about: Mapping[str, Any]) -> list[str]:
+    """A line on the boundaries that were detected, where they were."""
+    known = about.get("boundaries", {})
+    if "found" not in known:
+        return []
+    there = counted(len(known["tasks"]), "transition")
+    hits, others = len(known["delays"]), counted(known["false"], "boundary", "boundaries")
+    return [f"stream.stages=detected: {hits} of {there} found, and {others} where there is none"]
 
 
 def licences(detector: Detector) -> list[str]:
@@ -229,10 +251,53 @@ def reader(config: Config, dataset: Dataset) -> Callable[[Progress], list[Task]]
             f"replay.size={size}{usual} is larger than all of {counted(images, what)} of the stream: "
             f"give at most {images}, or strategy=joint"
         )
+    if config.stream.kind == "blurred":
+        counts = {
+            "+".join(group): sum(len(dataset.samples(name, "train")) for name in group)
+            for group in categories
+        }
+        blurred.check_transition(config.stream.transition, counts)
     cache, defects = Path(config.cache), need(config.metrics.further, "saturations")
     return lambda progress: stream.load_tasks(
         dataset, categories, geometry, cache, progress, defects, absent, cut
     )
+
+
+def without_tasks(
+    config: Config, tasks: list[Task], detector: Detector, progress: Progress
+) -> tuple[list[Task], dict[str, Any]]:
+    """The parts of a blurred stream, as tasks, and what summary.json says of their boundaries.
+
+    Args:
+        tasks: the stream as it would be without transitions.
+        detector: whose frozen networks boundaries are looked for by; it has learned nothing.
+        progress: told while features are computed.
+
+    Raises:
+        UserError: a transition is wider than a task, or no boundary is found.
+    """
+    asked = config.stream
+    drift = Drift(asked.light, asked.blur, asked.geometry)
+    arrived = blurred.arrivals(tasks, asked.transition, drift, config.seed)
+    about: dict[str, Any] = {"boundaries": {"tasks": arrived.boundaries}}
+    if asked.stages == "tasks":
+        ends = [*arrived.boundaries, len(arrived)]
+    elif asked.stages == "fixed":
+        assert asked.length is not None
+        ends = blurred.every(asked.length, len(arrived))
+    else:
+        windows = boundaries.Windows()
+        found = boundaries.found(mean_features(detector, arrived.images), windows, config.seed)
+        detector.release(None)
+        if not found and asked.length is None and len(tasks) > 1:
+            raise UserError(
+                f"stream.stages=detected finds no boundary in the {counted(len(arrived), 'image')} of the stream: give "
+                "stream.length, the most images of a stage, or stream.stages=fixed"
+            )
+        alarms = boundaries.compared(found, arrived.boundaries, asked.transition, 2 * windows.newest)
+        about["boundaries"] |= {"found": found, **dataclasses.asdict(alarms)}
+        ends = blurred.at_most(asked.length, [*found, len(arrived)])
+    return blurred.parts(tasks, arrived, ends, drift), about
 
 
 def stage_bytes(config: Config) -> int:

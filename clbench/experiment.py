@@ -269,7 +269,8 @@ class Course:
         self.display.heading("the trained detector")
         device, last = self.assembly.device, len(self.tasks) - 1
         newest = self.tasks[-1]
-        images = (newest.categories[0].test if len(newest.categories[0].test) else newest.train).pieces
+        tests = [category.test for category in newest.categories if len(category.test)]
+        images = (tests[0] if tests else newest.train).pieces
         with self._predicting("timing"):
             cost = evaluation.inference_cost(
                 self.strategy, images, last, device, self.progress, self.spent.meter
@@ -283,7 +284,7 @@ class Course:
         summary = {
             **self.assembly.identity,
             "status": "complete",
-            **self.results.summary(),
+            **self.results.summary([task.name for task in self.tasks]),
             **self.measuring.summary(),
             "metrics_sha256": self.directory.metrics_digest(),
             "memory": {**footprint.measure(self.strategy), "peak_mb": spent["peak_mb"]},

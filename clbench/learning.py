@@ -234,7 +234,13 @@ def _config_of(parent: RunDirectory, gpu: Mapping[str, Any], replace: Mapping[st
             f"{parent.path} was made by clbench {theirs}, and this is {ours}: go on with that version, or repeat the run "
             "with this one"
         )
-    return for_use(stored, gpu, replace)
+    config = for_use(stored, gpu, replace)
+    if config.stream.kind != "tasks":
+        raise UserError(
+            f"{parent.path} learned parts of a stream without tasks (stream={config.stream.kind}), and a product is one: "
+            "give a run of stream=tasks"
+        )
+    return config
 
 
 def _check_new(parent: RunDirectory, config: Config, summary: Mapping[str, Any], name: str) -> None:

@@ -293,6 +293,7 @@ def _check_combinations(config: Config) -> None:
     if config.gpu.device == "cpu" and config.gpu.precision == "fp16":
         raise UserError("gpu.precision=fp16 is for GPUs: on gpu.device=cpu take bf16 or fp32")
     _check_order(config.task_order)
+    _check_stream(config, detector)
 
 
 def _check_tiles(config: Config) -> None:
@@ -352,6 +353,31 @@ def _check_order(order: TaskOrder) -> None:
     for name in ("run", "metric", "sizes"):
         if not order.by_results and getattr(order, name) is not None:
             raise UnknownSetting(f"task_order.{name}", ["task_order.kind", "task_order.tasks"])
+
+
+def _check_stream(config: Config, detector: Any) -> None:
+    """Check which settings of a blurred stream go together.
+
+    Raises:
+        UserError: two of them do not.
+    """
+    stream = config.stream
+    if stream.kind == "tasks":
+        return
+    if stream.stages == "fixed" and stream.length is None:
+        raise UserError(
+            "stream.stages=fixed needs the images of a stage: give stream.length, e.g. stream.length=40"
+        )
+    if stream.stages == "detected" and "backbone" not in classes.constructor(detector):
+        raise UserError(
+            f"stream.stages=detected goes by features of a frozen backbone, and {detector.__name__} has none: take "
+            "stream.stages=fixed, or another method"
+        )
+    if stream.geometry and need(config.metrics.further, "saturations"):
+        raise UserError(
+            f"stream.geometry={stream.geometry:g} turns images, and the defects that metrics.further asks for by themselves "
+            "are not turned: take stream.geometry=0, or leave these metrics out"
+        )
 
 
 def _check_saturations(config: Config) -> None:

@@ -34,6 +34,7 @@ NOT_IN_RESULTS = (
 _LATER: Mapping[str, Any] = {
     "dataset.added": {},
     "dataset.absent": {},
+    "stream.kind": "tasks",
     "metrics.further": [],
     "metrics.pixel_rate": PIXEL_RATE,
     "metrics.image_rate": IMAGE_RATE,

@@ -213,6 +213,28 @@ class TaskOrder(Closed):
         return self.kind in BY_RESULTS
 
 
+class Stream(Closed):
+    """How the images of the tasks arrive.
+
+    Attributes:
+        kind: `tasks`, one task after the other, each a stage; or `blurred`, in one sequence, see `clbench.data.blurred`, of
+            which stages learn parts. What follows is of that.
+        stages: where parts end: `fixed`, after every `length` images; `detected`, where `clbench.boundaries` sees another
+            task begin; `tasks`, in the middle of each transition, which only who made the stream can know.
+        length: images of a part; of a `detected` one at most, and None for no bound.
+        transition: images over which a task gives way to the next.
+        light, blur, geometry: what the end of the stream differs in from its beginning, see `clbench.data.drift`.
+    """
+
+    kind: Literal["tasks", "blurred"] = "tasks"
+    stages: Literal["fixed", "detected", "tasks"] = "fixed"
+    length: PositiveInt | None = None
+    transition: NonNegativeInt = 0
+    light: Annotated[float, Field(ge=0, le=0.9, strict=False, allow_inf_nan=False)] = 0.0
+    blur: Annotated[float, Field(ge=0, le=16, strict=False, allow_inf_nan=False)] = 0.0
+    geometry: Annotated[float, Field(ge=-45, le=45, strict=False, allow_inf_nan=False)] = 0.0
+
+
 class Metrics(Closed):
     """What is measured beside the seven usual metrics, which every run has: they cost one sort, and reports compare them.
 
@@ -276,6 +298,7 @@ class Config(SweepSettings):
     replay: ReplayNode
     dataset: DatasetNode
     task_order: TaskOrder
+    stream: Stream = Field(default_factory=Stream)
     metrics: Metrics = Field(default_factory=Metrics)
     gpu: Gpu
     wandb: Wandb
