@@ -12,6 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from clbench import assembly, thresholds
+from clbench.config.checking import strategy_of
 from clbench.config.messages import reason
 from clbench.config.using import for_use
 from clbench.data.files import find_images, read_image_at
@@ -290,7 +291,11 @@ def load(
     elsewhere = "use it where more memory is free"
     on_cpu = f"{elsewhere}, or on the CPU (--device cpu, or device='cpu' in Python)"
     with memory_named(f"loading {directory.path}", on_cpu, chosen, way_out_on_host=elsewhere):
-        saved = Checkpoints(directory.path / "checkpoint", str(chosen)).load_stage()
+        kind, index = strategy_of(config), stream.index(task)
+        index = 0 if index is None and not kind.task_known else index  # one model for all tasks
+        saved = Checkpoints(directory.path / "checkpoint", str(chosen)).load_stage(
+            lambda name: index is None or kind.predicts_with(name, index)
+        )
         if saved is None:
             raise _nothing_trained(directory, running=summary["status"] == "running")
         detector = assembly.place(assembly.build_detector(config), config.gpu, chosen)
@@ -359,6 +364,13 @@ class _Stream:
 
     tasks: list[str]
     categories: list[list[str]] = field(default_factory=list)
+
+    def index(self, task: str | None) -> int | None:
+        """The index of the task that is called so, or has a category that is; None where none is."""
+        for index, name in enumerate(self.tasks):
+            if task == name or task in (self.categories[index] if self.categories else ()):
+                return index
+        return None
 
 
 _Kind = TypeVar("_Kind")

@@ -17,6 +17,8 @@ from clbench.report.figures import figures
 from clbench.report.reading import read
 from clbench.results import Results
 from clbench.strategies.buffer import Buffer
+from clbench.strategies.replay import Replay
+from clbench.strategies.single import Single
 from clbench.terminal import run_table
 from clbench.testing.small import bytes_of, images
 
@@ -38,6 +40,33 @@ def test_what_is_the_same_in_every_checkpoint_is_written_once(tmp_path: Path) ->
     (part,) = (tmp_path / "parts").iterdir()
     part.write_bytes(part.read_bytes().replace(b"c001", b"c002"))  # as a disk may
     assert Checkpoints(tmp_path).load_stage() is None and Checkpoints(tmp_path).peek(3) is None
+
+
+def test_a_model_of_one_task_is_loaded_without_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("clbench.recording.checkpoint._LARGE", 400)
+    state = {
+        f"detectors.{task}.{name}": torch.full((60,), 10.0 * task) for task in range(12) for name in "ab"
+    }
+    state["detectors.1.rows"] = torch.arange(240.0).view(2, 120)
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save_stage(11, {**state, "kept.images": torch.zeros(200)}, {})
+
+    def loaded(task: int) -> dict[str, torch.Tensor]:
+        saved = Checkpoints(tmp_path).load_stage(lambda name: Single.predicts_with(name, task))
+        return {} if saved is None else saved[1]
+
+    for task in (1, 11):
+        expected = {name: tensor for name, tensor in state.items() if name.startswith(f"detectors.{task}.")}
+        assert loaded(task).keys() == expected.keys()
+        assert all(torch.equal(loaded(task)[name], tensor) for name, tensor in expected.items())
+    damaged = next(
+        path for path in (tmp_path / "parts").iterdir() if b'"detectors.4.b"' in path.read_bytes()[:2000]
+    )
+    damaged.write_bytes(damaged.read_bytes()[:-4] + b"\1\1\1\1")
+    assert loaded(1) and not loaded(4) and Checkpoints(tmp_path).load_stage() is None
+    assert not Replay.predicts_with("kept.buffer.0.learned", 0) and Replay.predicts_with("detector.bank", 0)
 
 
 @pytest.mark.parametrize("selection", ["random", "reservoir"])

@@ -89,15 +89,20 @@ class Checkpoints:
         self._remove_parts()
         self._saved_at = time.perf_counter()
 
-    def load_stage(self) -> tuple[int, dict[str, Tensor], dict[str, Any]] | None:
+    def load_stage(
+        self, wanted: Callable[[str], bool] = lambda name: True
+    ) -> tuple[int, dict[str, Tensor], dict[str, Any]] | None:
         """The newest undamaged checkpoint of a learned stage: stage, tensors and data; None without one.
 
         A run that goes on beside it may remove checkpoints while they are read: those that came since are tried then.
+
+        Args:
+            wanted: tells of a tensor's name whether it is to be loaded. Parts of which none is are not read.
         """
         tried: list[Path] = []
         while (found := self._newest_first("stage")) != tried:
             for path in found:
-                if (saved := self._load(path.stem)) is not None:
+                if (saved := self._load(path.stem, wanted)) is not None:
                     return int(path.stem.rpartition("-")[2]), *saved
             tried = found
         return None
@@ -206,25 +211,31 @@ class Checkpoints:
             self._digests[tensor] = known = state, _digest_of(tensor)
         return known[1]
 
-    def _is_whole(self, digest: str) -> bool:
-        """Whether the file of a part is there with that part in it; each process reads it once."""
+    def _is_whole(self, digest: str, wanted: Callable[[str], bool] = lambda name: True) -> bool:
+        """Whether the file of a part is there with that part in it; each process reads it once.
+
+        A file of which no tensor is `wanted` need only be there.
+        """
         if digest not in self._whole or not self._part(digest).exists():
             self._whole.discard(digest)
             with suppress(OSError, SafetensorError), safe_open(self._part(digest), framework="pt") as file:
+                if not any(wanted(_whole_name(key)) for key in file.keys()):  # noqa: SIM118
+                    return True
                 found = {name: _digest_of(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
                 if _digest_of_all(found) == digest:
                     self._whole.add(digest)
         return digest in self._whole
 
-    def _load(self, name: str) -> Saved | None:
+    def _load(self, name: str, wanted: Callable[[str], bool] = lambda name: True) -> Saved | None:
         """The tensors and data of a checkpoint; None where it is damaged, or another process has just removed it."""
-        if (data := self._checked_data(name)) is None:
+        if (data := self._checked_data(name, wanted)) is None:
             return None
         found: dict[str, Tensor] = {}
         try:
             for path in [self._path(name, "safetensors"), *map(self._part, data.pop("parts", []))]:
                 with safe_open(path, framework="pt") as file:
-                    found |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+                    keys = [key for key in file.keys() if wanted(_whole_name(key))]  # noqa: SIM118
+                    found |= {key: file.get_tensor(key) for key in keys}
         except FileNotFoundError:
             return None
         # Earlier versions did not keep devices. What was kept on the CPU beside a GPU comes back there, and never was on it.
@@ -232,10 +243,13 @@ class Checkpoints:
         return {
             key: _put_together(key, found).to("cpu" if device == "cpu" else self.device)
             for key, device in devices.items()
+            if wanted(key)
         }, data
 
-    def _checked_data(self, name: str) -> dict[str, Any] | None:
-        """The data of a checkpoint; None where one of its files is damaged."""
+    def _checked_data(
+        self, name: str, wanted: Callable[[str], bool] = lambda name: True
+    ) -> dict[str, Any] | None:
+        """The data of a checkpoint; None where one of its files is damaged, of those that hold what is wanted."""
         try:
             digest, text, _ = self._path(name, "json").read_text(encoding="utf-8").split("\n")
             if digests.of_text(text) != digest:
@@ -243,9 +257,12 @@ class Checkpoints:
             data = json.loads(text)
             if digests.of_file(self._path(name, "safetensors")) != data.pop("tensors"):
                 return None
-            if not all(map(self._is_whole, data.get("parts", []))):
+            digest = data.pop(_ABOUT, None)
+            if not all(self._is_whole(part, wanted) for part in data.get("parts", []) if part != digest):
                 return None
-            if (digest := data.pop(_ABOUT, None)) is not None:
+            if digest is not None:
+                if not self._is_whole(digest):
+                    return None
                 with safe_open(self._part(digest), framework="pt") as file:
                     data = {**_from_tensor(file.get_tensor(_ABOUT)), **data}
             return data
@@ -304,6 +321,12 @@ def _in_parts(tensors: Mapping[str, Tensor]) -> tuple[list[dict[str, Tensor]], d
             parts.append(rest)
             rest = {}
     return parts, rest
+
+
+def _whole_name(key: str) -> str:
+    """The name of the tensor that a part holds under this key, all of it or a row."""
+    name, bracket, row = key.rpartition("[")
+    return name if bracket and row[:-1].isdigit() and row.endswith("]") else key
 
 
 def _put_together(name: str, found: dict[str, Tensor]) -> Tensor:

@@ -250,6 +250,11 @@ class Strategy(Hooks):
         """The tensors of `state` that predicting needs: name -> tensor."""
         return {f"detector.{name}": tensor for name, tensor in kept_state(self.detector).items()}
 
+    @classmethod
+    def predicts_with(cls, name: str, task: int) -> bool:
+        """Whether predicting images of a task, 0-based, needs a tensor of `state`: others are not loaded for that."""
+        return not name.startswith("kept.")
+
     def restore_detector(self, state: Mapping[str, Tensor]) -> None:
         """Take what predicting needs out of what `state` gave."""
         self.detector.restore(with_prefix(state, "detector."))

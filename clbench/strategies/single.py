@@ -57,7 +57,14 @@ class Single(Strategy):
             for name, tensor in state.items()
         }
 
+    @classmethod
+    def predicts_with(cls, name: str, task: int) -> bool:
+        return name.startswith(f"detectors.{task}.")
+
     def restore_detector(self, state: Mapping[str, Tensor]) -> None:
-        tasks = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("detectors."))
-        self._learned = [with_prefix(state, f"detectors.{task}.") for task in range(tasks)]
+        found: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in with_prefix(state, "detectors.").items():
+            task, _, own_name = name.partition(".")
+            found.setdefault(int(task), {})[own_name] = tensor
+        self._learned = [found.get(task, {}) for task in range(1 + max(found, default=-1))]
         self._loaded = None
