@@ -194,6 +194,8 @@ def of_stages(
             continue
         sets.append((learning[stage][0], images))
         all_held = all_held and held
+    if not strategy.task_known and sets:  # then batches may hold images of several tasks
+        sets = [(sets[0][0], Images.concatenate([images for _, images in sets]))]
     count = sum(len(images) for _, images in sets)
     scores, pixels = Tail(count), Tail(sum(math.prod(size) for _, images in sets for size in images.sizes))
     moments, every = Moments(), list[float]()

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib import import_module
 from importlib.util import find_spec
 from pkgutil import iter_modules
@@ -126,6 +127,7 @@ def class_of_kind(node: str, target: str, kind: type) -> type:
     return found
 
 
+@lru_cache
 def constructor(target: type) -> dict[str, Argument]:
     """The arguments of a class's constructor: name -> argument.
 

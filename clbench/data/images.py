@@ -95,7 +95,8 @@ class Images:
     @staticmethod
     def concatenate(several: Sequence[Union[Tensor, "Images"]]) -> "Images":
         """The images of several, at least one, in their order; nothing is copied. Their device is that of the first."""
-        each = [Images.of(images) for images in several]
+        first, *others = several  # of shares of a buffer most may be empty, where the stream is long
+        each = [Images.of(images) for images in (first, *filter(len, others))]
         if len(each) == 1:
             return each[0]
         begins = accumulate((int(images._starts[-1]) for images in each), initial=0)

@@ -311,15 +311,17 @@ def _in_parts(tensors: Mapping[str, Tensor]) -> tuple[list[dict[str, Tensor]], d
     """
     parts: list[dict[str, Tensor]] = []
     rest: dict[str, Tensor] = {}
+    size = 0
     for name, tensor in tensors.items():
         if tensor.dim() > 1 and _size(tensor) >= _LARGE * len(tensor) > 0:
             rows = tensor.split(1) if len(tensor) > 1 else (tensor,)
             parts += [{f"{name}[{row}]": each} for row, each in enumerate(rows)]
             continue
         rest[name] = tensor
-        if sum(map(_size, rest.values())) >= _LARGE:
+        size += _size(tensor)
+        if size >= _LARGE:
             parts.append(rest)
-            rest = {}
+            rest, size = {}, 0
     return parts, rest
 
 

@@ -6,7 +6,17 @@ import math
 
 from clbench.report.comparison import Group
 from clbench.report.rows import Row, Spread
-from clbench.report.tables import WHO, Cell, Column, Table, category_cells, category_columns, line, words
+from clbench.report.tables import (
+    NOTHING,
+    WHO,
+    Cell,
+    Column,
+    Table,
+    category_cells,
+    category_columns,
+    line,
+    words,
+)
 from clbench.report.uncertainty import CONFIDENCE
 
 _WHEN = {"just_learned": "just learned", "final": "final"}
@@ -133,11 +143,8 @@ def routing(group: Group) -> Table | None:
                 column = run.categories.index(category)
                 for when, stage in (("just_learned", run.learned[column]), ("final", -1)):
                     own[when].append(run.R["routing_accuracy"][stage][column])
-            cells = [
-                Cell(f"{value:.3f}", value)
-                for values in own.values()
-                if (value := Spread.of(values).mean) is not None
-            ]
+            means = [Spread.of(values).mean for values in own.values()]
+            cells = [Cell(NOTHING if mean is None else f"{mean:.3f}", mean) for mean in means]
             name = row.runs[0].tasks[row.runs[0].task_of[category]]
             shares = sorted(chosen_shares(row, category), key=lambda each: -each[1])
             others = ", ".join(f"{task} {share:.0%}" for task, share in shares if share and task != name)

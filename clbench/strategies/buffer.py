@@ -72,7 +72,7 @@ class Buffer:
         them takes beside is there until the next images are stored.
         """
         if not self._ready:
-            self.storage.ready([share for pair in self._stored for share in pair])
+            self.storage.ready([share for pair in self._stored for share in pair if len(share)])
             self._ready = True
         return [(learned.images, held_out.images) for learned, held_out in self._stored]
 
