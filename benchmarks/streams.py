@@ -30,18 +30,18 @@ _AROUND = 9  # stages up to one whose median stands for it
 
 
 class Ends(Recorder):
-    """Notes when each stage ended, in s, and the bytes that the process had written by then."""
+    """Notes when each stage ended, in s of the CPU, and the bytes that the process had written by then."""
 
     def __init__(self) -> None:
-        self.times = [time.perf_counter()]
+        self.times = [time.process_time()]
         self.written = [written()]
 
     def stage(self, stage: int, results: object) -> None:
-        self.times.append(time.perf_counter())
+        self.times.append(time.process_time())
         self.written.append(written())
 
     def at(self, stage: int) -> tuple[float, float]:
-        """Milliseconds and bytes of a stage, counted from 1: medians of it and of those before it.
+        """Milliseconds of the CPU and bytes of a stage, counted from 1: medians of it and of those before it.
 
         So stages that were evaluated, a few among many, do not count.
         """

@@ -68,7 +68,9 @@ def _just_learned_and_final(R: Matrix, learned: Sequence[int]) -> list[tuple[flo
 
 def evaluated(R: Matrix) -> list[int]:
     """The stages with any defined value, ascending."""
-    return [stage for stage, row in enumerate(R) if any(value is not None for value in row)]
+    rows = {id(row): row for row in R}  # those without evaluations may be one
+    defined = {key for key, row in rows.items() if any(value is not None for value in row)}
+    return [stage for stage, row in enumerate(R) if id(row) in defined]
 
 
 def _entry(R: Matrix, stage: int, category: int) -> float | None:
