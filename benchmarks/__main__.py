@@ -3,9 +3,10 @@
     python -m benchmarks [NAME ...] [--checkpoint FILE] [--root FOLDER]
 
 <<<<<<< HEAD
+<<<<<<< HEAD
 NAME: coreset, nearest, metrics, kernels, phases, steps, footprints, backbones, startup, sweeps, network, export,
-reports, growth, digests, checkpoints, company, launches, precision, positions, cadic, strategies, buffers, watch,
-evaluation, tiles; all of them where none is given.
+reports, growth, streams, states, boundaries, digests, checkpoints, company, launches, precision, positions, cadic,
+strategies, buffers, watch, evaluation, tiles; all of them where none is given.
 Absolute times are this machine's; the ratios within a table are what carries over. A checkpoint (of timm's
 resnet18) and a root (an MVTec AD layout) replace random weights and synthetic images where a table takes features
 of images.
@@ -31,6 +32,9 @@ NAMES = (
     "export",
     "reports",
     "growth",
+    "streams",
+    "states",
+    "boundaries",
     "digests",
     "checkpoints",
     "company",
