@@ -289,14 +289,14 @@ def without_tasks(
         windows = boundaries.Windows()
         found = boundaries.found(mean_features(detector, arrived.images), windows, config.seed)
         detector.release(None)
-        if not found and asked.length is None and len(tasks) > 1:
+        if not found and asked.longest is None and len(tasks) > 1:
             raise UserError(
                 f"stream.stages=detected finds no boundary in the {counted(len(arrived), 'image')} of the stream: give "
-                "stream.length, the most images of a stage, or stream.stages=fixed"
+                "stream.longest, the most images of a stage, or stream.stages=fixed"
             )
         alarms = boundaries.compared(found, arrived.boundaries, asked.transition, 2 * windows.newest)
         about["boundaries"] |= {"found": found, **dataclasses.asdict(alarms)}
-        ends = blurred.at_most(asked.length, [*found, len(arrived)])
+        ends = blurred.at_most(asked.longest, [*found, len(arrived)])
     return blurred.parts(tasks, arrived, ends, drift), about
 
 

@@ -143,6 +143,7 @@ def test_alarms_are_counted() -> None:
         (["stream.blur=-2"], "stream.blur=-2"),
         (["stream.geometry=90"], "stream.geometry=90"),
         (["stream.length=0"], "stream.length=0"),
+        (["stream.longest=0"], "stream.longest=0"),
         (["stream.length=null"], "give stream.length"),
         (["stream.stages=often"], "stream.stages=often"),
         (["stream.stages=detected", "method=draem"], "has none"),
@@ -166,7 +167,7 @@ def test_a_transition_wider_than_a_task() -> None:
 def test_a_run_without_tasks(train: Train, tmp_path: Path) -> None:
     """Three categories of six images, mixed; and boundaries that never come are said before anything is learned."""
     blur = ("stream=blurred", "stream.transition=4", "stream.light=0.2", "stream.geometry=3")
-    refused = train("method=patchcore", *blur, "stream.stages=detected", "stream.length=null")
+    refused = train("method=patchcore", *blur, "stream.stages=detected")
     assert refused.returncode == 1 and "finds no boundary in the 18 images" in refused.stderr
     done = train("method=cadic", *blur, "stream.length=4")
     assert done.returncode == 0, done.stderr

@@ -221,7 +221,8 @@ class Stream(Closed):
             which stages learn parts. What follows is of that.
         stages: where parts end: `fixed`, after every `length` images; `detected`, where `clbench.boundaries` sees another
             task begin; `tasks`, in the middle of each transition, which only who made the stream can know.
-        length: images of a part; of a `detected` one at most, and None for no bound.
+        length: images of a `fixed` part.
+        longest: images of a `detected` part at most; None for no bound.
         transition: images over which a task gives way to the next.
         light, blur, geometry: what the end of the stream differs in from its beginning, see `clbench.data.drift`.
     """
@@ -229,6 +230,7 @@ class Stream(Closed):
     kind: Literal["tasks", "blurred"] = "tasks"
     stages: Literal["fixed", "detected", "tasks"] = "fixed"
     length: PositiveInt | None = None
+    longest: PositiveInt | None = None
     transition: NonNegativeInt = 0
     light: Annotated[float, Field(ge=0, le=0.9, strict=False, allow_inf_nan=False)] = 0.0
     blur: Annotated[float, Field(ge=0, le=16, strict=False, allow_inf_nan=False)] = 0.0
