@@ -22,8 +22,19 @@ from clbench.terminal import Display
 TASKS = 1000
 RUNS = {
     "PatchCore, native": ("method=patchcore", "method.memory_size=4000"),
-    "PaDiM, replay of 100": ("method=padim", "strategy=replay", "replay.size=100"),
-    "CFA, replay of 100": ("method=cfa", "strategy=replay", "replay.size=100", "method.epochs=1"),
+    "PaDiM, replay of 100": (
+        "method=padim",
+        "strategy=replay",
+        "replay.size=100",
+        "replay.selection=reservoir",
+    ),
+    "CFA, replay of 100": (
+        "method=cfa",
+        "strategy=replay",
+        "replay.size=100",
+        "replay.selection=reservoir",
+        "method.epochs=1",
+    ),
 }
 _AT = (10, 100, 1000)  # stages, counted from 1
 _AROUND = 9  # stages up to one whose median stands for it
