@@ -150,6 +150,8 @@ def test_the_command_writes_checks_and_says_what_goes_with_the_graph(train: Trai
         "type": "float32",
         "resize": 48,
         "crop": None,
+        "tile": None,
+        "overlap": None,
     }
     assert about["thresholds"]["tasks"] == ["cloth"] and about["thresholds"]["held_out"]
     import clbench as package

@@ -22,7 +22,7 @@ from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import DictConfig
 from rich.console import Console
 
-from clbench import assembly, cli
+from clbench import assembly, cli, experiment
 from clbench.commands.run import main
 from clbench.config import sources
 from clbench.methods import tables
@@ -517,7 +517,7 @@ def test_runs_in_one_process_leave_no_tensor_to_those_after_them(
 ) -> None:
     """Not even to a collector of garbage, which comes when it likes."""
     alive: list[int] = []
-    assemble = assembly.assemble
+    assemble = experiment.assemble
 
     def counted(*arguments: object) -> assembly.Assembly:
         tables._kept.cache_clear()  # at most 32 of them, which are kept on purpose
@@ -525,7 +525,7 @@ def test_runs_in_one_process_leave_no_tensor_to_those_after_them(
         alive.append(len({one.untyped_storage().data_ptr() for one in tensors}))
         return assemble(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(assembly, "assemble", counted)
+    monkeypatch.setattr(experiment, "assemble", counted)
     gc.collect()
     gc.disable()
     try:
