@@ -150,7 +150,16 @@ IN_BATCH = {"patchcore": 4 * 2 + 3, "anomalydino": 4 * 2 + 2, "dinosaur": 1, "ca
 READ = 2  # and once a stage, where there are banks of tasks, their sizes
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method",
+    # Those that share their steps and their search with another are tried with the long tests.
+    [
+        pytest.param(name, marks=pytest.mark.long)
+        if name in ("simplenet", "dinosaur", "anomalydino")
+        else name
+        for name in METHODS
+    ],
+)
 def test_no_step_waits_for_the_device(method: str, folder: Path, tmp_path: Path) -> None:
     buffer = ["replay.size=4"] if USUAL[method] == "replay" else []
     own = ["gpu.precision=fp16"] if method in TOKEN_BANKS else []  # CUDA's autocast has operations of its own
