@@ -33,7 +33,9 @@ pictures: install  ## the README's picture of a report and those of docs/gallery
 figures: install  ## the figures of docs/science.md, of the tables in docs/measured.md
 	$(BIN)/python scripts/draw_science.py
 
-docs: install site  ## the documentation as pages, site/index.html; a link that leads nowhere fails
+docs: install  ## the documentation as pages, site/index.html; a link that leads nowhere fails
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --config-settings editable_mode=compat --editable '.[docs]'
+	$(MAKE) site
 
 site:  # needs of the installed the extra `docs` alone
 	$(BIN)/python -m mkdocs build --strict --quiet
