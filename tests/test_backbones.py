@@ -93,7 +93,13 @@ def test_where_no_hub_is_known_it_is_asked_once_and_in_silence(
 
 
 @pytest.mark.parametrize(
-    "name", ["swin_tiny_patch4_window7_224", "swinv2_cr_tiny_ns_224", "convnext_atto", "vit_tiny_patch16_224"]
+    "name",
+    [
+        pytest.param("swin_tiny_patch4_window7_224", marks=pytest.mark.long),
+        pytest.param("swinv2_cr_tiny_ns_224", marks=pytest.mark.long),
+        "convnext_atto",
+        "vit_tiny_patch16_224",
+    ],
 )
 def test_levels_have_their_channels_first_whatever_network_they_are_of(name: str) -> None:
     pyramid = Backbone(name, pretrained=False).pyramid([1, 2])

@@ -53,9 +53,9 @@ def options(script: Path) -> dict[str, str]:
 @pytest.mark.parametrize(
     ("limit", "parallel", "arrays"),
     [
-        ("1001", 32, ["0-8%9"]),
+        pytest.param("1001", 32, ["0-8%9"], marks=pytest.mark.long),
         ("4", 4, ["0-2%2", "0-2%1", "0-2%1"]),
-        ("5", 1, ["0-4%1", "0-3%1"]),
+        pytest.param("5", 1, ["0-4%1", "0-3%1"], marks=pytest.mark.long),
     ],
 )
 def test_a_sweep_is_submitted_in_arrays_that_the_cluster_takes(

@@ -74,7 +74,13 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(tmp_path_factory.mktemp("cache"))
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method",
+    [
+        pytest.param(name, marks=pytest.mark.long) if name.startswith("fastflow on") else name
+        for name in METHODS
+    ],
+)
 def test_every_method_says_the_same_in_onnx_runtime_and_in_torch(
     method: str, cache: str, tmp_path: Path
 ) -> None:

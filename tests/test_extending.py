@@ -39,6 +39,7 @@ def summary(directory: Path) -> dict:
     return json.loads((directory / "summary.json").read_text(encoding="utf-8"))
 
 
+@pytest.mark.long
 def test_the_guide_s_contract_tests_pass(mine: Path) -> None:
     words = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", "test_mine.py"]
     paths = os.pathsep.join([str(mine), str(ROOT)])

@@ -210,7 +210,10 @@ def test_random_order_is_a_function_of_the_seed(train: Train, tmp_path: Path) ->
             ("method=cfa", "replay.size=7", "method.epochs=4", "method.batch_size=2"), marks=pytest.mark.long
         ),
         pytest.param(("method=padim", "strategy=single"), marks=pytest.mark.long),
-        ("method=draem", "replay.size=7", "method.epochs=1", "method.batch_size=2"),
+        pytest.param(
+            ("method=draem", "replay.size=7", "method.epochs=1", "method.batch_size=2"),
+            marks=pytest.mark.long,
+        ),
     ],
 )
 def test_killed_at_random_moments_and_continued_ends_in_the_same_metrics(
