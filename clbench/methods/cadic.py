@@ -19,7 +19,6 @@ from clbench.methods.patches import tokens
 from clbench.precision import single_precision
 
 _ROWS = 1024  # entries whose distances to all are computed at a time
-_TOGETHER = 32  # entries that are looked at again at a time: reading all others takes as long for one
 
 
 class CADIC(Detector):
@@ -136,8 +135,8 @@ class Coreset:
 
     The choice is that of the plain loop, which computes all distances again for each replacement: here one product has
     those of a set of candidates, and each entry knows its nearest other one. An entry whose nearest one was replaced is
-    only as near to another or farther: it is looked at again when it is the next to be closest, with those that come soon
-    after it. So most replacements take no product of the entries with anything.
+    only as near to another or farther: it is looked at again when it is the next to be closest. So a replacement takes
+    one product of the entries with a vector, or few.
 
     In single precision whatever gpu.precision is: small differences decide. On a GPU a replacement waits for the device.
 
@@ -191,8 +190,7 @@ class Coreset:
             if not due:
                 break
             if stale:
-                known = self._gaps.masked_fill(~self._stale, math.inf)
-                self._look(known.topk(min(_TOGETHER, len(known)), largest=False).indices)
+                self._look(torch.tensor([place], device=self.entries.device))
                 continue
             place = min(place, other)
             # The candidate's distances to the entries are known, and so are all candidates' to it.
