@@ -2,8 +2,6 @@
 
     python -m benchmarks [NAME ...] [--checkpoint FILE] [--root FOLDER]
 
-<<<<<<< HEAD
-<<<<<<< HEAD
 NAME: coreset, nearest, metrics, kernels, phases, steps, footprints, backbones, startup, sweeps, network, export,
 reports, growth, streams, states, boundaries, digests, checkpoints, company, launches, precision, positions, cadic,
 strategies, buffers, watch, evaluation, tiles; all of them where none is given.

@@ -10,7 +10,7 @@ from clbench import assembly, boundaries
 from clbench.data import blurred
 from clbench.data.drift import Drift
 from clbench.methods.base import silent
-from clbench.strategies.selection import pooled
+from clbench.strategies.selection import mean_features
 
 SEEDS = (1, 2)  # of the images, their order and the detector; 0 was looked at while it was written
 _IMAGES = 40  # of each product
@@ -70,5 +70,5 @@ def _alarms(seed: int, width: int, drift: Drift, cache: str, *further: str) -> b
     detector = assembly.build_detector(config)
     arrived = blurred.arrivals(tasks, width, drift, seed)
     windows = boundaries.Windows()
-    found = boundaries.found(pooled(detector, arrived.images), windows, seed)
+    found = boundaries.found(mean_features(detector, arrived.images), windows, seed)
     return boundaries.compared(found, arrived.boundaries, width, 2 * windows.newest)
