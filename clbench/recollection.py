@@ -2,7 +2,6 @@
 
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from clbench.data.images import Identity, identities
@@ -68,8 +67,3 @@ class Recollection:
 
 def _bytes(found: Found) -> int:
     return sum(tensor.untyped_storage().nbytes() for tensor in found.tensors)
-
-
-def small(whole: Tensor) -> Tensor:
-    """Whole numbers of any type below 2^31, int32."""
-    return whole.to(torch.int32)

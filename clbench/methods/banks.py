@@ -20,7 +20,6 @@ from clbench.methods.coreset import farthest_first
 from clbench.methods.nearest import Closest, Search
 from clbench.precision import single_precision
 from clbench.randomness import generator
-from clbench.recollection import small
 
 _NUMBERS = itertools.count()
 MemoryMb = Annotated[float, Gt(0)] | None  # 10^6 bytes of what is memorised; None where entries are counted
@@ -251,7 +250,7 @@ class PatchBank(TaskBanks):
             selected, distances, places, least = kept.tensors
             before = Closest(selected, distances, places + begins[selected][:, None], least)
         found = self._search.closest_bank(patches, self.bank, self.sizes(), before)
-        places = small(found.rows - begins[found.selected][:, None])
+        places = (found.rows - begins[found.selected][:, None]).to(torch.int32)
         recollection.put(images, numbers, found.selected, found.distances, places, found.least)
         return found
 
