@@ -187,23 +187,25 @@ def of_stages(
         Diverged: a map or score is not finite.
     """
     learning = strategy.stages(len(tasks))
-    sets, all_held = [], True
+    sets, all_held, all_there = [], True, True
     for stage in stages:
         images, held = _normal(strategy, tasks, stage, _LEARNED_FROM // len(stages))
         if not len(images):
             continue
         sets.append((learning[stage][0], images))
         all_held = all_held and held
+        all_there = all_there and all(len(tasks[task].train) for task in learning[stage])
     if not strategy.task_known and sets:  # then batches may hold images of several tasks
         sets = [(sets[0][0], Images.concatenate([images for _, images in sets]))]
     count = sum(len(images) for _, images in sets)
     scores, pixels = Tail(count), Tail(sum(math.prod(size) for _, images in sets for size in images.sizes))
     moments, every = Moments(), list[float]()
     done = 0
-    for task, images in sets:
-        tiling = tasks[task].train.tiling
-        # Features of stored images may be what is stored of them.
-        with strategy.detector.uncached() if len(tasks[task].train) else nullcontext():
+    with (
+        strategy.detector.uncached() if all_there else nullcontext()
+    ):  # of stored images features may be all there is
+        for task, images in sets:
+            tiling = tasks[task].train.tiling
             for batch in evaluation.predictions(strategy, images, task, device, tiling):
                 pixels.add(batch.maps)
                 moments.add(batch.maps)

@@ -346,17 +346,19 @@ def test_every_task_has_room_for_an_image_that_is_learned_again() -> None:
 
 
 def test_thresholds_of_a_task_whose_images_are_gone_are_set_on_the_features_that_are_kept() -> None:
-    def thresholds(storage: Kind, gone: bool) -> list[float]:
+    def thresholds(storage: Kind, *gone: int) -> list[float]:
         detector = FastFlow(backbone(), layers=[1], steps=2, epochs=1, held_out=0.5)
-        strategy = Replay(detector, replay_size=9, replay_storage=storage)
-        strategy.learn(0, images(8, 0))
-        learned = task("a", images(0 if gone else 8, 0))
-        _, scores = of_stages(strategy, [learned], [0], torch.device("cpu"), silent)
+        strategy = Replay(detector, replay_size=17, replay_storage=storage)
+        for stage in range(2):
+            strategy.learn(stage, images(8, stage))
+        tasks = [task(f"{stage}", images(0 if stage in gone else 8, stage)) for stage in range(2)]
+        _, scores = of_stages(strategy, tasks, range(2), torch.device("cpu"), silent)
         return sorted(scores)
 
-    there, kept, features = thresholds("raw", False), thresholds("raw", True), thresholds("latent", True)
-    assert len(there) == len(kept) == len(features) == 4 and there == kept
-    np.testing.assert_allclose(features, there, atol=0.02 * (max(there) - min(there)))
+    for gone in ([0, 1], [0], [1]):
+        there, kept, features = thresholds("raw"), thresholds("raw", *gone), thresholds("latent", *gone)
+        assert len(there) == len(kept) == len(features) == 8 and there == kept
+        np.testing.assert_allclose(features, there, atol=0.02 * (max(there) - min(there)))
 
 
 def test_features_that_half_precision_cannot_hold_are_refused() -> None:
