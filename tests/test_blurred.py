@@ -147,6 +147,7 @@ def test_alarms_are_counted() -> None:
         (["stream.length=null"], "give stream.length"),
         (["stream.stages=often"], "stream.stages=often"),
         (["stream.stages=detected", "method=draem"], "has none"),
+        (["dataset.resize=null", "dataset.tile=64"], "stream=blurred with dataset.tile=64"),
         (["stream.geometry=5", "dataset=mvtec_loco", "dataset.root=.", "metrics=loco"], "turns images"),
     ],
 )

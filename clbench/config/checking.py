@@ -373,6 +373,11 @@ def _check_stream(config: Config, detector: Any) -> None:
             f"stream.stages=detected goes by features of a frozen backbone, and {detector.__name__} has none: take "
             "stream.stages=fixed, or another method"
         )
+    if config.dataset.tile is not None:
+        raise UserError(
+            f"stream=blurred with dataset.tile={config.dataset.tile}: a stream without tasks takes images as they are; give "
+            "dataset.tile=null, or stream=tasks"
+        )
     if stream.geometry and need(config.metrics.further, "saturations"):
         raise UserError(
             f"stream.geometry={stream.geometry:g} turns images, and the defects that metrics.further asks for by themselves "
