@@ -137,9 +137,10 @@ class Anchored(Replay):
         Returns:
             Name of the trained parameter -> the mean, of its shape.
         """
-        learned, _ = split(self.shown(stage, images), self.detector.held_out, self.seed, stage)
+        shown = self.shown(stage, images)  # as training saw them
+        learned, _ = split(shown, self.detector.held_out, self.seed, stage)
         order = torch.randperm(len(learned), generator=generator(self.seed, "importance", stage))
-        chosen = learned.some(order[:count].sort().values)  # as they were shown to training
+        chosen = learned.some(order[:count].sort().values)
         trained = self.trained()
         sums = {name: torch.zeros_like(parameter) for name, parameter in trained.items()}
         self.detector.eval()
