@@ -276,6 +276,17 @@ def test_features_of_images_that_were_held_out_stay_held_out() -> None:
             assert all((level.half() == kept).flatten(1).all(1).any() for kept in share.networks[0][0])
 
 
+@pytest.mark.parametrize("kind", ["raw", "jpeg", "webp", "small", "latent"])
+def test_a_budget_is_spent_where_nothing_is_held_out(kind: Kind) -> None:
+    detector = FastFlow(backbone(), layers=[1], steps=2, epochs=1, batch_size=3, held_out=0.0)
+    strategy = Replay(detector, replay_budget_mb=0.03, replay_storage=kind)
+    for stage in range(2):
+        strategy.learn(stage, images(4, stage))
+    kept = sum(tensor.nbytes for tensor in strategy.kept().values())
+    assert strategy.buffer and all(len(learned) for learned, _ in strategy.buffer._stored)
+    assert 0 < kept <= 30_000
+
+
 MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"size": 9, "budget_mb": 1.0}, "replay.size=9 with replay.budget_mb=1.0: .* give one of them"),
     (

@@ -312,7 +312,8 @@ class Latent(Storage):
 
     @torch.no_grad()
     def costs(self, images: Images) -> Tensor:
-        nets, one = self._detector.pyramids(), images[:1].to(self._detector.device)
+        one = images[:1].to(self._detector.device)
+        nets = self._detector.pyramids() if len(one) else []
         numbers = sum(level[0].numel() for net in nets for level in net.network(net.normalisation(one)))
         return torch.full((len(images),), torch.float16.itemsize * numbers)
 
