@@ -152,6 +152,13 @@ def test_si_follows_the_loss_along_the_path_that_weights_really_take() -> None:
     assert float(strategy._before["weight"][0]) == 0  # the penalty's gradient is no part of the path
 
 
+def test_a_task_in_which_half_precision_overflowed_in_each_step_leaves_nothing() -> None:
+    strategy = SI(One(1.0))
+    strategy.after_step()
+    strategy.end_stage(0, Images.of(images(2, 0)))
+    assert not strategy.memory
+
+
 def test_si_takes_what_a_loss_has_fallen_by() -> None:
     """The path of plain gradient descent with a small rate adds up to the fall of the loss."""
 

@@ -27,7 +27,7 @@ class Anchored(Replay):
     with c = `weight`, or half of it in EWC. Only its gradient is computed, in closed form and single precision, and added
     to that of the loss before gradients are clipped; the losses that are reported, and those that early stopping compares,
     are the method's own. Parameters that get no gradient in a step are not drawn. Kept are two numbers for each trained
-    weight: 8 bytes. A step takes a copy of one parameter at a time besides.
+    weight: 8 bytes. A step takes a copy of the trained weights besides.
 
     The running statistics of batch normalisation are no weights: no penalty keeps them from following the new images, see
     `freeze_norm`.
@@ -86,11 +86,13 @@ class Anchored(Replay):
 
     @torch.no_grad()
     def after_backward(self, gradients: Mapping[str, Tensor]) -> None:
-        for name, gradient in gradients.items():
-            importance, parameter = self.kept_of("importance", name), self.detector.get_parameter(name)
-            if importance is not None:
-                moved = parameter - self.memory[f"anchor.{name}"]
-                gradient.addcmul_(importance, moved, value=self.gradient_factor * self.weight)
+        drawn = [name for name in gradients if self.kept_of("importance", name) is not None]
+        if drawn:  # all parameters at once: a GPU would wait to be asked for each
+            anchors = [self.memory[f"anchor.{name}"] for name in drawn]
+            moved = torch._foreach_sub([self.detector.get_parameter(name) for name in drawn], anchors)
+            importance = [self.memory[f"importance.{name}"] for name in drawn]
+            factor = self.gradient_factor * self.weight
+            torch._foreach_addcmul_([gradients[name] for name in drawn], importance, moved, factor)
 
     def ways_out(self) -> list[str]:
         drawn = self.weight > 0 and any(name.startswith("importance.") for name in self.memory)
@@ -159,11 +161,14 @@ class Anchored(Replay):
         """Add the importance of weights for the stage that was learned, and move their anchors.
 
         Args:
-            importance: name of the trained parameter -> float32, of its shape; it is taken over, and may be changed.
+            importance: name of the trained parameter -> float32, of its shape; it is taken over, and may be changed. None
+                at all where half precision overflowed in each step, so that no weight moved.
             decay: what the importance for earlier stages is multiplied by, with the weights as the anchors of all. None:
                 every stage has an anchor of its own; the sum of their penalties is, but for a constant, that of the
                 summed importance around the mean of the anchors, weighted by importance.
         """
+        if not importance:
+            return
         if self.normalise == "mean":
             count = sum(part.numel() for part in importance.values())
             mean = torch.stack([part.sum() for part in importance.values()]).sum() / count

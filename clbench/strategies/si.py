@@ -43,20 +43,26 @@ class SI(Anchored):
 
     @torch.no_grad()
     def after_backward(self, gradients: Mapping[str, Tensor]) -> None:
-        for name, gradient in gradients.items():
-            weights = self.detector.get_parameter(name)
+        weights = {name: self.detector.get_parameter(name) for name in gradients}
+        for name, parameter in weights.items():
             if self.kept_of("anchor", name) is None:
-                self.memory[f"anchor.{name}"] = weights.clone()
+                self.memory[f"anchor.{name}"] = parameter.clone()
             if self.kept_of("path", name) is None:
-                self.memory[f"path.{name}"] = torch.zeros_like(weights)
-            self._before[name] = gradient.clone(), weights.clone()
+                self.memory[f"path.{name}"] = torch.zeros_like(parameter)
+        if weights:  # all parameters at once, as in `Anchored`
+            copies = (
+                torch._foreach_mul(list(given), 1.0) for given in (gradients.values(), weights.values())
+            )
+            self._before = dict(zip(weights, zip(*copies, strict=True), strict=True))
         super().after_backward(gradients)
 
     @torch.no_grad()
     def after_step(self) -> None:
-        for name, (gradient, weights) in self._before.items():
-            fallen = weights.sub_(self.detector.get_parameter(name))
-            self.memory[f"path.{name}"].addcmul_(gradient, fallen)
+        if not self._before:
+            return
+        gradients, before = map(list, zip(*self._before.values(), strict=True))
+        torch._foreach_sub_(before, [self.detector.get_parameter(name) for name in self._before])
+        torch._foreach_addcmul_([self.memory[f"path.{name}"] for name in self._before], gradients, before)
         self._before = {}
 
     def at_best(self) -> None:
