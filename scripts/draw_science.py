@@ -1,4 +1,4 @@
-"""The figures of docs/science.md, of the numbers in the tables of docs/measured.md.
+"""The figures of docs/science.md and docs/strategies.md, of the numbers in the tables of docs/measured.md and the latter.
 
 python scripts/draw_science.py    # docs/science/*.svg
 """
@@ -24,6 +24,7 @@ def main() -> None:
         "replay": replay(page),
         "equal_memory": equal_memory(page),
         "thresholds": thresholds(page),
+        "same_bytes": same_bytes((DOCS / "strategies.md").read_text(encoding="utf-8")),
     }.items():
         chart = chart.configure(background="white", font="sans-serif", padding=12)
         chart = chart.configure_view(stroke=None).configure_axis(
@@ -152,6 +153,43 @@ def thresholds(page: str) -> Any:
         (asked + bars + points)
         .properties(width=_WIDTH / 2 - 20, height=alt.Step(20))
         .facet(column=alt.Column("method:N", sort=["PatchCore", "PaDiM"], title=None))
+    )
+
+
+def same_bytes(page: str) -> Any:
+    """Pixel F1 of each method, by what the same bytes are spent on; without weights, which keep next to nothing."""
+    table = rows(page, "The same bytes, spent in different ways", "method", "spent on")
+    columns = {"the bytes of 100 images": "15 MB: pixel F1", "of 20 images": "3 MB: pixel F1"}
+    data = [
+        {
+            "method": row["method"],
+            "kept": row["spent on"],
+            "budget": budget,
+            "f1": float(row[column].split()[0]),
+        }
+        for row in table
+        for budget, column in columns.items()
+        if row[column] and not row["spent on"].startswith("weights")
+    ]
+    kept = list(dict.fromkeys(entry["kept"] for entry in data))
+    colours = alt.Scale(domain=kept, range=["#222222", "#3d7fbf", "#39a37a", "#e0662f", "#9a5fb5"])
+    shapes = alt.Scale(domain=kept, range=["circle", "square", "diamond", "triangle-down", "triangle-up"])
+    return (
+        alt.Chart(alt.Data(values=data))
+        .mark_point(filled=True, size=120, opacity=0.9)
+        .encode(
+            y=alt.Y("method:N", sort=list(dict.fromkeys(row["method"] for row in table)), title=None),
+            x=alt.X(
+                "f1:Q",
+                title="pixel F1",
+                axis=alt.Axis(format=".2f", tickCount=5),
+                scale=alt.Scale(domain=[0.38, 0.56]),
+            ),
+            color=alt.Color("kept:N", scale=colours, title=None),
+            shape=alt.Shape("kept:N", scale=shapes, title=None),
+        )
+        .properties(width=_WIDTH / 2 - 20, height=alt.Step(36))
+        .facet(column=alt.Column("budget:N", sort=list(columns), title=None))
     )
 
 
