@@ -23,7 +23,9 @@ GROUPS = sorted(
 )
 
 
-@pytest.mark.parametrize("size", [(48, 48), (48, 64)], ids=["square", "oblong"])
+@pytest.mark.parametrize(
+    "size", [pytest.param((48, 48), marks=pytest.mark.long), (48, 64)], ids=["square", "oblong"]
+)
 @pytest.mark.parametrize("group", GROUPS)
 def test_the_hint_for_images_of_another_size_leads_out_when_it_is_followed(
     group: str, size: tuple[int, int]

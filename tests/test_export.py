@@ -77,7 +77,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.mark.parametrize(
     "method",
     [
-        pytest.param(name, marks=pytest.mark.long) if name.startswith("fastflow on") else name
+        pytest.param(name, marks=pytest.mark.long) if " " in name or name in ("dinosaur", "draem") else name
         for name in METHODS
     ],
 )

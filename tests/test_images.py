@@ -25,8 +25,12 @@ def inverted(path: Path) -> None:
     [
         (shifted, "cloth/ground_truth/blot/001_mask.png", "(test images of 'cloth' changed)"),
         (inverted, "brick/train/good/003.png", "(training images of 'brick' changed)"),
-        (inverted, "plate/test/good/000.png", "(test images of 'plate' changed)"),
-        (Path.unlink, "plate/test/good/001.png", "(test images of 'plate' changed)"),
+        pytest.param(
+            inverted, "plate/test/good/000.png", "(test images of 'plate' changed)", marks=pytest.mark.long
+        ),
+        pytest.param(
+            Path.unlink, "plate/test/good/001.png", "(test images of 'plate' changed)", marks=pytest.mark.long
+        ),
         (Path.unlink, "plate/ground_truth/blot/000_mask.png", "blot/000.png has no mask"),
     ],
 )

@@ -335,8 +335,8 @@ def _after_wandb_finished() -> None:
     [
         _after_a_line_before_wandb,
         _pictures_wait_without_a_line,
-        _while_pictures_are_written,
-        _after_wandb_finished,
+        pytest.param(_while_pictures_are_written, marks=pytest.mark.long),
+        pytest.param(_after_wandb_finished, marks=pytest.mark.long),
     ],
 )
 def test_killed_between_the_file_and_wandb(killing: Callable[[], None], tmp_path: Path) -> None:
