@@ -230,6 +230,30 @@ def test_banks_that_cannot_be_the_closest_are_not_searched(monkeypatch: pytest.M
     assert set(searched) == set(selected.tolist())
 
 
+@pytest.mark.parametrize("name", [name for name in CASES if name != "one entry"])
+def test_many_small_banks_are_told_apart_by_one_product(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of which a product says that they cannot be the closest are not searched; those found are those by differences."""
+    monkeypatch.setattr(searching, "_PIECE", 37)  # a few banks at a time
+    queries, bank = case(name)
+    sizes = [1, 2, 3, 4] + (len(bank) > 100) * [*range(1, 22), 42, *97 * [2]]
+    bank, patches = bank[: sum(sizes)], queries.view(5, -1, queries.shape[1])
+    distances, rows = by_differences(patches.flatten(0, 1), bank, sizes)
+    distances, rows = (found.view(len(sizes), *patches.shape[:2]) for found in (distances, rows))
+    search = Search()
+    lower = search._known(bank, sizes)._lower_means(patches)
+    assert (lower <= distances.double().mean(2) * (1 + 1e-6)).all()
+    searched = []
+    plain = searching._Banks._distances
+    monkeypatch.setattr(
+        searching._Banks, "_distances", lambda *given: searched.append(given[-1]) or plain(*given)
+    )
+    selected, near, at, _ = search.closest_bank(patches, bank, sizes)
+    means = distances.mean(2)
+    each = torch.arange(5)
+    assert (means[selected, each] <= means.amin(0) * (1 + 1e-6)).all() and None not in searched
+    assert torch.equal(near, distances[selected, each]) and torch.equal(at, rows[selected, each])
+
+
 def test_values_that_are_not_finite_stay_with_their_query(way: str) -> None:
     queries, bank = case("random")
     broken = queries.clone()

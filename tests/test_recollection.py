@@ -112,12 +112,15 @@ def by_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(searching, "bounds_of", made)
 
 
-@pytest.mark.parametrize("bounds", [False, True])
-def test_banks_are_passed_when_they_are_new(bounds: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("way", ["plain", "products", "bounds"])
+def test_banks_are_passed_when_they_are_new(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Over N stages less than 1 + 1/2 + ... + 1/N passes of the memory, and what was cut off is searched for in one bank."""
     stages, memory, patches, width = 12, 720, 40, 12
-    if bounds:
+    if way == "bounds":
         by_bounds(monkeypatch)
+    elif way == "plain":
+        monkeypatch.setattr(searching, "_LEAST", 0)
+        monkeypatch.setattr(searching, "_WORTH", 10**9)
     pairs = [0]
     search = searching._Banks._distances
 
@@ -152,4 +155,7 @@ def test_banks_are_passed_when_they_are_new(bounds: bool, monkeypatch: pytest.Mo
     known = sum(1 / (stage + 1) for stage in range(stages))
     cut = sum(1 / (stage + 1) ** 2 for stage in range(1, stages))
     assert passes["recalled"] < known + 2 * cut  # twice for chance, and for banks that come close
-    assert bounds or passes["anew"] == pytest.approx(stages, rel=0.01)
+    assert way != "plain" or passes["anew"] == pytest.approx(stages, rel=0.01)
+    assert (
+        way == "plain" or passes["anew"] < known + 2 * cut
+    )  # what products or bounds exclude is not searched

@@ -169,7 +169,7 @@ class _Banks:
         self._ends = torch.tensor([*itertools.accumulate(sizes)], device=bank.device)
         self._on_cpu = bank.device.type == "cpu"
         self._error = gamma(bank.shape[1] + 8)
-        self._norms = torch.linalg.vector_norm(bank, dim=1).square_().mul_(1 - 5 * self._error)
+        self._norms = self._norms_of(bank)
         self._pieces: list[tuple[int, int]] = []  # first and last row, excluded
         self._pieces_of: list[list[int]] = []  # bank -> its pieces
         longest = _PIECE if self._on_cpu else 16 * _PIECE
@@ -181,14 +181,22 @@ class _Banks:
             cuts = [begin + size * cut // count for cut in range(count + 1)]
             self._pieces_of.append([len(self._pieces) + index for index in range(count)])
             self._pieces += itertools.pairwise(cuts)
-        self._widest = GROUP * math.ceil(max(end - begin for begin, end in self._pieces) / GROUP)
+        self._small = len(bank) < _LEAST * len(
+            sizes
+        )  # bounds are not worth it: a product with all banks excludes most
+        widest = min(len(bank), longest) if self._small else max(end - begin for begin, end in self._pieces)
+        self._widest = GROUP * math.ceil(widest / GROUP)
         self._memory = torch.empty(0, dtype=torch.uint8, device=bank.device)
         self._bounds: Bounds | None = None
-        self._prepared = len(bank) < _LEAST * len(sizes)  # not worth it
+        self._prepared = self._small
         self._seen = 0  # queries
         self._longest = 0  # block that was searched by plain products
         self._trials = 0  # of bounds, on no shorter ones
         self._plain = self._with_bounds = math.inf  # seconds a query and an entry, the least
+
+    def _norms_of(self, vectors: Tensor) -> Tensor:
+        """Squared norms, less what is rounded in them and in products, float32 [N]."""
+        return torch.linalg.vector_norm(vectors, dim=1).square_().mul_(1 - 5 * self._error)
 
     def are(self, bank: Tensor, sizes: list[int]) -> bool:
         """Whether these are the banks, unchanged."""
@@ -223,7 +231,7 @@ class _Banks:
                     found.append(self._again(part, bank, Closest(*(each[rows] for each in before))))
                 continue
             with self._timed(count, bank, len(bank)):
-                if self._bounds is None or len(self._sizes) < 2:
+                if len(self._sizes) < 2 or not (self._small or self._bounds):
                     distances, where = self._distances(part.flatten(0, 1), bank)
                     shape = len(self._sizes), *part.shape[:2]
                     found.append(_closest(distances.view(shape), where.view(shape)))
@@ -244,7 +252,7 @@ class _Banks:
         known = least.shape[1]
         lower = least.new_zeros(len(self._sizes), len(queries))
         lower[:known] = least.T
-        if self._bounds is not None and known < len(lower):
+        if (self._small or self._bounds) and known < len(lower):
             lower[known:] = self._lower_means(queries, known)
         return self._routed(queries, bank, lower, (selected, distances, rows))
 
@@ -289,7 +297,7 @@ class _Banks:
     def _distances(self, queries: Tensor, bank: Tensor, only: int | None = None) -> tuple[Tensor, Tensor]:
         """Distances and rows of a block of queries in all banks, [K, Q] both, or in one, [1, Q]."""
         narrow = None if self._bounds is None else self._bounds.queries(queries)
-        norms = torch.linalg.vector_norm(queries, dim=1).square_().mul_(1 - 5 * self._error)
+        norms = self._norms_of(queries)
         nearest = []
         for pieces in self._pieces_of if only is None else [self._pieces_of[only]]:
             found = _Found(queries, bank)
@@ -343,16 +351,32 @@ class _Banks:
         Args:
             first: the first bank that is asked for.
         """
-        assert self._bounds is not None
         images, patches, _ = queries.shape
-        rough = self._bounds.rough or self._bounds
-        narrow = rough.queries(queries.flatten(0, 1))
-        squared = [
-            torch.stack([rough.least(narrow, piece, self._values) for piece in pieces]).amin(0)
-            for pieces in self._pieces_of[first:]
-        ]
+        least = self._least(queries.flatten(0, 1), self._pieces_of[first][0])
+        squared = [torch.stack([next(least) for _ in pieces]).amin(0) for pieces in self._pieces_of[first:]]
         lower = torch.stack(squared).mul_(1 - 2 * self._error).sub_(TINY).clamp_min_(0).sqrt_()
         return _lowered(lower.view(-1, images, patches).mean(2), patches)
+
+    def _least(self, queries: Tensor, first: int) -> Iterator[Tensor]:
+        """For each piece from one on, what the queries' squared distances to its entries are not below, float32 [Q]."""
+        if self._bounds is not None:
+            rough = self._bounds.rough or self._bounds
+            narrow = rough.queries(queries)
+            yield from (rough.least(narrow, piece, self._values) for piece in range(first, len(self._pieces)))
+            return
+        bank = self._bank()
+        assert bank is not None
+        norms = self._norms_of(queries)
+        while first < len(self._pieces):  # as many at a time as the memory is for
+            begin, last = self._pieces[first][0], first + 1
+            while last < len(self._pieces) and self._pieces[last][1] - begin <= self._widest:
+                last += 1
+            end = self._pieces[last - 1][1]
+            values = self._values((end - begin) * len(queries), torch.float32).view(end - begin, -1)
+            torch.addmm(self._norms[begin:end, None], bank[begin:end], queries.T, alpha=-2, out=values)
+            for of in values.split([end - begin for begin, end in self._pieces[first:last]]):
+                yield of.amin(0).add_(norms)
+            first = last
 
     def _search(self, found: "_Found", norms: Tensor, narrow: Tensor | None, piece: int) -> None:
         """Look for nearer entries in a piece of a bank.
