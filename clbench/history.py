@@ -217,13 +217,18 @@ class History:
                 f"{self._journal.path} holds what no run of these categories has written ({type(error).__name__}: {error}): "
                 "put it back, take another experiment=NAME, or overwrite=true"
             ) from error
+        # Of a run that this one goes on from, some stage may have gone that counted for every:N: its journal has what it measured.
+        inherited = self._step > 1 and self.directory.parent() is not None
+        measured = {stage for stage, _ in self.results.evaluations()}
         for stage in range(last):
-            if self.to_evaluate(stage) or self.lacks_thresholds(stage):
+            if ((stage in measured or not inherited) and self.to_evaluate(stage)) or self.lacks_thresholds(
+                stage
+            ):
                 raise UserError(
                     f"{self._journal.path} lacks results of stage {stage + 1}, and what was learned then is gone: put "
                     "it back, take another experiment=NAME, or overwrite=true"
                 )
-            if self.evaluates(stage):
+            if stage in measured or (self.evaluates(stage) and not inherited):
                 self.recorder.stage(stage, self.results.after(stage))
         return last
 

@@ -1,25 +1,36 @@
 """Streams of very many tasks: what a stage writes and what people are shown does not grow with them."""
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from test_report import make, only_group
 
+from clbench.data.images import Images, ImageSet
+from clbench.data.stream import Category, Task
+from clbench.errors import UserError
+from clbench.history import History
+from clbench.interruption import Interruption
 from clbench.metrics import continual
 from clbench.metrics.names import METRICS, USUAL
 from clbench.metrics.percentiles import MANY, PERCENTILES, percentiles, some
 from clbench.recording import wandb
 from clbench.recording.checkpoint import Checkpoints
+from clbench.recording.recorder import Recorder
+from clbench.recording.run_directory import RunDirectory
 from clbench.report import tables
 from clbench.report.figures import figures
-from clbench.results import Results
+from clbench.results import Evaluation, Results
 from clbench.strategies.buffer import Buffer
+from clbench.strategies.finetune import Finetune
 from clbench.strategies.replay import Replay
 from clbench.strategies.single import Single
 from clbench.terminal import run_table
-from clbench.testing.small import bytes_of, images
+from clbench.testing.small import SmallDetector, bytes_of, images
 
 CATEGORIES = [f"c{number:03d}" for number in range(100)]
 
@@ -167,3 +178,26 @@ def test_the_report_of_many_tasks_is_short(tmp_path: Path) -> None:
         assert 0 < len(data) <= 2 * 51
     assert len(tables.as_csv([(1, whole)]).splitlines()) == 1 + 200
     assert "percentiles over 100 lines each" in tables.as_markdown(short)
+
+
+def test_a_run_without_a_stage_that_it_once_had_goes_by_what_was_measured(tmp_path: Path) -> None:
+    """Of stages 0 to 3, evaluated after 1 and 3, one was forgotten: those after 0 and 2 are left."""
+    empty = replace(ImageSet.none((8, 8)), images=torch.zeros(1, 3, 8, 8, dtype=torch.uint8))
+    stream = [Task(name, empty, (Category(name, empty),)) for name in "abc"]
+    config = SimpleNamespace(checkpoint_s=0, evaluate="every:2")
+    strategy = Finetune(SmallDetector())
+    about = {"metrics": USUAL, "device": torch.device("cpu"), "identity": {"files": {}}, "config": config}
+    made: Any = SimpleNamespace(strategy=strategy, tasks=stream, **about)
+
+    def history() -> History:
+        return History(made, RunDirectory(tmp_path), Recorder(), Interruption())
+
+    begun = history()
+    for stage in range(3):
+        strategy.learn(stage, Images.of(torch.zeros(4, 3, 8, 8, dtype=torch.uint8)))
+        begun.add_learned(stage)
+    begun.add_evaluation(0, 0, Evaluation(dict.fromkeys(USUAL, 0.5)))
+    with pytest.raises(UserError, match="lacks results of stage 2"):
+        history()
+    RunDirectory(tmp_path).write_parent({})
+    assert [history().to_evaluate(stage) for stage in (0, 2)] == [[], [0, 1, 2]]
