@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from clbench.randomness import generator
 
@@ -42,13 +43,23 @@ def found(features: Tensor, windows: Windows, seed: int) -> list[int]:
         windows: settings.
         seed: of the divisions that the threshold is set by.
     """
-    features = features.double()
+    if len(features) < windows.first:
+        return []
+    features = features.double() - features[0].double()  # so that sums over a long stream lose nothing
     threshold = windows.factor * _largest(features[: windows.first], windows.newest, seed)
+    sums = F.pad(features.cumsum(0), (0, 0, 1, 0))  # of the images before each place
+    squares = F.pad(features.square().sum(1).cumsum(0), (1, 0))
     boundaries: list[int] = []
     begin = 0
     for now in range(windows.first, len(features) + 1):
-        before, newest = features[begin : now - windows.newest], features[now - windows.newest : now]
-        if len(before) >= 2 * windows.newest and distance(before, newest) > threshold:
+        middle = now - windows.newest
+        count = middle - begin
+        if count < 2 * windows.newest:
+            continue
+        mean = (sums[middle] - sums[begin]) / count
+        spread = squares[middle] - squares[begin] - count * mean.square().sum()
+        newest = (sums[now] - sums[middle]) / windows.newest
+        if _apart(mean, newest, spread, count, windows.newest) > threshold:
             boundaries.append(now)
             begin = now
     return boundaries
@@ -61,9 +72,17 @@ def distance(before: Tensor, newest: Tensor) -> float:
         before, newest: features, float64 [N, D] and [M, D].
     """
     mean = before.mean(0)
-    variance = (before - mean).square().sum() / (len(before) - 1)
-    expected = variance * (1 / len(before) + 1 / len(newest))
-    return math.sqrt(float((newest.mean(0) - mean).square().sum() / expected.clamp(min=1e-30)))
+    return _apart(mean, newest.mean(0), (before - mean).square().sum(), len(before), len(newest))
+
+
+def _apart(before: Tensor, newest: Tensor, spread: Tensor, count: int, newer: int) -> float:
+    """As `distance`, of the windows' means, float64 [D] both, and their numbers of images.
+
+    Args:
+        spread: sum of squared distances of the images before to their mean, a scalar.
+    """
+    expected = spread / (count - 1) * (1 / count + 1 / newer)
+    return math.sqrt(float((newest - before).square().sum() / expected.clamp(min=1e-30)))
 
 
 def _largest(first: Tensor, newest: int, seed: int) -> float:

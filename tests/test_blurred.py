@@ -15,6 +15,7 @@ from clbench.data.images import ImageSet
 from clbench.data.samples import GOOD
 from clbench.data.stream import Category, Task
 from clbench.errors import UserError
+from clbench.randomness import generator
 
 
 def stream(*counts: int, size: int = 9) -> list[Task]:
@@ -128,6 +129,33 @@ def test_boundaries_are_seen_soon_and_nowhere_else() -> None:
     assert boundaries.found(features(40, 40, 40, 40)[:90], windows, seed=0) == [
         at for at in found if at <= 90
     ]
+
+
+def test_a_boundary_is_where_the_distance_of_two_windows_is_large() -> None:
+    """As the windows' own means and spread have it; a sum over all images before is not taken for each new one."""
+    windows, stream_of = boundaries.Windows(), 50 + features(40, 40, 40)
+
+    def distance(before: torch.Tensor, newest: torch.Tensor) -> float:
+        expected = before.var(0).sum() * (1 / len(before) + 1 / len(newest))
+        return float((before.mean(0) - newest.mean(0)).norm() / expected.sqrt())
+
+    first = stream_of[:24].double()
+    orders = [
+        torch.randperm(24, generator=random) for random in [generator(0, "boundaries")] for _ in range(200)
+    ]
+    threshold = 1.5 * max(distance(first[order[6:]], first[order[:6]]) for order in orders)
+    expected, begin = [], 0
+    for now in range(24, 121):
+        before, newest = stream_of[begin : now - 6].double(), stream_of[now - 6 : now].double()
+        if len(before) >= 12 and distance(before, newest) > threshold:
+            expected.append(now)
+            begin = now
+    assert boundaries.found(stream_of, windows, seed=0) == expected != []
+
+
+def test_a_stream_too_short_for_a_threshold_or_without_spread_has_no_boundary() -> None:
+    assert boundaries.found(features(6), boundaries.Windows(), seed=0) == []
+    assert boundaries.found(torch.rand(1, 16).repeat(60, 1), boundaries.Windows(), seed=0) == []
 
 
 def test_alarms_are_counted() -> None:
