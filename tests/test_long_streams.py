@@ -1,6 +1,7 @@
 """Streams of very many tasks: what a stage writes and what people are shown does not grow with them."""
 
 import itertools
+import json
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -178,6 +179,21 @@ def test_the_report_of_many_tasks_is_short(tmp_path: Path) -> None:
         assert 0 < len(data) <= 2 * 51
     assert len(tables.as_csv([(1, whole)]).splitlines()) == 1 + 200
     assert "percentiles over 100 lines each" in tables.as_markdown(short)
+
+
+def test_many_parts_of_a_stream_of_few_categories_are_percentiles_too(tmp_path: Path) -> None:
+    R = [[stage / 100, 0.5] for stage in range(100)]
+    path = make(tmp_path, "method=padim", "strategy=native", R=R, tasks=[("cap", "nut"), *[()] * 99])
+    summary = json.loads((path / "summary.json").read_text(encoding="utf-8"))
+    named = {**summary, "tasks": [f"part {number}" for number in range(1, 101)]}
+    (path / "summary.json").write_text(json.dumps(named), encoding="utf-8")
+    written = (path / "metrics.csv").read_text(encoding="utf-8")
+    (path / "metrics.csv").write_text(written.replace("cap+nut", "part 1"), encoding="utf-8")
+    group = only_group(tmp_path)
+    assert "100 tasks of 2 categories" in group.title
+    (shown,) = (figure.spec() for figure in figures(group) if figure.name == "r-matrices")
+    (data,) = shown["datasets"].values() if "datasets" in shown else [shown["data"]["values"]]
+    assert len(data) == 100 and {"lowest", "highest"} <= data[0].keys()
 
 
 def test_a_run_without_a_stage_that_it_once_had_goes_by_what_was_measured(tmp_path: Path) -> None:

@@ -125,8 +125,8 @@ class Group:
     def title(self) -> str:
         """The dataset, the number of tasks, the image size where all share one, and the benchmark."""
         tasks = counted(len(self.tasks), "task")
-        if len(self.categories) > len(self.tasks):
-            tasks += f" of {len(self.categories)} categories"
+        if len(self.categories) != len(self.tasks):
+            tasks += f" of {counted(len(self.categories), 'category', 'categories')}"
         sizes = {_image_size(run) for run in self.runs}
         size = f", {sizes.pop()} pixels" if len(sizes) == 1 else ""
         return f"{self.dataset}, {tasks}{size}, benchmark={self.benchmark}"

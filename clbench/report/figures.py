@@ -371,7 +371,7 @@ def _pareto_front(base: alt.Chart, x: alt.X, y: alt.Y, middle: float) -> list[al
 
 
 def _matrix_charts(group: Group, rows: list[Row]) -> Figure | None:
-    if len(group.categories) > MANY:
+    if max(len(group.categories), len(group.tasks)) > MANY:
         return _percentiles_over_stages(group, rows)
     data = [
         {**_about(row), "stage": stage + 1, "category": category, "f1": _short(spread.mean)}
@@ -463,7 +463,7 @@ def _percentiles_over_stages(group: Group, rows: list[Row]) -> Figure | None:
 
 
 def _routing_charts(group: Group, rows: list[Row]) -> Figure | None:
-    if len(group.categories) > MANY:
+    if max(len(group.categories), len(group.tasks)) > MANY:
         return None  # the table has percentiles
     data = [
         {**_about(row), "category": category, "model": task, "share": _short(share)}
