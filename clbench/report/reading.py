@@ -192,6 +192,8 @@ def _read_run(path: Path) -> FoundRun:
         whole, newline, torn = written.rpartition(b"\n")
         expected = run.expected_stages
         run.results, run.stages = _results((whole + newline).decode(), run)
+        if summary["status"] == "complete" and "metrics_sha256" in summary:
+            run.stages = expected  # also those that left no row, as no image to evaluate was there
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         return FoundRun(path, "damaged", f"it does not read as a run: {type(error).__name__} {error}")
     if summary["status"] == "failed":
