@@ -9,9 +9,11 @@ from typing import Any
 from clbench import assembly, digests, experiment
 from clbench.config.schema import Config
 from clbench.config.using import for_use
+from clbench.data.images import ImageSet
 from clbench.data.products import Product
 from clbench.data.samples import Dataset
 from clbench.data.stream import name_problem
+from clbench.data.unchanged import SPLITS
 from clbench.errors import UserError, counted
 from clbench.interruption import Interruption
 from clbench.paths import expanded
@@ -122,6 +124,13 @@ def forget(
     gone = summary["categories"][dropped]
 
     def begin() -> Config:
+        kept = [group for group in summary["categories"] if group != gone]
+        smaller = _with_tasks(_without_images(config, summary), kept)
+        if len(smaller.dataset.absent) == sum(map(len, kept)):
+            raise UserError(
+                f"of what {parent.path} keeps ({', '.join(smaller.dataset.absent)}) there are no images to set thresholds on: "
+                "put those of one back where they were, and give the command again"
+            )
         strategy = assembly.build_strategy(config, assembly.build_detector(config))
         saved = Checkpoints(parent.path / "checkpoint").load_stage()
         if saved is None or saved[0] != len(names) - 1:
@@ -141,7 +150,7 @@ def forget(
         )
         _copy(parent, child, "thresholds.json")
         Checkpoints(child.path / "checkpoint").save_stage(last, strategy.state(), data)
-        return _with_tasks(config, [group for group in summary["categories"] if group != gone])
+        return smaller
 
     def check(begun: Config) -> None:
         if any(name in begun.task_order.listed for name in gone):
@@ -174,6 +183,7 @@ def _go_on(
         UserError: the directory holds another run, or the run that it goes on from has changed since; or as `learn`.
     """
     about = {"run": str(parent.path.absolute()), "metrics_sha256": summary.get("metrics_sha256")}
+    _check_free(child)
     with child.lock(), Interruption() as interruption:
         found, stored = child.parent(), child.config()
         if found is not None and found.get("run") != about["run"]:
@@ -184,8 +194,6 @@ def _go_on(
             raise UserError(
                 f"{parent.path} has changed since {child.path} went on from it: remove the latter, or give another --output"
             )
-        if found is None and stored is not None:
-            raise UserError(f"{child.path} holds a run already: give another --output")
         if found is None or stored is None:
             child.clear()  # what a process that was killed has left
             config = begin()
@@ -199,6 +207,22 @@ def _go_on(
         more = {"parent": about["run"]}
         experiment.run_in(child, config, interruption, alone=True, more=more, departures=departures)
     return child.path
+
+
+def _check_free(child: RunDirectory) -> None:
+    """Check that a directory has nothing of anybody else in it: what another run or a person has there is not touched.
+
+    A run that goes on has parent.json, or the lock that is the first of its files, and none of those that a run writes last.
+
+    Raises:
+        UserError: it has.
+    """
+    if not child.path.is_dir() or child.parent() is not None:
+        return
+    if any((child.path / name).exists() for name in ("config.yaml", "summary.json", "metrics.csv")):
+        raise UserError(f"{child.path} holds a run already: give another --output")
+    if not (child.path / "run.lock").exists() and any(child.path.iterdir()):
+        raise UserError(f"{child.path} holds other files: give another --output, a folder of its own")
 
 
 def _summary_of(parent: RunDirectory) -> dict[str, Any]:
@@ -268,13 +292,21 @@ def _with_product(
     config: Config, summary: Mapping[str, Any], name: str, folder: Path, without_images: bool
 ) -> Config:
     """The config with one more task, and without the images that are not there."""
-    groups = [list(group) for group in summary["categories"]]
-    known = [category for group in groups for category in group]
-    there = [] if without_images else _there(config, known)
+    known = _without_images(config, summary, there=[] if without_images else None)
+    grown = known.changed("dataset", added={**known.dataset.added, name: str(folder)})
+    return _with_tasks(grown, [*summary["categories"], [name]])
+
+
+def _without_images(config: Config, summary: Mapping[str, Any], there: Sequence[str] | None = None) -> Config:
+    """The config of a run that goes on without the images that are not there.
+
+    Args:
+        there: the categories whose images are used; None for all of which they are there.
+    """
+    known = [category for group in summary["categories"] for category in group]
+    there = _there(config, known, summary["images"]) if there is None else there
     absent = {category: summary["images"].get(category, []) for category in known if category not in there}
-    added = {each: path for each, path in config.dataset.added.items() if each not in absent}
-    grown = config.changed("dataset", added={**added, name: str(folder)}, absent=absent)
-    return _with_tasks(grown, [*groups, [name]])
+    return config.changed("dataset", absent=absent)
 
 
 def _with_tasks(config: Config, groups: Sequence[Sequence[str]]) -> Config:
@@ -289,12 +321,18 @@ def _with_tasks(config: Config, groups: Sequence[Sequence[str]]) -> Config:
     return order.changed("dataset", added=added, absent=absent)
 
 
-def _there(config: Config, categories: Sequence[str]) -> list[str]:
-    """Those of a run's categories whose images are all there; one of which a part is missing is as good as gone."""
+def _there(config: Config, categories: Sequence[str], images: Mapping[str, Sequence[str]]) -> list[str]:
+    """Those of a run's categories whose images are all there; one of which a part is missing is as good as gone.
+
+    Args:
+        images: the fingerprints of each category's images, see `clbench.data.unchanged`: one may never have had test images.
+    """
+    nothing = ImageSet.none((1, 1)).contents.fingerprint([])
 
     def complete(dataset: Dataset, category: str) -> bool:
+        had = dict(zip(SPLITS, images.get(category, []), strict=False))
         with suppress(UserError):
-            return all(dataset.samples(category, split) for split in ("train", "test"))
+            return all(dataset.samples(category, split) or had.get(split) == nothing for split in SPLITS)
         return False
 
     found = []

@@ -14,7 +14,11 @@ from pretend_runs import METHODS, TOKENS, around
 from processes import CONTEXT
 from test_pretend_device import USUAL
 
+from clbench import assembly, learning
+from clbench.config.using import for_use
+from clbench.errors import UserError
 from clbench.recording.metrics_file import MetricRow, rows_of
+from clbench.recording.run_directory import RunDirectory
 
 long = pytest.mark.long
 PAIRS = [("patchcore", "native"), ("stfpm", "replay"), ("padim", "single")]
@@ -125,6 +129,16 @@ def test_a_product_of_normal_images_alone_is_learned_and_used(
     summary = json.loads((child / "summary.json").read_text(encoding="utf-8"))
     assert summary["tasks"] == ["brick", "cloth", "lid"] and summary["parent"] == str(before)
     assert {row.task for row in rows(child) if row.stage == 2} == {"brick", "cloth"}
+    config = for_use(RunDirectory(child).config() or {}, {}, {})
+    without = learning._without_images(config, summary, there=[])
+    assert set(without.dataset.absent) == {"brick", "cloth", "lid"}
+    for known in (
+        config,
+        without,
+    ):  # all are found again where they are, lid too, which never had test images
+        found_again = learning._without_images(known, summary)
+        assert not found_again.dataset.absent
+        assert set(assembly.build_dataset(found_again).categories) >= {"brick", "cloth", "lid"}
     again = tmp_path / "grown"
     learn(child, folder / "plate", "--output", again)  # a product more, after that
     assert {row.stage for row in rows(again) if row.task == "plate"} == {3}
@@ -155,8 +169,12 @@ def test_what_cannot_go_on_says_why(
     shutil.copytree(before, other)
     text = (other / "config.yaml").read_text(encoding="utf-8")
     (other / "config.yaml").write_text(text.replace("clbench: ", "clbench: 0.0.1 #"), encoding="utf-8")
-    plate = folder / "plate"
+    plate, mine = folder / "plate", tmp_path / "mine"
+    (mine / "maps").mkdir(parents=True)
+    (mine / "maps/precious").touch()
     learn(before, plate, "--output", tmp_path / "child")
+    lock = before / "run.lock"
+    untouched = lock.read_bytes(), lock.stat().st_mtime_ns
     refused = [
         ((before, folder / "brick"), "has learned 'brick' already"),
         ((before, tmp_path / "nowhere"), "is no folder"),
@@ -168,11 +186,15 @@ def test_what_cannot_go_on_says_why(
         ((other, plate), "was made by clbench 0.0.1"),
         ((tmp_path, plate), "holds no run that can go on"),
         ((before, plate, "--output", joint), "holds a run already"),
+        ((before, plate, "--output", before), "holds a run already"),
+        ((before, plate, "--output", mine), "holds other files"),
         ((before, plate, "--output", tmp_path / "child", "--name", "lid"), "give another --output"),
     ]
     for words, said in refused:
         found = clbench("learn", *map(str, words))
         assert found.returncode == 1 and said in found.stderr and found.stderr.count("\n") == 1, found.stderr
+    assert (mine / "maps/precious").exists() and len(list(mine.iterdir())) == 1
+    assert (lock.read_bytes(), lock.stat().st_mtime_ns) == untouched
     (before / "metrics.csv").write_text(
         (before / "metrics.csv").read_text(encoding="utf-8") + "\n", encoding="utf-8"
     )
@@ -195,7 +217,7 @@ def test_what_cannot_go_on_says_why(
     ids=lambda own: "-".join(own[:2]),
 )
 def test_a_forgotten_task_leaves_the_others_as_they_are(
-    own: list[str], folder: Path, train: Train, tmp_path: Path
+    own: list[str], folder: Path, train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for order, experiment in (("brick,cloth,plate", "three"), ("brick,plate", "never")):
         assert train(f"task_order.tasks=[{order}]", f"experiment={experiment}", *own).returncode == 0
@@ -218,6 +240,9 @@ def test_a_forgotten_task_leaves_the_others_as_they_are(
         "learn", str(tmp_path / "forgot"), str(folder / "cloth"), "--output", str(tmp_path / "again")
     )
     assert again.returncode == 0, again.stderr  # it may come back
+    monkeypatch.setattr(learning, "_there", lambda *_: [])
+    with pytest.raises(UserError, match=r"\(brick, plate\) there are no images to set thresholds on"):
+        learning.forget(whole, "cloth", output=tmp_path / "nothing left")
 
 
 def test_what_cannot_be_forgotten_says_why(parent: Callable[..., Path], tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ class Products(Dataset):
     Args:
         whole: the dataset that the stream began with; None where all of its categories are absent.
         absent: names of those that are not there: they have no samples.
-        added: a product's name -> its folder, see `Product`.
+        added: a product's name -> its folder, see `Product`; that of one that is absent is not looked for.
 
     Raises:
         UserError: as `Product`.
@@ -24,7 +24,9 @@ class Products(Dataset):
 
     def __init__(self, whole: Dataset | None, absent: Sequence[str], added: Mapping[str, str]):
         self._whole, self._absent = whole, list(absent)
-        self._products = {name: Product(name, Path(folder)) for name, folder in added.items()}
+        self._products = {
+            name: Product(name, Path(folder)) for name, folder in added.items() if name not in absent
+        }
         elsewhere = {*self._absent, *self._products}
         there = [] if whole is None else [name for name in whole.categories if name not in elsewhere]
         self.name = "products" if whole is None else whole.name
