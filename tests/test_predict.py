@@ -1,5 +1,6 @@
 """Thresholds set on normal training images, and what clbench predict makes of files."""
 
+import argparse
 import csv
 import json
 import math
@@ -208,7 +209,7 @@ def test_files_are_found_once_in_folders_and_patterns_and_not_in_what_was_writte
         (tmp_path / name).touch()
 
     def names(*given: str) -> list[str]:
-        found = find_images([tmp_path / each for each in given], without=tmp_path / "a/out")
+        found = find_images([tmp_path / each for each in given], without=[tmp_path / "a/out"])
         return [path.relative_to(tmp_path).as_posix() for path in found]
 
     assert names("a") == ["a/1.png", "a/b/2.JPG"]
@@ -217,6 +218,25 @@ def test_files_are_found_once_in_folders_and_patterns_and_not_in_what_was_writte
     assert names("missing.png") == ["missing.png"]
     with pytest.raises(UserError, match=r"no\*\.png matches no file"):
         names("no*.png")
+
+
+@pytest.mark.parametrize("output", [".", "photos", "photos/masks/.."])
+def test_predictions_may_be_written_around_and_beside_the_images(
+    output: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("photos/1.png", "photos/day/2.png", f"{output}/overlays/1.png", f"{output}/masks/1.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    found: list[Path] = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(predict, "_load", lambda options: options)
+    monkeypatch.setattr(predict, "_predict", lambda options, detector, files, *_: found.extend(files))
+    parser = argparse.ArgumentParser()
+    predict.arguments(parser)
+    given = parser.parse_args(["RUN", "photos", "--output", output])
+    given.device = "cpu"
+    predict.main(given)
+    assert found == [tmp_path / "photos/1.png", tmp_path / "photos/day/2.png"]
 
 
 def test_two_files_that_would_be_written_to_one_are_named() -> None:

@@ -18,6 +18,7 @@ from clbench.commands import watch
 from clbench.commands.watch import Watch
 from clbench.errors import UserError
 from clbench.loading import TrainedDetector, load
+from clbench.recording.journal import Journal
 
 RATES = (0.01, 0.01)
 
@@ -45,8 +46,11 @@ def looked(watching: Watch, times: int = 2) -> int:
 
 
 def answers(tmp_path: Path) -> list[dict]:
-    lines = (tmp_path / "answers/answers.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
+    return answers_in(tmp_path / "answers/answers.jsonl")
+
+
+def answers_in(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def test_each_image_is_answered_once_and_a_restart_repeats_none(
@@ -85,9 +89,40 @@ def test_each_image_is_answered_once_and_a_restart_repeats_none(
         file.unlink()
     looked(again)
     assert len(again.folder._answered) == 1  # only what is there is remembered
+    same = Watch(detector, camera, camera, RATES, 4)  # answers beside the images
+    (camera / "masks").mkdir()
+    for place in ("e.png", "masks/e.png"):  # the latter is of an earlier prediction
+        shutil.copyfile(good, camera / place)
+    assert looked(same) == 2 and {each["image"] for each in answers_in(camera / "answers.jsonl")} == {
+        "day/b.png",
+        "e.png",
+    }
+
+
+def test_time_counts_from_when_a_file_came_whatever_its_clock_says(tmp_path: Path) -> None:
+    watched = watch.Folder(tmp_path, [])
+    for name, written in (("moved", 10**18), ("ahead", 4 * 10**18)):
+        (tmp_path / f"{name}.png").write_bytes(b"an image")
+        os.utime(tmp_path / f"{name}.png", ns=(written, written))
+    assert not watched.ready()
+    time.sleep(0.02)
+    assert len(watched.ready()) == 2
+    for path in tmp_path.iterdir():
+        assert 0.02 <= watched.waiting_s(path) < 5
+
+
+def test_a_name_that_is_no_text_is_answered_and_read_again(tmp_path: Path) -> None:
+    entry = {"image": "a\\b\udcff.png", "file": [1, 2]}
+    journal = Journal(tmp_path / "answers.jsonl")
+    journal.append(entry)
+    assert Journal(tmp_path / "answers.jsonl").entries[0]["image"] == entry["image"]
+    assert answers_in(tmp_path / "answers.jsonl")[0]["image"] == entry["image"]
 
 
 def test_what_ends_it_is_one_line(detector: TrainedDetector, run: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="file cannot be written"):
+        Watch(detector, tmp_path, tmp_path / "file", RATES, 4)
     watching = start(detector, tmp_path)
     with pytest.raises(UserError, match="another process answers into"):
         start(detector, tmp_path)

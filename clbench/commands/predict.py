@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from clbench.loading import Found, TrainedDetector
 
 _THREADS = min(8, os.cpu_count() or 1)
+PICTURES = ("overlays", "masks")  # folders of them in the output
 _PIXELS_AHEAD = 1 << 25  # of maps whose pictures are still to be written, at most
 
 
@@ -89,7 +90,7 @@ def main(options: argparse.Namespace) -> int:
     from clbench.data.listing import LeftOut
 
     left_out = LeftOut()
-    files = find_images(options.images, options.output, left_out)
+    files = find_images(options.images, [options.output / kind for kind in PICTURES], left_out)
     if not files:
         more = f" (left out: {left_out})" if str(left_out) else ""
         raise UserError(f"{' '.join(options.images)} holds no image{more}: name files, folders or patterns")
@@ -255,7 +256,7 @@ def _remove_pictures(output: Path) -> None:
     except (OSError, ValueError, KeyError, TypeError):
         return
     for name in named:
-        for kind in ("overlays", "masks"):
+        for kind in PICTURES:
             for picture in (name, f"{name}.png"):
                 if ".." not in Path(name).parts and picture.lower().endswith(".png"):
                     (output / kind / picture).unlink(missing_ok=True)
@@ -346,11 +347,8 @@ def _write_pictures(one: Found, heat: Any, mask: Any, output: Path, name: str, l
     pixels = one.geometry.eight_bits(read_image(one.path))  # read again: images may be large
     picture = cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR)
     high = low + 2 * (one.threshold - low)
-    written = (
-        ("overlays", overlay(picture, mask, heat, low, high)),
-        ("masks", 255 * mask.astype(np.uint8)),
-    )
-    for kind, pixels in written:
+    written = overlay(picture, mask, heat, low, high), 255 * mask.astype(np.uint8)
+    for kind, pixels in zip(PICTURES, written, strict=True):
         _, encoded = cv2.imencode(".png", pixels)
         data = encoded.tobytes()
         write_whole(output / kind / name, lambda part, data=data: part.write_bytes(data))  # type: ignore[misc]

@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from clbench.commands.predict import PICTURES
 from clbench.data.listing import LeftOut, images_in
 from clbench.errors import UserError, counted
 from clbench.interruption import Interruption
 from clbench.locks import open_lock, take_lock
+from clbench.recording.files import cannot_write
 from clbench.recording.journal import Journal
 
 if TYPE_CHECKING:
@@ -33,17 +35,27 @@ class Folder:
 
     Args:
         path: the folder; images in folders in it count too.
-        without: a folder whose files do not count.
+        without: folders whose files do not count.
     """
 
-    def __init__(self, path: Path, without: Path):
+    def __init__(self, path: Path, without: Collection[Path]):
         self.path, self.without = path, without
         self._seen: dict[Path, Stamp] = {}
         self._answered: dict[Path, Stamp] = {}
+        self._came: dict[Path, float] = {}
+        self._looked = time.time()  # when the folder was listed last
 
     def answered(self, path: Path, stamp: Stamp) -> None:
         """Take a file as answered for as long as it is this one."""
         self._answered[path] = stamp
+
+    def waiting_s(self, path: Path) -> float:
+        """Seconds since a file of the last look was written, or came here, or the folder was watched.
+
+        Its time counts where it lies between the looks before and after it was found: one that was moved here was written
+        long before, and a camera's clock may go wrong.
+        """
+        return time.time() - self._came[path]
 
     def ready(self) -> dict[Path, Stamp]:
         """The files that are whole, as far as can be told without reading them, and not answered; oldest first.
@@ -56,7 +68,8 @@ class Folder:
                 f"{self.path} is gone: put it back and give the same command, which repeats no answer"
             )
         now: dict[Path, Stamp] = {}
-        for file in images_in(self.path, LeftOut(), [self.without]):
+        before, self._looked = self._looked, time.time()
+        for file in images_in(self.path, LeftOut(), self.without):
             try:
                 status = file.stat()
             except OSError:
@@ -64,6 +77,10 @@ class Folder:
             now[file] = status.st_size, status.st_mtime_ns
         self._answered = {file: stamp for file, stamp in self._answered.items() if now.get(file) == stamp}
         same = {file: stamp for file, stamp in now.items() if self._seen.get(file) == stamp}
+        self._came = {
+            file: self._came[file] if file in same else min(max(stamp[1] / 1e9, before), time.time())
+            for file, stamp in now.items()
+        }
         self._seen = now
         waiting = ((stamp[1], file) for file, stamp in same.items() if file not in self._answered)
         return {file: same[file] for _, file in sorted(waiting)}
@@ -93,11 +110,15 @@ class Watch:
         rates: tuple[float, float],
         batch_size: int,
     ):
-        output.mkdir(parents=True, exist_ok=True)
-        self._lock = open_lock(output / "watch.lock")
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+            self._lock = open_lock(output / "watch.lock")
+        except OSError as error:
+            raise cannot_write(output, error) from error
         if take_lock(self._lock, wait=False)[0] == "another's":
             raise UserError(f"another process answers into {output}: stop it, or give another --output")
-        self.detector, self.folder = detector, Folder(folder, output)
+        pictures = [output / kind for kind in PICTURES]  # of an earlier prediction
+        self.detector, self.folder = detector, Folder(folder, pictures)
         for pyramid in detector.detector.pyramids():
             pyramid.filled_up = (
                 False  # one image takes a sixteenth of a batch's time; its last digits may differ
@@ -133,7 +154,7 @@ class Watch:
             }
             answers += self._answer(one.path, ready[one.path], about)
         for path, reason in unreadable.items():
-            if time.time() - ready[path][1] / 1e9 > _PATIENCE_S:  # else it may be on its way
+            if self.folder.waiting_s(path) > _PATIENCE_S:  # else it may be on its way
                 answers += self._answer(path, ready[path], {"error": reason})
         return answers
 
@@ -145,7 +166,7 @@ class Watch:
                 return False
         except OSError:
             pass  # it was taken away, and what it showed is known
-        latency = 1000 * (time.time() - stamp[1] / 1e9)
+        latency = 1000 * self.folder.waiting_s(path)
         name = path.relative_to(self.folder.path).as_posix()
         answer = {"image": name, **about, "latency_ms": round(latency, 1)}
         self.journal.append({**answer, "file": stamp})
@@ -186,6 +207,6 @@ def _said(latencies: Iterable[float], count: int) -> str:
         return f"{counted(count, 'answer')} so far, none of them now"
     half, most = (ordered[min(int(share * len(ordered)), len(ordered) - 1)] for share in (0.5, 0.99))
     return (
-        f"{counted(count, 'answer')} so far; of the last {len(ordered)}, half took {half:.0f} ms or less since the file was "
-        f"written, and 99 % {most:.0f} ms"
+        f"{counted(count, 'answer')} so far; of the last {len(ordered)}, half took {half:.0f} ms or less since the file "
+        f"came, and 99 % {most:.0f} ms"
     )

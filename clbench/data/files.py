@@ -23,7 +23,7 @@ _CLOCK_NS = 2_000_000_000  # how coarse the clocks of file systems are: FAT's co
 
 
 def find_images(
-    given: Iterable[Path | str], without: Path | None = None, left_out: LeftOut | None = None
+    given: Iterable[Path | str], without: Iterable[Path] = (), left_out: LeftOut | None = None
 ) -> list[Path]:
     """Image files, absolute, in the order given, each once.
 
@@ -31,14 +31,14 @@ def find_images(
         given: texts, in which `~` and variables are replaced, or Paths: files, whatever their suffix; folders, whose image files are taken, sorted, with those of
             folders inside (see `images_in`); and patterns such as `parts/*.png`. A path that does not exist is
             given back.
-        without: a folder whose files are left out of the folders given.
+        without: folders whose files are left out of the folders given.
         left_out: told what is left out of the folders given, but for those in `without`.
 
     Raises:
         UserError: a pattern matches nothing, a word is empty, or a folder cannot be listed.
     """
     left_out = LeftOut() if left_out is None else left_out
-    apart = [] if without is None else [Path(absolute_of(without))]
+    apart = [Path(absolute_of(folder)) for folder in without]
     found: dict[Path, None] = {}
     for each in given:
         if not str(each):

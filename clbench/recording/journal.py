@@ -86,9 +86,12 @@ def entries_of(path: Path) -> list[dict[str, Any]]:
 
 
 def _line_of(entry: dict[str, Any]) -> bytes:
-    """The line of an entry: its JSON, with a checksum of it as the last key."""
-    body = json.dumps(entry, ensure_ascii=False)[:-1]
-    return f'{body}{_CHECK}{zlib.crc32(body.encode()):08x}"}}\n'.encode()
+    """The line of an entry: its JSON, with a checksum of it as the last key.
+
+    What is no text in the name of a file is escaped as JSON does, `\\udcff`.
+    """
+    body = json.dumps(entry, ensure_ascii=False)[:-1].encode(errors="backslashreplace")
+    return body + f'{_CHECK}{zlib.crc32(body):08x}"}}\n'.encode()
 
 
 def _read_entries(path: Path, lose_damaged: bool) -> tuple[list[dict[str, Any]], int]:
