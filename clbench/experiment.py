@@ -304,8 +304,9 @@ class Course:
             written = self._write_summary(summary)
         with self.display.showing():
             self.display.table(run_table(summary, self.results))
-        if message:
-            self.display.line(message)
+        for line in (message, *(thresholds.Thresholds(**model).doubt for model in found["models"])):
+            if line:
+                self.display.line(line)
         return written
 
     def _write_summary(self, summary: dict[str, Any]) -> dict[str, Any]:

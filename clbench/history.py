@@ -197,9 +197,11 @@ class History:
             if self.directory.parent():  # what joined since is what the run is for
                 now = {name: found for name, found in now.items() if name in newest["stream"]}
             if changed := changes(newest["stream"], now):
+                way = "take another experiment=NAME, or overwrite=true"
+                if self.directory.parent():
+                    way = "or give another --output and --without-images"
                 raise UserError(
-                    f"{self.directory.path} was begun with other images ({changed}): put them back, take another "
-                    "experiment=NAME, or overwrite=true"
+                    f"{self.directory.path} was begun with other images ({changed}): put them back, {way}"
                 )
             if changed := changed_files(newest.get("files", {}), self._files):
                 raise UserError(

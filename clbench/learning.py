@@ -1,5 +1,6 @@
 """A finished run that goes on, into a run directory of its own: it learns another product, or forgets one."""
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from importlib.metadata import version
@@ -182,15 +183,18 @@ def _go_on(
     Raises:
         UserError: the directory holds another run, or the run that it goes on from has changed since; or as `learn`.
     """
-    about = {"run": str(parent.path.absolute()), "metrics_sha256": summary.get("metrics_sha256")}
+    about: dict[str, Any] = {
+        "run": str(parent.path.absolute()),
+        "metrics_sha256": summary.get("metrics_sha256"),
+    }
     _check_free(child)
     with child.lock(), Interruption() as interruption:
         found, stored = child.parent(), child.config()
-        if found is not None and found.get("run") != about["run"]:
+        if found is not None and os.path.realpath(str(found.get("run"))) != os.path.realpath(about["run"]):
             raise UserError(
                 f"{child.path} goes on from another run, {found.get('run')}: give another --output"
             )
-        if found is not None and {name: found.get(name) for name in about} != about:
+        if found is not None and found.get("metrics_sha256") != about["metrics_sha256"]:
             raise UserError(
                 f"{parent.path} has changed since {child.path} went on from it: remove the latter, or give another --output"
             )

@@ -8,7 +8,7 @@ import bisect
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any
 
 import numpy as np
@@ -41,6 +41,7 @@ class Thresholds:
         images, pixels: numbers of images and pixels that they were set on.
         pixel, image: thresholds of maps and of image scores, one for each of `RATES`.
         mean, deviation: of the maps' pixels; None in files of earlier versions.
+        without: names of those tasks of which no image was there, or stored, to set them on.
     """
 
     tasks: list[str]
@@ -51,6 +52,17 @@ class Thresholds:
     image: Annotated[list[float], Len(len(RATES), len(RATES))]
     mean: float | None = None
     deviation: float | None = None
+    without: list[str] = field(default_factory=list)
+
+    @property
+    def doubt(self) -> str | None:
+        """A line that says for which products they may be too low; None where there are images of all."""
+        if not self.without:
+            return None
+        return (
+            f"WARNING: no image of {', '.join(self.without)} was there to set thresholds on: normal ones may be called "
+            "anomalous. Where their images are, repeat clbench learn, and without --without-images"
+        )
 
     def at(self, rate: float, image_rate: float) -> tuple[float, float]:
         """The thresholds of maps and of scores for these false-positive rates, or the next lower ones.
@@ -195,9 +207,11 @@ def of_stages(
     """
     learning = strategy.stages(len(tasks))
     sets, all_held, all_there = [], True, True
+    without: list[str] = []
     for stage in stages:
         images, held = _normal(strategy, tasks, stage, _LEARNED_FROM // len(stages))
         if not len(images):
+            without += [tasks[task].name for task in learning[stage]]
             continue
         sets.append((learning[stage][0], images))
         all_held = all_held and held
@@ -229,6 +243,7 @@ def of_stages(
         image=scores.thresholds(),
         mean=moments.mean,
         deviation=moments.deviation,
+        without=without,
     )
     return found, every
 

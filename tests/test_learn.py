@@ -193,6 +193,14 @@ def test_what_cannot_go_on_says_why(
     for words, said in refused:
         found = clbench("learn", *map(str, words))
         assert found.returncode == 1 and said in found.stderr and found.stderr.count("\n") == 1, found.stderr
+    kept = (folder / "brick/train/good/000.png").read_bytes()
+    shutil.copyfile(folder / "brick/train/good/001.png", folder / "brick/train/good/000.png")
+    found = clbench("learn", str(before), str(plate), "--output", str(tmp_path / "changed"))
+    (folder / "brick/train/good/000.png").write_bytes(kept)
+    assert "training images of 'brick' changed" in found.stderr and "--without-images" in found.stderr
+    linked = tmp_path / "linked"
+    linked.symlink_to(before)  # the same run by another name
+    assert "the run that goes on" in learn(linked, plate, "--output", tmp_path / "child")
     assert (mine / "maps/precious").exists() and len(list(mine.iterdir())) == 1
     assert (lock.read_bytes(), lock.stat().st_mtime_ns) == untouched
     (before / "metrics.csv").write_text(

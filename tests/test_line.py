@@ -47,6 +47,10 @@ def test_the_page_s_commands_do_what_it_says(tmp_path: Path, monkeypatch: pytest
             shutil.copyfile(next((tmp_path / "parts/gear/test/good").iterdir()), tmp_path / "camera/0001.png")
         done = clbench(*shlex.split(words.replace("$RUN", shlex.quote(run))))
         assert done.returncode == 0, f"{command}: {done.stderr[-3000:]}"
+        warned = (
+            "WARNING: no image of bottle_top, circuit, gear was there to set" in done.stdout + done.stderr
+        )
+        assert warned == ("--without-images" in words or "--watch" in words)
         assert not words.startswith("report") or "finished: 4 of 4 runs" in done.stdout
     without_clbench(tmp_path)
     for path in (

@@ -123,6 +123,8 @@ def _watch(options: argparse.Namespace) -> int:
         raise UserError(f"--watch {' '.join(map(str, options.images))}: give one folder that is there")
     detector = _load(options)
     rates = options.false_positive_rate, options.image_false_positive_rate
+    if detector.thresholds is not None and detector.thresholds.doubt:
+        print(detector.thresholds.doubt, file=sys.stderr, flush=True)
     with memory_named(
         f"predicting {counted(options.batch_size, 'image')}", "lower --batch-size", detector.device
     ):
@@ -239,6 +241,8 @@ def _threshold_lines(
             "new images these thresholds are too low, and normal ones may be called anomalous. Scores and maps stand; "
             "for thresholds that hold, train with method.held_out=0.1, which keeps a tenth out of learning"
         )
+    if thresholds.doubt:
+        yield thresholds.doubt
     if image_rate < thresholds.finest:
         yield (
             f"{counted(thresholds.images, 'image')} cannot tell an image rate below {100 * thresholds.finest:.2g} %: the "

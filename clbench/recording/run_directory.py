@@ -255,7 +255,7 @@ class RunDirectory:
                 file.seek(0)
                 raise UserError(
                     f"{self.path} is in use by {file.read().decode(errors='replace').strip() or 'another process'}: "
-                    "wait for it, or give this run another experiment=NAME"
+                    "wait for it, or give this run another experiment=NAME (--output of clbench learn and forget)"
                 )
             if whose == "none":
                 _warn_of_no_locks(self.path.parent, reason)
