@@ -538,7 +538,7 @@ def test_get_downloads_checks_unpacks_and_says_how_to_go_on(
     root = tmp_path / "new" / "data" / "btad" / "BTech_Dataset_transformed"
     said = capsys.readouterr()
     assert "its SHA-256 checksum is as expected" in said.out
-    assert f"python train.py dataset=btad dataset.root={root}" in said.out
+    assert f"clbench run dataset=btad dataset.root={root}" in said.out
     assert [path.name for path in root.parents[1].iterdir()] == ["btad"]
     assert main(["data", "check", str(root)]) == 0
     assert main(words) == 0 and "is there already" in capsys.readouterr().out

@@ -90,7 +90,7 @@ def test_the_stream_on_disk_is_the_stream_in_memory(tmp_path: Path, capsys: pyte
     sizes = {"seed": 3, "size": 48, "train": 2, "test_good": 1, "test_defect": 4}
     flags = [text for name, size in sizes.items() for text in (f"--{name.replace('_', '-')}", str(size))]
     assert main(["data", "synthetic", str(folder), *flags]) == 0
-    assert capsys.readouterr().out.splitlines()[-1] == f"python train.py dataset=mvtec dataset.root={folder}"
+    assert capsys.readouterr().out.splitlines()[-1] == f"clbench run dataset=mvtec dataset.root={folder}"
     drawn, stored = Synthetic(**sizes), MVTec(str(folder))
     assert stored.categories == drawn.categories
     for category in drawn.categories:

@@ -59,7 +59,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help="write the synthetic stream to disk",
         description="Draws the ten products of dataset=synthetic and writes them in the MVTec AD layout, as PNG.",
         epilog="for example: clbench data synthetic data/synthetic && "
-        "python train.py dataset=mvtec dataset.root=data/synthetic",
+        "clbench run dataset=mvtec dataset.root=data/synthetic",
     )
     synthetic.add_argument("root", type=expanded, metavar="FOLDER", help="where to; it must be new or empty")
     for name, least, default, what in (
@@ -280,7 +280,7 @@ def _say_how(folder: Path) -> int:
         )
     dataset, root = found
     print(f"clbench data check {root}")
-    print(f"python train.py dataset={dataset.name} dataset.root={root}")
+    print(f"clbench run dataset={dataset.name} dataset.root={root}")
     return 0
 
 
@@ -290,7 +290,7 @@ def _synthetic(options: argparse.Namespace) -> int:
     folder = options.root
     sizes = {name: getattr(options, name) for name in ("seed", "size", "train", "test_good", "test_defect")}
     write_folder(Synthetic(**sizes), folder)
-    print(f"python train.py dataset=mvtec dataset.root={folder}")
+    print(f"clbench run dataset=mvtec dataset.root={folder}")
     return 0
 
 
