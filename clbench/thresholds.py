@@ -122,9 +122,7 @@ class Tail:
         together = torch.cat([self._kept, *self._added]).numpy()
         self._added = []
         smaller = len(together) - self._size
-        if (
-            smaller >= 0
-        ):  # (A topk would sort them and find their places: five times as long, and 8 bytes more for each.)
+        if smaller >= 0:  # by a topk, which sorts, it takes five times as long
             together.partition(smaller)
             self._least = float(together[smaller])
             together = together[smaller:].copy() if smaller else together
