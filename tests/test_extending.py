@@ -50,6 +50,7 @@ def test_the_guide_s_contract_tests_pass(mine: Path) -> None:
     assert re.search(r"\d\d passed", result.stdout)
 
 
+@pytest.mark.long
 def test_a_sweep_of_a_user_s_own_parts_is_run_counted_and_reported(
     mine: Path, train: Train, tmp_path: Path
 ) -> None:

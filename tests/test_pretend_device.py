@@ -157,7 +157,7 @@ READ = 2  # and once a stage, where there are banks of tasks, their sizes
     # Those that share their steps and their search with another are tried with the long tests.
     [
         pytest.param(name, marks=pytest.mark.long)
-        if name in ("simplenet", "dinosaur", "anomalydino")
+        if name in ("simplenet", "dinosaur", "anomalydino", "efficientad", "rd4ad", "supersimplenet", "ucad")
         else name
         for name in METHODS
     ],

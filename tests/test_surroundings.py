@@ -82,6 +82,7 @@ def in_shell(line: str, environment: dict[str, str] | None = None) -> subprocess
 # Locales
 
 
+@pytest.mark.long
 def test_names_of_any_script_in_a_locale_of_ascii_without_a_home(
     stream: Path, undisturbed: bytes, tmp_path: Path
 ) -> None:

@@ -277,6 +277,7 @@ def test_overwriting_starts_anew_once_and_a_run_of_it_continues(
     assert again.returncode == 0 and "continuing in stage 1 of 2" in again.stdout
 
 
+@pytest.mark.long
 def test_a_local_run_whose_process_is_killed_every_time_fails_and_the_others_finish(
     folder: Path, tmp_path: Path
 ) -> None:

@@ -388,6 +388,7 @@ def test_a_run_that_is_killed_at_any_line_logs_everything_once(tmp_path: Path) -
     check_told(tmp_path)
 
 
+@pytest.mark.long
 def test_a_server_gets_the_same_again_of_a_run_that_was_killed_and_sent_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

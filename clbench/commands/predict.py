@@ -10,7 +10,7 @@ import math
 import os
 import sys
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -90,7 +90,7 @@ def main(options: argparse.Namespace) -> int:
     from clbench.data.listing import LeftOut
 
     left_out = LeftOut()
-    files = find_images(options.images, [options.output / kind for kind in PICTURES], left_out)
+    files = find_images(options.images, own_folders(options.output, options.images), left_out)
     if not files:
         more = f" (left out: {left_out})" if str(left_out) else ""
         raise UserError(f"{' '.join(options.images)} holds no image{more}: name files, folders or patterns")
@@ -248,6 +248,14 @@ def _threshold_lines(
             f"{counted(thresholds.images, 'image')} cannot tell an image rate below {100 * thresholds.finest:.2g} %: the "
             "threshold is their highest score, and so good for that rate"
         )
+
+
+def own_folders(output: Path, given: Iterable[Path | str]) -> list[Path]:
+    """The folders in which no image is looked for: the output, or where it holds what is given its pictures' alone."""
+    whole = Path(absolute(output))
+    paths = [Path(absolute(path)) for path in given if str(path)]
+    holds = any(path == whole or whole in path.parents for path in paths)
+    return [output / kind for kind in PICTURES] if holds else [output]
 
 
 def _remove_pictures(output: Path) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clbench.commands.predict import PICTURES
+from clbench.commands.predict import own_folders
 from clbench.data.listing import LeftOut, images_in
 from clbench.errors import UserError, counted
 from clbench.interruption import Interruption
@@ -117,8 +117,7 @@ class Watch:
             raise cannot_write(output, error) from error
         if take_lock(self._lock, wait=False)[0] == "another's":
             raise UserError(f"another process answers into {output}: stop it, or give another --output")
-        pictures = [output / kind for kind in PICTURES]  # of an earlier prediction
-        self.detector, self.folder = detector, Folder(folder, pictures)
+        self.detector, self.folder = detector, Folder(folder, own_folders(output, [folder]))
         for pyramid in detector.detector.pyramids():
             pyramid.filled_up = (
                 False  # one image takes a sixteenth of a batch's time; its last digits may differ
