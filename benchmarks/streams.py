@@ -4,6 +4,8 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 from rich.table import Table
@@ -12,6 +14,7 @@ from benchmarks.growth import TINY, write_category
 from benchmarks.running import composed
 from clbench import assembly, experiment
 from clbench.interruption import Interruption
+from clbench.recording.checkpoint import Checkpoints
 from clbench.recording.provenance import made_by
 from clbench.recording.recorder import Recorder
 from clbench.recording.run_directory import RunDirectory
@@ -40,14 +43,14 @@ _AT = (10, 100, 1000)  # stages, counted from 1
 _AROUND = 9  # stages up to one whose median stands for it
 
 
-class Ends(Recorder):
-    """Notes when each stage ended, in s of the CPU, and the bytes that the process had written by then."""
+class Ends:
+    """When each stage was saved, in s of the CPU, and the bytes that the process had written by then."""
 
     def __init__(self) -> None:
         self.times = [time.process_time()]
         self.written = [written()]
 
-    def stage(self, stage: int, results: object) -> None:
+    def note(self) -> None:
         self.times.append(time.process_time())
         self.written.append(written())
 
@@ -121,4 +124,11 @@ def run_whole(path: Path, *overrides: str) -> tuple[Ends, dict]:
         made = assembly.assemble(config, display.progress)
         directory.write_config(config.plain(), {}, made_by(made.device))
         directory.write_summary(made.identity)
-        return ends, experiment.run(made, directory, display, Interruption(), ends)
+        save = Checkpoints.save_stage
+
+        def noted(self: Checkpoints, *given: Any) -> None:
+            save(self, *given)
+            ends.note()
+
+        with patch.object(Checkpoints, "save_stage", noted):
+            return ends, experiment.run(made, directory, display, Interruption(), Recorder())
