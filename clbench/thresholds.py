@@ -220,9 +220,8 @@ def of_stages(
     scores, pixels = Tail(count), Tail(sum(math.prod(size) for _, images in sets for size in images.sizes))
     moments, every = Moments(), list[float]()
     done = 0
-    with (
-        strategy.detector.uncached() if all_there else nullcontext()
-    ):  # of stored images features may be all there is
+    # Of stored images features may be all there is.
+    with strategy.detector.uncached() if all_there else nullcontext():
         for task, images in sets:
             tiling = tasks[task].train.tiling
             for batch in evaluation.predictions(strategy, images, task, device, tiling):

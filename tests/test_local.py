@@ -140,6 +140,8 @@ def test_processes_of_a_local_sweep_have_a_gpu_each_and_one_that_is_killed_ends_
     assert any("seed=1," in line and ": continuing after stage 1 of 3" in line for line in printed)
     directories = [RunDirectory(path) for path in run_directories(tmp_path)]
     assert [(run.summary() or {}).get("status") for run in directories] == ["complete"] * 3
+    for run in directories:  # which of several runs a table is of
+        assert any(line.startswith(f"{run.path.name}: ") and "just learned" in line for line in printed)
     seen = [json.loads(file.read_text()) for file in tmp_path.glob("*-*.json")]
     assert len(seen) == 9 and {each["gpu"] for each in seen} == {"GPU-a", "GPU-b"}
     for one, other in itertools.combinations(seen, 2):

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from clbench.loading import Found, TrainedDetector
 
 _THREADS = min(8, os.cpu_count() or 1)
-PICTURES = ("overlays", "masks")  # folders of them in the output
+_PICTURES = ("overlays", "masks")  # folders of them in the output
 _PIXELS_AHEAD = 1 << 25  # of maps whose pictures are still to be written, at most
 
 
@@ -255,7 +255,7 @@ def own_folders(output: Path, given: Iterable[Path | str]) -> list[Path]:
     whole = Path(absolute(output))
     paths = [Path(absolute(path)) for path in given if str(path)]
     holds = any(path == whole or whole in path.parents for path in paths)
-    return [output / kind for kind in PICTURES] if holds else [output]
+    return [output / kind for kind in _PICTURES] if holds else [output]
 
 
 def _remove_pictures(output: Path) -> None:
@@ -268,7 +268,7 @@ def _remove_pictures(output: Path) -> None:
     except (OSError, ValueError, KeyError, TypeError):
         return
     for name in named:
-        for kind in PICTURES:
+        for kind in _PICTURES:
             for picture in (name, f"{name}.png"):
                 if ".." not in Path(name).parts and picture.lower().endswith(".png"):
                     (output / kind / picture).unlink(missing_ok=True)
@@ -360,7 +360,7 @@ def _write_pictures(one: Found, heat: Any, mask: Any, output: Path, name: str, l
     picture = cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR)
     high = low + 2 * (one.threshold - low)
     written = overlay(picture, mask, heat, low, high), 255 * mask.astype(np.uint8)
-    for kind, pixels in zip(PICTURES, written, strict=True):
+    for kind, pixels in zip(_PICTURES, written, strict=True):
         _, encoded = cv2.imencode(".png", pixels)
         data = encoded.tobytes()
         write_whole(output / kind / name, lambda part, data=data: part.write_bytes(data))  # type: ignore[misc]
