@@ -115,15 +115,7 @@ def _supersimplenet(version: str, adapted: bool) -> Pairs:
     backbone = Backbone(name, pretrained=False)
     ours = SuperSimpleNet(backbone, layers=[2, 3], align_corners=False, adapt_cls_features=adapted)
     randomise(theirs)
-    copy(theirs.feature_extractor.feature_extractor.feature_extractor, ours.pyramid.network)
-    copy(theirs.adaptor, ours.adaptor, lambda key: key.removeprefix("projection."))
-    heads = {"seg_head": "segmentation", "cls_conv": "classification", "cls_fc": "score"}
-
-    def head(key: str) -> str:
-        first, rest = key.split(".", 1)
-        return f"{heads[first]}.{rest}"
-
-    copy(theirs.segdec, ours.heads, head)
+    copy_supersimplenet(theirs, ours)
 
     images, normalised = some_images(ours)
     theirs.eval(), ours.eval()
@@ -154,13 +146,33 @@ def _supersimplenet(version: str, adapted: bool) -> Pairs:
     loss = ours.loss(features, noise, masks)
     loss.backward(), expected_loss.backward()
     yield f"{version}: loss", loss, expected_loss
-    for title, one, other in (
+    for title, one, other in layers_of_supersimplenet(theirs, ours):
+        yield f"{version}: gradient of {title}", one.weight.grad, other.weight.grad
+
+
+def copy_supersimplenet(theirs: nn.Module, ours: SuperSimpleNet) -> None:
+    """Give ours the weights and statistics of anomalib's."""
+    copy(theirs.feature_extractor.feature_extractor.feature_extractor, ours.pyramid.network)
+    copy(theirs.adaptor, ours.adaptor, lambda key: key.removeprefix("projection."))
+    heads = {"seg_head": "segmentation", "cls_conv": "classification", "cls_fc": "score"}
+
+    def head(key: str) -> str:
+        first, rest = key.split(".", 1)
+        return f"{heads[first]}.{rest}"
+
+    copy(theirs.segdec, ours.heads, head)
+
+
+def layers_of_supersimplenet(
+    theirs: nn.Module, ours: SuperSimpleNet
+) -> list[tuple[str, nn.Module, nn.Module]]:
+    """A layer of each part: its name, ours, and anomalib's."""
+    return [
         ("adaptor", ours.adaptor, theirs.adaptor.projection),
         ("segmentation head", ours.heads.segmentation[0], theirs.segdec.seg_head[0]),
         ("classification head", ours.heads.classification[0], theirs.segdec.cls_conv[0]),
         ("score", ours.heads.score, theirs.segdec.cls_fc),
-    ):
-        yield f"{version}: gradient of {title}", one.weight.grad, other.weight.grad
+    ]
 
 
 METHODS: dict[str, Callable[[], Pairs]] = {

@@ -67,6 +67,7 @@ def main() -> None:
     parser.add_argument("--categories", default="bottle")
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--steps", type=int, help="of an epoch, at most")
+    parser.add_argument("--size", type=int, help="pixels along a side, in place of the methods' own")
     parser.add_argument(
         "--narrow", type=int, default=1, help="what draem's and efficientad's widths are divided by"
     )
@@ -80,7 +81,8 @@ def main() -> None:
     where = torch.cuda.get_device_name() if given.device == "cuda" else "CPU"
     table = Table(
         title=f"ours / anomalib, {where}: {given.epochs} epochs"
-        + (f" of {given.steps} steps" if given.steps else ""),
+        + (f" of {given.steps} steps" if given.steps else "")
+        + (f", {given.size} pixels" if given.size else ""),
         title_justify="left",
     )
     metrics = [] if given.steps else SHOWN
@@ -150,7 +152,8 @@ def _settings(given: argparse.Namespace, method: str, category: str, seed: int) 
         f"dataset.root={given.root}",
         "task_order=alphabetical",
         f"dataset.categories=[{category}]",
-        f"dataset.crop={SIZES.get(method, 'null')}",
+        f"dataset.crop={'null' if given.size else SIZES.get(method, 'null')}",
+        *([f"dataset.resize={given.size}"] if given.size else []),
         "strategy=joint",  # of one task
         f"method.epochs={given.epochs}",
     ]

@@ -271,12 +271,14 @@ def test_mixed_precision_leaves_the_dissimilarity_of_even_images_alone() -> None
     assert 0 < expected < 1
 
 
-def test_perlin_noise_is_its_definition_at_turned_coordinates() -> None:
+@pytest.mark.parametrize("turned", [True, False])
+def test_perlin_noise_is_its_definition_turned_or_not(turned: bool) -> None:
     torch.manual_seed(7)
-    field = perlin(5, 24, 20, torch.device("cpu")).numpy()
+    field = perlin(5, 24, 20, torch.device("cpu"), turned).numpy()
     torch.manual_seed(7)  # the same draws
     cells = 2 ** torch.randint(6, (5, 1, 2)).numpy()[:, 0]
-    angles = math.pi * (torch.rand(5).numpy() - 0.5)
+    angles = (math.pi if turned else 0) * (torch.rand(5).numpy() - 0.5)
+    middle = 0.75 if turned else 0.5
     turns = 2 * math.pi * torch.rand(5, 50, 50).numpy()
     assert len(set(map(tuple, cells.tolist()))) > 1
     for image in range(5):
@@ -284,8 +286,8 @@ def test_perlin_noise_is_its_definition_at_turned_coordinates() -> None:
             for column in range(0, 20, 3):
                 v, u = row / 24 - 0.5, column / 20 - 0.5
                 cos, sin = math.cos(angles[image]), math.sin(angles[image])
-                x = cells[image, 0] * (cos * u + sin * v + 0.75)
-                y = cells[image, 1] * (cos * v - sin * u + 0.75)
+                x = cells[image, 0] * (cos * u + sin * v + middle)
+                y = cells[image, 1] * (cos * v - sin * u + middle)
                 left, top = math.floor(x), math.floor(y)
                 total = 0.0
                 for down in (0, 1):

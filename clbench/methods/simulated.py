@@ -60,8 +60,8 @@ def change_some(images: Tensor, chosen: Tensor, change: Callable[[Tensor], Tenso
         images.index_copy_(0, rows, change(images.index_select(0, rows)))
 
 
-def perlin(batch: int, height: int, width: int, device: torch.device) -> Tensor:
-    """Perlin noise, float32 [B, H, W], turned by up to 90 degrees either way.
+def perlin(batch: int, height: int, width: int, device: torch.device, turned: bool = True) -> Tensor:
+    """Perlin noise, float32 [B, H, W], turned by up to 90 degrees either way, or with its cells along the sides.
 
     Each of the `batch` pictures has its own numbers of cells along x and y. The noise is read at turned
     coordinates, so that no corner stays empty. At (x, y) it is the mean of g_x (x - i) + g_y (y - j) over the
@@ -69,12 +69,12 @@ def perlin(batch: int, height: int, width: int, device: torch.device) -> Tensor:
     minus that of g_x i + g_y j. These three means are the channels of one bilinear look-up.
     """
     cells = 2.0 ** torch.randint(_FINEST, (batch, 1, 2), device=device)
-    angle = math.pi * (torch.rand(batch, device=device) - 0.5)
+    angle = (math.pi if turned else 0) * (torch.rand(batch, device=device) - 0.5)
     turn = 2 * math.pi * torch.rand(batch, _LATTICE, _LATTICE, device=device)
-    # The unit square, however it is turned, lies within 0.75 of its middle along x and y.
-    cos, sin, middle = angle.cos(), angle.sin(), torch.full_like(angle, 0.75)
-    turned = torch.stack([cos, -sin, sin, cos, middle, middle], 1).view(batch, 3, 2) * cells
-    where = (table(_straight, height, width, device=device) @ turned).view(batch, height, width, 2)
+    # The unit square, however it is turned, lies within 0.75 of its middle along x and y; as it is, cells begin at its corner.
+    cos, sin, middle = angle.cos(), angle.sin(), torch.full_like(angle, 0.75 if turned else 0.5)
+    affine = torch.stack([cos, -sin, sin, cos, middle, middle], 1).view(batch, 3, 2) * cells
+    where = (table(_straight, height, width, device=device) @ affine).view(batch, height, width, 2)
 
     slope_x, slope_y, corner = turn.cos(), turn.sin(), torch.arange(_LATTICE, device=device)
     corners = torch.stack([slope_x, slope_y, slope_x * corner + slope_y * corner[:, None]], 1)

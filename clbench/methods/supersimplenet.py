@@ -96,12 +96,14 @@ class SuperSimpleNet(Detector):
     def masks(self, features: Tensor, count: int) -> Tensor:
         """Where noise is added to so many feature maps like these [B, C, h, w]: float32 [count, 1, h, w] of 0 and 1.
 
-        Each is emptied with a probability of one half, and one in which no noise is above the threshold is empty too. Perlin noise is drawn on a grid of powers of two, as the authors' is, and turned, as
-        theirs is not.
+        Each is emptied with a probability of one half, and one in which no noise is above the threshold is empty too. As the
+        authors do, Perlin noise is drawn on a grid of powers of two, and not turned: its lattice, where it is 0, runs along
+        the sides.
         """
         height, width = features.shape[-2:]
         with single_precision(features.device):
-            noise = perlin(count, _power_of_two(height), _power_of_two(width), features.device)[:, None]
+            tall, wide = _power_of_two(height), _power_of_two(width)
+            noise = perlin(count, tall, wide, features.device, turned=False)[:, None]
             if noise.shape[-2:] != (height, width):
                 noise = F.interpolate(noise, (height, width), mode="bilinear")
             filled = torch.rand(count, 1, 1, 1, device=features.device) < 0.5
