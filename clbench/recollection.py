@@ -14,11 +14,12 @@ class Found(NamedTuple):
     """What was found out about a batch of images.
 
     Attributes:
-        by: what it was found by, of any kind that can be compared: what was found by other banks says nothing.
+        by: what it was found by, one after the other, of any kind that can be compared: what was found by others says
+            nothing.
         tensors: with a row for each image, [B, ...] each.
     """
 
-    by: Any
+    by: tuple[Any, ...]
     tensors: tuple[Tensor, ...]
 
 
@@ -41,11 +42,12 @@ class Recollection:
         self._found: dict[tuple[Identity, ...], Found] = {}
         self._asked_gpu = False
 
-    def get(self, images: Tensor) -> Found | None:
-        """What was put last for a batch of images [B, 3, H, W]; None where nothing is kept."""
-        return self._found.get(tuple(identities(images))) if self._found else None
+    def get(self, images: Tensor, by: tuple[Any, ...]) -> Found | None:
+        """What was put last for a batch of images [B, 3, H, W], by these or by the first of them; None where nothing was."""
+        found = self._found.get(tuple(identities(images))) if self._found else None
+        return found if found is not None and by[: len(found.by)] == found.by else None
 
-    def put(self, images: Tensor, by: Any, *tensors: Tensor) -> None:
+    def put(self, images: Tensor, by: tuple[Any, ...], *tensors: Tensor) -> None:
         """Keep what was found out about a batch of images [B, 3, H, W], in place of what is kept, where there is room.
 
         Args:

@@ -10,19 +10,24 @@ from torch import Tensor
 from clbench import evaluation
 from clbench.backbones import Backbone
 from clbench.data.images import Images, ImageSet
+from clbench.methods import dinosaur as dinosaur_file
 from clbench.methods import nearest as searching
+from clbench.methods import padim as padim_file
 from clbench.methods.anomalydino import AnomalyDINO
-from clbench.methods.banks import PatchBank
 from clbench.methods.base import Detector, Prediction, kept_state, silent
 from clbench.methods.bounds import Bounds
+from clbench.methods.dinosaur import DINOSaur
 from clbench.methods.nearest import Closest, Search
+from clbench.methods.padim import PaDiM
 from clbench.methods.patchcore import PatchCore
+from clbench.methods.ucad import UCAD
 from clbench.recollection import Recollection
 from clbench.strategies.native import Native
 from clbench.testing.small import assert_same, copied, images
 from clbench.training import train
 
 PRODUCTS = 5
+TINY_VIT = {"patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2, "img_size": 48}
 
 
 def backbone() -> Backbone:
@@ -51,24 +56,56 @@ def predicted(
     ]
 
 
-@pytest.mark.parametrize("bounds", [False, True])
+def anomalydino() -> Detector:
+    return AnomalyDINO(backbone(), layers=[2], memory_size=90, masking=False)
+
+
+def padim() -> Detector:
+    return PaDiM(backbone(), layers=[2, 3], features=20, update="per_task")
+
+
+def dinosaur() -> Detector:
+    return DINOSaur(backbone(), layers=[2], smallest=2)
+
+
+def ucad() -> Detector:
+    transformer = Backbone("vit_tiny_patch16_224", pretrained=False, arguments=TINY_VIT, seed=3)
+    return UCAD(transformer, block=1, key_size=9, memory_size=9, segment_count=3, epochs=1, batch_size=4)
+
+
 @pytest.mark.parametrize(
-    "build",
-    [patchcore, lambda: AnomalyDINO(backbone(), layers=[2], memory_size=90, masking=False)],
-    ids=["patchcore", "anomalydino"],
+    ("build", "bounds"),
+    [
+        (patchcore, False),
+        (patchcore, True),
+        (anomalydino, False),
+        (anomalydino, True),
+        (padim, False),
+        (dinosaur, False),
+        (lambda: DINOSaur(backbone(), layers=[2], memory_mb=0.03), False),
+        (ucad, False),
+    ],
+    ids=[
+        "patchcore",
+        "patchcore-bounds",
+        "anomalydino",
+        "anomalydino-bounds",
+        "padim-per_task",
+        "dinosaur",
+        "dinosaur-memory_mb",
+        "ucad",
+    ],
 )
 def test_predictions_are_those_made_anew(
-    build: Callable[[], PatchBank], bounds: bool, monkeypatch: pytest.MonkeyPatch
+    build: Callable[[], Detector], bounds: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After every stage, in several budgets, and where a process was killed and another one goes on."""
     monkeypatch.setattr(evaluation, "BATCH_SIZE", 4)
     if bounds:
         by_bounds(monkeypatch)
     detector, sets = build(), [seen_later(product) for product in range(PRODUCTS)]
-    image = (
-        36 * 8 + 8 + 4 * PRODUCTS
-    )  # bytes of one at most: its patches', its bank, and its distances to banks
-    recollections = [Recollection(limit) for limit in (0, 13 * image, 10**9)]
+    little = 700  # bytes: of some batches, not of all
+    recollections = [Recollection(limit) for limit in (0, little, 10**9)]
     again, restored = Recollection(10**9), build()
     for stage in range(PRODUCTS):
         train(detector, stage, images(6, stage), [], 0)
@@ -83,19 +120,26 @@ def test_predictions_are_those_made_anew(
         if stage >= 2:
             for found, expected in zip(predicted(restored, again, stage + 1, sets), anew, strict=True):
                 assert_same(found, expected, f"stage {stage}, another process")
-    assert recollections[0].used == 0 < recollections[1].used <= 13 * image < recollections[2].used
+    assert recollections[0].used == 0 < recollections[1].used <= little < recollections[2].used
     assert detector.recollection is None
 
 
-def test_nothing_is_recalled_of_banks_that_were_replaced() -> None:
-    detector, given, recollection = patchcore(), [seen_later(0)], Recollection(10**9)
+@pytest.mark.parametrize("build", [patchcore, padim, dinosaur, ucad])
+def test_nothing_is_recalled_of_what_was_replaced(build: Callable[[], Detector]) -> None:
+    detector, given, recollection = build(), [seen_later(0)], Recollection(10**9)
     for stage in range(3):
         detector.forget()
         train(detector, stage, images(6, stage), [], 0)
         (found,), (expected,) = (predicted(detector, each, 1, given) for each in (recollection, None))
         assert_same(found, expected, f"stage {stage}")
-    assert isinstance(detector, PatchBank)
-    detector.bank.mul_(0.5)
+    train(detector, 3, images(6, 3), [], 0)
+    predicted(detector, recollection, 1, given)
+    detector.drop(0)
+    (found,), (expected,) = (predicted(detector, each, 1, given) for each in (recollection, None))
+    assert_same(found, expected, "without the first")
+    for buffer in kept_state(detector).values():
+        if buffer.is_floating_point():
+            buffer.mul_(0.5)
     (found,), (expected,) = (predicted(detector, each, 1, given) for each in (recollection, None))
     assert_same(found, expected, "changed in place")
 
@@ -159,3 +203,43 @@ def test_banks_are_passed_when_they_are_new(way: str, monkeypatch: pytest.Monkey
     assert (
         way == "plain" or passes["anew"] < known + 2 * cut
     )  # what products or bounds exclude is not searched
+
+
+@pytest.mark.parametrize(
+    ("build", "owner", "name", "recalled", "anew"),
+    [
+        # Each batch against each Gaussian; recalled, old batches against the new one and the new batch against all.
+        (padim, padim_file, "mahalanobis", 1 + 3 + 5 + 7, 1 + 4 + 9 + 16),
+        # Each batch in the bank, or under the prompt, of its task; recalled, the new batch alone, and one that goes elsewhere.
+        (dinosaur, dinosaur_file, "squared_in_windows", 4 + 1, 1 + 2 + 3 + 4),
+        (ucad, UCAD, "prompted", 4 + 1, 1 + 2 + 3 + 4),
+    ],
+)
+def test_what_did_not_change_is_not_computed_again(
+    build: Callable[[], Detector],
+    owner: object,
+    name: str,
+    recalled: int,
+    anew: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Four products, each a batch, evaluated after each of four stages."""
+    masks = torch.zeros(4, 48, 48, dtype=torch.bool)
+    sets = [ImageSet(images(4, product), masks, ["good"] * 4, list("abcd")) for product in range(4)]
+    work, calls = getattr(owner, name), 0
+
+    def counting(*given: object) -> object:
+        nonlocal calls
+        calls += 1
+        return work(*given)
+
+    for recollection, expected in ((Recollection(10**9), recalled), (None, anew)):
+        detector, calls = build(), 0
+        for stage in range(4):
+            train(detector, stage, images(6, stage), [], 0)
+            before = calls
+            monkeypatch.setattr(owner, name, counting)
+            predicted(detector, recollection, stage + 1, sets)
+            monkeypatch.setattr(owner, name, work)
+            assert calls > before
+        assert calls <= expected if recollection else calls >= expected

@@ -21,7 +21,6 @@ from clbench.methods.nearest import Closest, Search
 from clbench.precision import single_precision
 from clbench.randomness import generator
 
-_NUMBERS = itertools.count()
 MemoryMb = Annotated[float, Gt(0)] | None  # 10^6 bytes of what is memorised; None where entries are counted
 
 
@@ -34,6 +33,36 @@ def capacity(memory_size: int, memory_mb: float | None, entry: int) -> int:
         entry: bytes of one.
     """
     return memory_size if memory_mb is None else int(memory_mb * 10**6 // entry)
+
+
+class Numbers:
+    """A number for each task of those that a detector keeps something of, in this process: whatever was made anew has another.
+
+    What evaluation recalls holds for the tasks it was found by, see `Recollection`. A buffer that was replaced or changed
+    without a word has new numbers.
+    """
+
+    _all = itertools.count()
+
+    def __init__(self) -> None:
+        self._known: tuple[weakref.ref[Tensor], int, tuple[int, ...]] | None = (
+            None  # buffer, its version, numbers
+        )
+
+    def of(self, buffer: Tensor, tasks: int) -> tuple[int, ...]:
+        """The numbers of the tasks whose parts a buffer has."""
+        known = self._known
+        if known is None or known[0]() is not buffer or known[1] != buffer._version:
+            return self._set(buffer, tuple(next(self._all) for _ in range(tasks)))
+        return known[2]
+
+    def one_more(self, buffer: Tensor, before: tuple[int, ...]) -> None:
+        """Take a buffer in place of the one that had these numbers: a task's part is new, the others are as they were."""
+        self._set(buffer, (*before, next(self._all)))
+
+    def _set(self, buffer: Tensor, numbers: tuple[int, ...]) -> tuple[int, ...]:
+        self._known = weakref.ref(buffer), buffer._version, numbers
+        return numbers
 
 
 class Collecting(Detector):
@@ -124,8 +153,7 @@ class TaskBanks(Collecting):
 
         # bank_sizes, its version, and what it holds
         self._read: tuple[weakref.ref[Tensor], int, list[int]] | None = None
-        # bank, its version, and the banks' numbers
-        self._numbered: tuple[weakref.ref[Tensor], int, tuple[int, ...]] | None = None
+        self._numbers = Numbers()
 
     def forget(self) -> None:
         self.bank, self.bank_sizes = self.bank[:0], self.bank_sizes[:0]
@@ -147,16 +175,12 @@ class TaskBanks(Collecting):
         parts = [*(old[:share] for old in self.banks()), new.to(self.bank)]
         numbers = self.numbers()
         self.bank = torch.cat(parts)
-        self._numbered = weakref.ref(self.bank), self.bank._version, (*numbers, next(_NUMBERS))
+        self._numbers.one_more(self.bank, numbers)
         self.bank_sizes = torch.tensor([len(part) for part in parts], device=self.bank.device)
 
     def numbers(self) -> tuple[int, ...]:
-        """A number for each bank, which none has that was not made by cutting the same one in this process."""
-        bank, known = self.bank, self._numbered
-        if known is None or known[0]() is not bank or known[1] != bank._version:
-            fresh = tuple(next(_NUMBERS) for _ in self.sizes())
-            self._numbered = known = weakref.ref(bank), bank._version, fresh
-        return known[2]
+        """A number for each bank, which cutting it does not change, see `Numbers`."""
+        return self._numbers.of(self.bank, len(self.sizes()))
 
     def for_export(self) -> None:
         """Read `bank_sizes` now: tracing sees the shape of a buffer, and not its values."""
@@ -245,8 +269,8 @@ class PatchBank(TaskBanks):
         if recollection is None:
             return self._search.closest_bank(patches, self.bank, self.sizes())
         numbers, begins = self.numbers(), self.bank_sizes.cumsum(0) - self.bank_sizes
-        before, kept = None, recollection.get(images)
-        if kept is not None and numbers[: len(kept.by)] == kept.by:
+        before, kept = None, recollection.get(images, numbers)
+        if kept is not None:
             selected, distances, places, least = kept.tensors
             before = Closest(selected, distances, places + begins[selected][:, None], least)
         found = self._search.closest_bank(patches, self.bank, self.sizes(), before)

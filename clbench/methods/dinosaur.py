@@ -169,9 +169,21 @@ class DINOSaur(TaskBanks):
         self._check_grid(patches.shape[1:3])
         selected = (vectors[:, None] - self.prototypes).square().sum(2).argmin(1)
         with single_precision(images.device):
-            distances = self._distances(patches, selected)
+            distances = self._recalled(images, patches, selected)
         maps = to_image_size(distances, images.shape[-2:], self.sigma)
         return Prediction(maps, distances.amax((1, 2)), selected)
+
+    def _recalled(self, images: Tensor, patches: Tensor, selected: Tensor) -> Tensor:
+        """As `_distances`, of images [B, 3, H, W]: those of an earlier stage, where they were found by the same entries."""
+        if self.recollection is None:
+            return self._distances(patches, selected)
+        numbers, sizes = self.numbers(), self.sizes()
+        by = tuple((numbers[task], sizes[task]) for task in selected.tolist())
+        if (kept := self.recollection.get(images, by)) is not None:
+            return kept.tensors[0]
+        distances = self._distances(patches, selected)
+        self.recollection.put(images, by, distances)
+        return distances
 
     def _distances(self, patches: Tensor, selected: Tensor) -> Tensor:
         """Tokens [B, h, w, D] and each image's task [B] -> distances to the task's bank [B, h, w], by `metric`."""

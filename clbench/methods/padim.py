@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from clbench.backbones import Backbone, Layers
 from clbench.data.images import Images
-from clbench.methods.banks import without
+from clbench.methods.banks import Numbers, without
 from clbench.methods.base import Detector, Prediction, Share
 from clbench.methods.maps import Sigma, to_image_size
 from clbench.precision import single_precision
@@ -85,6 +85,7 @@ class PaDiM(Detector):
         self.register_buffer("mean", torch.empty(0, 0, size))
         self.register_buffer("factor", torch.empty(0, 0, size, size))
         self.register_buffer("counts", torch.empty(0, dtype=torch.int64))
+        self._numbers = Numbers()
 
     @classmethod
     def why_no_tiles(cls, settings: Mapping[str, Any]) -> str:
@@ -139,8 +140,10 @@ class PaDiM(Detector):
             covariance[rows] = torch.linalg.cholesky(chunk).float()
         factor = covariance[None]
         if self.update == "per_task" and len(self.counts):
+            numbers = self._numbers.of(self.mean, len(self.mean))
             self.mean = torch.cat([self.mean, merged_mean[None]])
             self.factor = torch.cat([self.factor, factor])
+            self._numbers.one_more(self.mean, numbers)
         else:
             self.mean, self.factor = merged_mean[None], factor
         self.counts = torch.cat([self.counts, self.counts.new_tensor([count])])
@@ -182,15 +185,37 @@ class PaDiM(Detector):
         A map is the Mahalanobis distance of every position, eq. (2), smoothed at image size.
         """
         embedding = self.embedding(images)
-        distance = _by_inverse if torch.compiler.is_compiling() else mahalanobis
-        kept = zip(self.mean, self.factor, strict=True)
         with single_precision(images.device):
-            distances = torch.stack([distance(embedding, mean, factor) for mean, factor in kept])  # [K, P, B]
-        nearest = distances.mean(1).argmin(0)
+            nearest, distances = self._nearest(images, embedding)
         batch = images.shape[0]  # not len(), which would fix it where it is traced
-        selected = distances.permute(0, 2, 1)[nearest, torch.arange(batch, device=images.device)]
-        maps = to_image_size(selected.view(batch, *self._grid), images.shape[-2:], self.sigma)
+        maps = to_image_size(distances.view(batch, *self._grid), images.shape[-2:], self.sigma)
         return Prediction(maps, maps.amax((1, 2)), nearest if self.chooses else None)
+
+    def _nearest(self, images: Tensor, embedding: Tensor) -> tuple[Tensor, Tensor]:
+        """Which Gaussians each image is nearest to on average, int64 [B], and its distances from them [B, P].
+
+        Gaussians of a task do not change under `per_task`: images that are evaluated again are held against new ones alone.
+
+        Args:
+            images: [B, 3, H, W].
+            embedding: theirs, [P, D, B].
+        """
+        distance = _by_inverse if torch.compiler.is_compiling() else mahalanobis
+        recollection = self.recollection if self.chooses else None
+        numbers = self._numbers.of(self.mean, len(self.mean)) if recollection else ()
+        kept = recollection.get(images, numbers) if recollection else None
+        done = len(kept.by) if kept else 0
+        tasks, averages, found = ([before] for before in kept.tensors) if kept else ([], [], [])
+        for task, (mean, factor) in enumerate(zip(self.mean[done:], self.factor[done:], strict=True), done):
+            found.append(distance(embedding, mean, factor).mT)
+            averages.append(found[-1].mean(1))
+            tasks.append(torch.full_like(averages[-1], task, dtype=torch.int64))
+        least = torch.stack(averages).argmin(0)
+        each = torch.arange(images.shape[0], device=images.device)
+        nearest, average, distances = (torch.stack(some)[least, each] for some in (tasks, averages, found))
+        if recollection:
+            recollection.put(images, numbers, nearest, average, distances)
+        return nearest, distances
 
     def embedding(self, images: Tensor) -> Tensor:
         """Images [B, 3, H, W] -> chosen channels at each position of the first level's grid, [P, D, B]."""

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from clbench.backbones import Backbone, unit
 from clbench.data.images import Images
 from clbench.errors import UserError
-from clbench.methods.banks import without
+from clbench.methods.banks import Numbers, without
 from clbench.methods.base import Detector, Prediction, Share
 from clbench.methods.coreset import farthest_first
 from clbench.methods.maps import Sigma, to_image_size
@@ -106,6 +106,7 @@ class UCAD(Detector):
         self.register_buffer("keys", torch.empty(0, key_size, width))
         self.register_buffer("prompts", torch.empty(0, block + 1, 2, width))
         self.register_buffer("knowledge", torch.empty(0, memory_size, width))
+        self._numbers = Numbers()
 
     def forget(self) -> None:
         self.keys, self.prompts, self.knowledge = self.keys[:0], self.prompts[:0], self.knowledge[:0]
@@ -159,7 +160,9 @@ class UCAD(Detector):
         learned = Images.concatenate([images, stored])
         key = self._coreset(learned, self.plain, self.key_size, "key")
         memory = self._coreset(learned, self._under_the_prompt, self.memory_size, "knowledge")
+        numbers = self._numbers.of(self.keys, len(self.keys))
         self.keys = torch.cat([self.keys, key[None]])
+        self._numbers.one_more(self.keys, numbers)
         self.prompts = torch.cat([self.prompts, self.prompt.detach()[None]])
         self.knowledge = torch.cat([self.knowledge, memory[None]])
 
@@ -198,15 +201,25 @@ class UCAD(Detector):
 
         The task is the one to whose key the patches without a prompt have the smallest sum of distances (equation 4).
         """
-        plain = self.plain(images)
-        with single_precision(images.device):
-            sums = [
-                nearest_squared(plain, key.expand(len(images), -1, -1)).sqrt().sum(1) for key in self.keys
-            ]
-            chosen = torch.stack(sums).argmin(0)
-        patches = self.prompted(images, self.prompts[chosen]).float()
-        with single_precision(images.device):
-            squared = nearest_squared(patches, self.knowledge[chosen])
+        recollection = self.recollection
+        numbers = self._numbers.of(self.keys, len(self.keys)) if recollection else ()
+        kept = recollection.get(images, numbers) if recollection else None
+        sums = list(kept.tensors[0]) if kept else []  # of distances to each key; those to earlier ones stay
+        if len(sums) < len(self.keys):
+            plain = self.plain(images)
+            with single_precision(images.device):
+                for key in self.keys[len(sums) :]:
+                    sums.append(nearest_squared(plain, key.expand(len(images), -1, -1)).sqrt().sum(1))
+        summed = torch.stack(sums)
+        chosen = summed.argmin(0)
+        if kept and torch.equal(chosen, kept.tensors[1]):
+            squared = kept.tensors[2]
+        else:
+            patches = self.prompted(images, self.prompts[chosen]).float()
+            with single_precision(images.device):
+                squared = nearest_squared(patches, self.knowledge[chosen])
+        if recollection:
+            recollection.put(images, numbers, summed, chosen, squared)
         grid = squared.unflatten(1, self.encoder.network.grid(images.shape[-2:]))  # type: ignore[operator]
         return Prediction(to_image_size(grid, images.shape[-2:], self.sigma), squared.amax(1), chosen)
 
