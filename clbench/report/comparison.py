@@ -55,6 +55,11 @@ class Group:
         names = {protocol_of(self.dataset, run.categories_by_task) for run in runs}
         return names.pop() if len(names) == 1 else None
 
+    @cached_property
+    def shared_tasks(self) -> bool:
+        """Whether tasks are named otherwise than categories, as those are that bring several."""
+        return self.categories != self.tasks
+
     @property
     def finished(self) -> list[FoundRun]:
         """Its runs that are complete and counted."""

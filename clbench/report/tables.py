@@ -7,6 +7,7 @@ import io
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 from rich.console import Console
 from rich.markup import escape
@@ -44,8 +45,7 @@ class Column:
     wide: bool = False
 
 
-@dataclass(frozen=True)
-class Cell:
+class Cell(NamedTuple):
     """What is printed, and the value behind it.
 
     Attributes:
@@ -173,13 +173,13 @@ def _givens(rows: Sequence[Row], row: Row) -> set[tuple[str, ...]]:
 def category_columns(group: Group) -> list[Column]:
     """Columns for the task and, where tasks are of several categories, for the category."""
     columns = [Column("task", "task"), Column("category", "category")]
-    return columns if group.categories != group.tasks else columns[:1]
+    return columns if group.shared_tasks else columns[:1]
 
 
 def category_cells(group: Group, row: Row, category: str) -> list[Cell]:
     run = row.runs[0]
-    cells = [words(run.tasks[run.task_of[category]]), words(category)]
-    return cells if group.categories != group.tasks else cells[:1]
+    task = words(run.tasks[run.task_of[category]])
+    return [task, words(category)] if group.shared_tasks else [task]
 
 
 def folded(table: Table) -> Table:
