@@ -56,6 +56,9 @@ class Buffer:
         self._stored: list[tuple[Stored, Stored]] = []
         self._ready = False  # whether the storage knows what is stored now
         self._seen = torch.empty(0, len(_KINDS), dtype=torch.int64)  # images of each stage, for the reservoir
+        self._least: dict[
+            int, float
+        ] = {}  # stage of which nothing is left -> the least that an image of it drew
 
     @property
     def _room(self) -> int:
@@ -129,14 +132,17 @@ class Buffer:
         costs = self._costs(orders, given) if self.budget is not None else None
         choose = self._from_all if self.selection == "reservoir" else self._from_each
         rows: list[Pair] = []
-        for (first, second), (one, other) in zip(orders, choose(orders, costs), strict=True):
+        for (first, second), counts, (one, other) in zip(orders, sizes, choose(orders, costs), strict=True):
+            if not any(counts):  # as in most stages of a long stream with a reservoir
+                rows.append((_NO_ROWS, _NO_ROWS))
+                continue
             pair = first[:one], second[:other]
             rows.append(
                 (pair[0].sort().values, pair[1].sort().values) if self.selection == "random" else pair
             )
         kept = [
-            (one.some(first), other.some(second)) if len(one) or len(other) else (one, other)
-            for (one, other), (first, second) in zip(self._stored, rows, strict=False)
+            (one.some(first), other.some(second)) if any(counts) else (one, other)
+            for (one, other), (first, second), counts in zip(self._stored, rows, sizes, strict=False)
         ]
         new = [
             self.storage.store(images.some(chosen)) for images, chosen in zip(given, rows[-1], strict=True)
@@ -233,6 +239,11 @@ class Buffer:
         drawn: list[tuple[float, int, int]] = []
         limit = 1.0  # no image that was dropped drew less
         for owner, pair in enumerate(orders):
+            if not any(map(len, pair)):
+                if owner not in self._least:
+                    self._least[owner] = min([1.0, *torch.cat([*self._drawn(owner)]).tolist()])
+                limit = min(limit, self._least[owner])
+                continue
             for kind, (order, numbers) in enumerate(zip(pair, self._drawn(owner), strict=True)):
                 ascending = numbers.sort().values.tolist()
                 drawn += [(number, owner, kind) for number in ascending[: len(order)]]
@@ -289,6 +300,7 @@ class Buffer:
         self._stored = list(zip(learned, held_out, strict=True))
         self._ready = False
         self._seen = tensors.get(_SEEN, self._seen[:0]).cpu()
+        self._least = {}
 
 
 PREFIX = "buffer."  # of the names of its tensors
