@@ -37,7 +37,9 @@ from clbench.precision import single_precision
 _BYTES = 1 << 24  # of numbers held at a time on the CPU: about the caches' size
 _GPU_BYTES = 1 << 28  # on a GPU: enough work for a launch
 _PIECE = 4096  # entries searched at a time on the CPU
-_WORTH = 2  # bounds are prepared for a bank that was asked for so many queries a feature: that takes as long
+_WORTH = (
+    8  # bounds are prepared for a bank that was asked for so many whole queries a feature: that takes as long
+)
 _LEAST = 512  # entries of a bank, on average, from which on bounds are tried
 _TRIALS = 2  # blocks of queries that bounds are timed on
 _CROWDED = 8  # where bounds leave more than one pair in so many, plain products are quicker
@@ -189,7 +191,7 @@ class _Banks:
         self._memory = torch.empty(0, dtype=torch.uint8, device=bank.device)
         self._bounds: Bounds | None = None
         self._prepared = self._small
-        self._seen = 0  # queries
+        self._seen = 0.0  # queries, of which each was held against all entries
         self._longest = 0  # block that was searched by plain products
         self._trials = 0  # of bounds, on no shorter ones
         self._plain = self._with_bounds = math.inf  # seconds a query and an entry, the least
@@ -283,7 +285,7 @@ class _Banks:
             self._bounds = bounds_of(bank, self._pieces, self._norms.isinf())
         begin = time.perf_counter()
         yield
-        self._seen += count
+        self._seen += count * entries / len(bank)
         seconds = (time.perf_counter() - begin) / max(count * entries, 1)
         if self._bounds is None and entries:
             self._plain = min(seconds, self._plain)
