@@ -37,9 +37,16 @@ ROWS: dict[str, Sequence[str]] = {
         "replay.size=8",
         "replay.selection=reservoir",
     ),
-    "STFPM, `ewc`": (*_STFPM, "strategy=ewc"),
-    "STFPM, `si`": (*_STFPM, "strategy=si"),
-    "STFPM, `mas`": (*_STFPM, "strategy=mas"),
+    # The penalty of a thousand tasks is added up: with a greater weight the training diverges.
+    **{
+        f"STFPM, `{name}`": (
+            *_STFPM,
+            f"strategy={name}",
+            "strategy.weight=0.00001",
+            "method.learning_rate=0.01",
+        )
+        for name in ("ewc", "si", "mas")
+    },
     "STFPM, `agem` of 8": (*_STFPM, "strategy=agem", "replay.size=8"),
     "STFPM, `lwf`": (*_STFPM, "strategy=lwf"),
     "STFPM, `derpp` of 8": (*_STFPM, "strategy=derpp", "replay.size=8"),

@@ -328,13 +328,14 @@ def test_bounds_go_on_only_where_they_are_quicker(monkeypatch: pytest.MonkeyPatc
 
         monkeypatch.setattr(searching._Banks, "_distances", counted)
         monkeypatch.setattr(searching, "_LEAST", 0)
+        monkeypatch.setattr(searching, "_WORTH", len(queries) / queries.shape[1])
         search = Search()
         used = []
         for _ in range(6):
             search(queries, bank, [500])
             assert search._banks is not None
             used.append(search._banks._bounds is not None)
-        assert used[0] is False  # 2 queries a feature are searched plainly first
+        assert used[0] is False  # so many queries a feature are searched plainly first
         assert used[1] is True
         assert used[-1] is stays
 
