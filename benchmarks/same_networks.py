@@ -1,6 +1,6 @@
 """Detectors against anomalib's own networks: the same weights, the same images, the same noise.
 
-    python3 -m venv ENV && ENV/bin/pip install anomalib==2.7.0
+    python3 -m venv ENV && ENV/bin/pip install anomalib==2.7.0 .
     PYTHONPATH=$PWD ENV/bin/python -m benchmarks.same_networks [METHOD ...]
 
 anomalib's model is built with random weights and random running statistics, which are copied into ours by name; its known
