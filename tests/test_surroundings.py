@@ -4,6 +4,7 @@ import codecs
 import csv
 import errno
 import fcntl
+import importlib.metadata
 import io
 import json
 import os
@@ -20,12 +21,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT, clbench, command, make_category, run_directories, within
 from processes import start
 
 from clbench import streams
 from clbench.commands.run import main
 from clbench.locks import open_lock, take_lock
+from clbench.recording import provenance
 from clbench.recording.journal import Journal
 from clbench.recording.run_directory import RunDirectory
 from clbench.terminal import Display
@@ -307,3 +310,14 @@ def test_an_exception_after_the_summary_leaves_a_run_complete(tmp_path: Path, ca
         report({"status": "running", "tasks": []})
         raise ValueError("before it")
     assert (directory.summary() or {})["status"] == "failed"
+
+
+def test_a_library_under_another_name_stops_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    def version(name: str) -> str:
+        if name == "opencv-python":  # where opencv-python-headless alone is installed
+            raise importlib.metadata.PackageNotFoundError(name)
+        return "1.0"
+
+    monkeypatch.setattr(provenance, "version", version)
+    made = provenance.made_by(torch.device("cpu"))
+    assert made["opencv-python"] is None and made["torch"] == "1.0"

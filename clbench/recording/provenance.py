@@ -2,7 +2,7 @@
 
 import platform
 import subprocess
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,18 @@ def made_by(device: torch.device) -> dict[str, Any]:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "CPU"
     return {
         "python": platform.python_version(),
-        **{library: version(library) for library in _LIBRARIES},
+        **{library: _version(library) for library in _LIBRARIES},
         "git_revision": _git_revision(),
         "device": f"{device} ({name})",
     }
+
+
+def _version(library: str) -> str | None:
+    """The version of a library; None where it is installed under another name, as opencv-python-headless is."""
+    try:
+        return version(library)
+    except PackageNotFoundError:
+        return None
 
 
 def _git_revision() -> str | None:
