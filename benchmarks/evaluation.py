@@ -2,7 +2,7 @@
 
     python -m benchmarks.evaluation [--tasks N ...]
 
-Two categories of a stream are evaluated, learned at its beginning and in its middle, on 8 test images of 64 x 64 pixels each,
+Two categories of a stream are evaluated, learned at its beginning and in its middle, on 32 test images of 64 x 64 pixels each,
 whose features are known. Banks are patches of normal images drawn at random in place of coresets.
 """
 
@@ -33,7 +33,7 @@ TASKS = (10, 100)
 MEMORY = 30_000  # patches, as in the paper
 _SIDE = 64  # pixels
 _PATCHES = (_SIDE // 4) ** 2  # of an image
-_TESTED = 8  # images of a category
+_TESTED = 32  # images of a category
 
 
 class _Counting:
