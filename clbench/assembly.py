@@ -117,13 +117,24 @@ def assemble(config: Config, progress: Progress) -> Assembly:
 
 
 def _alarms(about: Mapping[str, Any]) -> list[str]:
-    """A line on the boundaries that were detected, where they were."""
+    """Lines on the boundaries that were detected, where they were."""
     known = about.get("boundaries", {})
     if "found" not in known:
         return []
     there = counted(len(known["tasks"]), "transition")
     hits, others = len(known["delays"]), counted(known["false"], "boundary", "boundaries")
-    return [f"stream.stages=detected: {hits} of {there} found, and {others} where there is none"]
+    notes = [f"stream.stages=detected: {hits} of {there} found, and {others} where there is none"]
+    if mixed := known["first_of_others"]:
+        notes.append(f"{_too_high(mixed)}; let a larger task come first, or take stream.stages=fixed")
+    return notes
+
+
+def _too_high(others: int) -> str:
+    """Why boundaries are missed where so many of the images that the threshold is set on are not of the first task."""
+    return (
+        f"stream.stages=detected sets its threshold on the first {boundaries.Windows().first} images, which are to be of one "
+        f"task, and {others} of them are not of the first: it is too high, and boundaries are missed"
+    )
 
 
 def licences(detector: Detector) -> list[str]:
@@ -289,13 +300,15 @@ def without_tasks(
         windows = boundaries.Windows()
         found = boundaries.found(mean_features(detector, arrived.images), windows, config.seed)
         detector.release(None)
+        mixed = int((arrived.owners[: windows.first] != 0).sum())
         if not found and asked.longest is None and len(tasks) > 1:
+            reason = f"; {_too_high(mixed)}" if mixed else ""
             raise UserError(
                 f"stream.stages=detected finds no boundary in the {counted(len(arrived), 'image')} of the stream: give "
-                "stream.longest, the most images of a stage, or stream.stages=fixed"
+                f"stream.longest, the most images of a stage, or stream.stages=fixed{reason}"
             )
         alarms = boundaries.compared(found, arrived.boundaries, asked.transition, 2 * windows.newest)
-        about["boundaries"] |= {"found": found, **dataclasses.asdict(alarms)}
+        about["boundaries"] |= {"found": found, **dataclasses.asdict(alarms), "first_of_others": mixed}
         ends = blurred.at_most(asked.longest, [*found, len(arrived)])
     return blurred.parts(tasks, arrived, ends, drift), about
 

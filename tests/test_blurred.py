@@ -5,9 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import Train, run_directories
+from conftest import Train, make_category, run_directories
 
 from clbench import boundaries
+from clbench.assembly import assemble
 from clbench.config import check, sources
 from clbench.data import blurred
 from clbench.data.drift import Drift
@@ -15,6 +16,7 @@ from clbench.data.images import ImageSet
 from clbench.data.samples import GOOD
 from clbench.data.stream import Category, Task
 from clbench.errors import UserError
+from clbench.methods.base import silent
 from clbench.randomness import generator
 
 
@@ -198,6 +200,7 @@ def test_a_run_without_tasks(train: Train, tmp_path: Path) -> None:
     blur = ("stream=blurred", "stream.transition=4", "stream.light=0.2", "stream.geometry=3")
     refused = train("method=patchcore", *blur, "stream.stages=detected")
     assert refused.returncode == 1 and "finds no boundary in the 18 images" in refused.stderr
+    assert "sets its threshold on the first 24 images" in refused.stderr
     done = train("method=cadic", *blur, "stream.length=4")
     assert done.returncode == 0, done.stderr
     (run,) = (path for path in run_directories(tmp_path) if "cadic" in path.name)
@@ -205,3 +208,20 @@ def test_a_run_without_tasks(train: Train, tmp_path: Path) -> None:
     assert {line.split(",")[2] for line in rows[1:]} <= {f"part {number}" for number in range(1, 6)}
     last = [line for line in rows if line.startswith("3,") and ",pixel_f1," in line]
     assert len(last) == 3
+
+
+@pytest.mark.parametrize(("counts", "others"), [((6, 6, 20), 18), ((24, 8), 0)])
+def test_a_first_task_that_is_too_small_for_the_threshold_is_noted(
+    tmp_path: Path, counts: tuple[int, ...], others: int
+) -> None:
+    for index, count in enumerate(counts):
+        make_category(tmp_path / f"c{index}", np.random.default_rng(index), count)
+    blur = ("stream=blurred", "stream.transition=0", "stream.stages=detected", "stream.longest=12")
+    given = ("method=patchcore", "backbone.checkpoint=null", "dataset=mvtec", "dataset.resize=48")
+    config = check(
+        sources.composed(*given, *blur, f"dataset.root={tmp_path}", "dataset.crop=null", f"cache={tmp_path}")
+    )
+    made = assemble(config, silent)
+    assert made.identity["boundaries"]["first_of_others"] == others
+    (_, *notes) = [line for line in made.notes if "stream.stages=detected" in line]
+    assert [f"and {others} of them are not of the first" in line for line in notes] == [True] * bool(others)
