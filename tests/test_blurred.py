@@ -187,6 +187,13 @@ def test_what_cannot_be_is_said_before_anything_is_read(given: list[str], words:
     assert words in str(raised.value) and "\n" not in str(raised.value)
 
 
+def test_settings_of_a_stream_without_tasks_say_so(train: Train) -> None:
+    for given in ("stream.length=4", "stream.light=0.4"):
+        refused = train("method=patchcore", given)
+        assert refused.returncode == 2 and "without tasks: take stream=blurred" in refused.stderr
+    assert "nearest: stream.length" in train("stream=blurred", "stream.lenght=4").stderr
+
+
 def test_a_transition_wider_than_a_task() -> None:
     with pytest.raises(
         UserError,

@@ -11,7 +11,7 @@ from typing import Any
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
-from clbench.config.schema import GONE
+from clbench.config.schema import GONE, Stream
 from clbench.errors import UserError, described
 
 
@@ -34,7 +34,10 @@ class UnknownSetting(UserError):
 
 
 def _hint(key: str, known: list[str]) -> str:
-    """The end of a message on an unknown key: the nearest key that exists, or else all of them."""
+    """The end of a message on an unknown key: what it belongs to, the nearest key that exists, or else all of them."""
+    group, _, name = key.partition(".")
+    if group == "stream" and name in Stream.model_fields:
+        return "it belongs to streams without tasks: take stream=blurred"
     close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     if close:
         return f"nearest: {close[0]}"
