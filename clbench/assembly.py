@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clbench import boundaries, decisions, evaluation, footprint, precision
+from clbench import boundaries, decisions, evaluation, footprint, precision, thresholds
 from clbench.backbones import Backbone
 from clbench.config import Config, takes, wandb_mode
 from clbench.config.classes import BUFFER, arguments, class_of_kind
@@ -104,6 +104,7 @@ def assemble(config: Config, progress: Progress) -> Assembly:
             tasks, about = without_tasks(config, tasks, detector, progress)
     with memory_for("trying an image", config, device, "backbone.batch_size", *_OF_NETWORKS):
         strategy.check(tasks)
+    thresholds.check_room(strategy, tasks)
     notes = [
         *dataset.notes,
         *_alarms(about),

@@ -30,6 +30,8 @@ from clbench.training import Diverged, advice_on_divergence
 BATCH_SIZE = 16  # images predicted at a time
 _TIMED_IMAGES = 32  # images of a timed pass
 _BYTES_A_PIXEL = 13  # of maps, of what metrics sort, and of masks
+_BYTES_OF_COPIES = 5  # a pixel more where some defects are not outlined: the other maps and masks are copied
+_BYTES_OF_ONE = 16  # a pixel of one image, beside these: what the metrics sort is made of
 
 
 def predict(
@@ -147,16 +149,34 @@ def check_room(tasks: Sequence[Task]) -> None:
     Raises:
         UserError: it has not.
     """
-    free = free_memory()
     for test, name in ((category.test, category.name) for task in tasks for category in task.categories):
-        needed = _BYTES_A_PIXEL * test.masks.numel()
-        if free is not None and needed > free:
-            height, width = test.masks.shape[1:]
-            raise UserError(
-                f"evaluating '{name}' takes {needed / 1e9:.2g} GB, for {counted(len(test), 'map')} of {width}x{height} pixels "
-                f"and their metrics, and {free / 1e9:.2g} GB of memory are free here: give a smaller dataset.resize, or "
-                "fewer test images"
-            )
+        height, width = test.masks.shape[1:]
+        each = _BYTES_A_PIXEL + (_BYTES_OF_COPIES if test.unknown else 0)
+        check_free(
+            f"evaluating '{name}'",
+            (each * len(test) + _BYTES_OF_ONE * (len(test) > 0)) * height * width,
+            f"{counted(len(test), 'map')} of {width}x{height} pixels and their metrics",
+            "fewer test images",
+        )
+
+
+def check_free(phase: str, needed: float, what: str, way_out: str) -> None:
+    """Check that so many bytes of memory are free.
+
+    Args:
+        phase: what needs them.
+        what: what they are for.
+        way_out: what to give in place of a smaller `dataset.resize`.
+
+    Raises:
+        UserError: they are not.
+    """
+    free = free_memory()
+    if free is not None and needed > free:
+        raise UserError(
+            f"{phase} takes {needed / 1e9:.2g} GB, for {what}, and {free / 1e9:.2g} GB of memory are free here: give a "
+            f"smaller dataset.resize, or {way_out}"
+        )
 
 
 def metrics_of(

@@ -21,14 +21,16 @@ from torch import Tensor
 from clbench import evaluation
 from clbench.data.images import Images
 from clbench.data.stream import Task
-from clbench.errors import UserError
+from clbench.errors import UserError, counted
 from clbench.methods.base import Progress
 from clbench.metrics.names import RATES
 from clbench.randomness import generator
 from clbench.strategies.base import Strategy
-from clbench.training import split_rows
+from clbench.training import held_out, split_rows
 
 _LEARNED_FROM = 100  # images that a model's thresholds are set on, at most, where none was held out
+_BYTES_A_PIXEL = 4 * 4 * RATES[-1]  # of the highest values: those kept, those added, and both merged
+_BYTES_OF_ONE = 16  # a pixel of one image, beside these: its map, and what of it is added
 
 
 @dataclass(frozen=True)
@@ -150,6 +152,41 @@ def fewest(rate: float) -> int:
     return math.ceil((1 - 1e-9) / rate - 1)
 
 
+def check_room(strategy: Strategy, tasks: Sequence[Task]) -> None:
+    """Check, before anything is learned, that memory has room to set thresholds, which every run does when it ends.
+
+    Of what is not there to be learned, a run that goes on knows the thresholds or has a few images stored.
+
+    Raises:
+        UserError: it has not.
+    """
+    stages = strategy.stages(len(tasks))
+    enough = max(_LEARNED_FROM // (1 if strategy.task_known else len(stages)), 1)
+    share = strategy.detector.held_out
+    names, images, pixels, largest = list[str](), list[int](), list[int](), 0
+    for stage in stages:
+        learned = [tasks[task] for task in stage if len(tasks[task].train)]
+        count = sum(len(task.train) for task in learned)
+        if count:
+            size = max(math.prod(task.train.images.shape[-2:]) for task in learned)
+            names.append("+".join(task.name for task in learned))
+            images.append(held_out(count, share) or min(count, enough))
+            pixels.append(images[-1] * size)
+            largest = max(largest, size)
+    if not names:
+        return
+    name = f"'{names[0]}'" if len(names) == 1 else f"all {len(names)} stages together"
+    if strategy.task_known:  # one after the other
+        most = max(range(len(names)), key=pixels.__getitem__)
+        name, images, pixels = f"'{names[most]}'", [images[most]], [pixels[most]]
+    evaluation.check_free(
+        f"setting thresholds for {name}",
+        _BYTES_A_PIXEL * sum(pixels) + _BYTES_OF_ONE * largest,
+        f"the highest fifth of {sum(pixels) / 1e6:.2g} million pixels of {counted(sum(images), 'normal image')}",
+        "fewer images to set them on (method.held_out)",
+    )
+
+
 def calibrate(
     strategy: Strategy,
     tasks: list[Task],
@@ -255,7 +292,8 @@ class Moments:
     def add(self, values: Tensor) -> None:
         """Add values, float32 of any shape; at least one."""
         mean = float(values.mean(dtype=torch.float64))
-        squares = float((values.double() - mean).square().sum())
+        apart = values.to(torch.float64, copy=True).sub_(mean)  # in place: a map may have many pixels
+        squares = float(apart.square_().sum())
         self.merge(Moments(values.numel(), mean, squares))
 
     def merge(self, other: "Moments") -> None:

@@ -40,6 +40,7 @@ from clbench.mosaics import whole
 from clbench.strategies.finetune import Finetune
 from clbench.strategies.native import Native
 from clbench.strategies.replay import Replay
+from clbench.strategies.single import Single
 from clbench.testing.small import SmallDetector, images
 from clbench.training import split
 
@@ -286,8 +287,32 @@ def test_what_needs_images_to_be_known_is_refused_before_learning(
     assert "36x36 is no multiple" in message and "set dataset.tile to one" in message
     monkeypatch.setattr(evaluation, "free_memory", lambda: 100_000)
     assert re.search(
-        r"evaluating 'gear' takes 0.00011 GB, for 2 maps of 64x64 pixels", refused("dataset.tile=32")
+        r"evaluating 'gear' takes 0.00017 GB, for 2 maps of 64x64 pixels", refused("dataset.tile=32")
     )
+    monkeypatch.setattr(evaluation, "free_memory", lambda: 200_000)
+    message = refused("dataset.tile=32", "dataset.train=20", "method.held_out=0.9")
+    assert re.search(
+        r"setting thresholds for 'gear' takes 0.0003 GB, .*0.074 million pixels of 18 normal", message
+    )
+    assert "give a smaller dataset.resize, or fewer images to set them on (method.held_out)" in message
+
+
+def test_thresholds_take_the_memory_that_is_checked_before_learning(monkeypatch: pytest.MonkeyPatch) -> None:
+    tiling = Tiling(16, 4)
+    tasks = [task(name, images(count, 0, 40), tiling) for name, count in (("a", 10), ("b", 250))]
+    needed: dict[str, float] = {}
+
+    def check_free(phase: str, bytes_needed: float, what: str, way_out: str) -> None:
+        needed[phase] = bytes_needed
+
+    monkeypatch.setattr(evaluation, "check_free", check_free)
+    one, approx = 40 * 40, pytest.approx
+    thresholds.check_room(Native(Brightness(held_out=0.3)), tasks)
+    assert needed.popitem() == ("setting thresholds for all 2 stages together", approx((3.2 * 78 + 16) * one))
+    thresholds.check_room(Native(Brightness()), tasks)  # 50 of each stage, of those that are learned from
+    assert needed.popitem()[1] == approx((3.2 * 60 + 16) * one)
+    thresholds.check_room(Single(Brightness(held_out=0.3)), tasks)  # one after the other
+    assert needed.popitem() == ("setting thresholds for 'b'", approx((3.2 * 75 + 16) * one))
 
 
 class Sizes(Dataset):
