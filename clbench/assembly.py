@@ -249,12 +249,15 @@ def reader(config: Config, dataset: Dataset) -> Callable[[Progress], list[Task]]
     categories = stream.order(dataset, order.kind, order.tasks, config.seed)
     geometry = config.dataset.geometry()
     size, absent, cut = config.replay.size, config.dataset.absent, tiling(config)
-    images = sum(len(dataset.samples(name, "train")) for group in categories for name in group)
-    what = "training image"
+    counts = {name: len(dataset.samples(name, "train")) for group in categories for name in group}
+    images, what = sum(counts.values()), "training image"
     if cut is not None and size is not None and size > images and not absent:  # there are more tiles
-        first = stream.first_image(dataset, categories, geometry)
-        cut.check(first.shape[-2:], dataset.samples(categories[0][0], "train")[0].name)
-        images, what = images * len(cut.corners(first.shape[-2:])), "tile"
+        what = "tile"
+        for name in counts:  # its images are of one size, which those of others need not be
+            first = stream.first_image(dataset, [[name]], geometry)
+            cut.check(first.shape[-2:], dataset.samples(name, "train")[0].name)
+            counts[name] *= len(cut.corners(first.shape[-2:]))
+        images = sum(counts.values())
     if size is not None and size > images and not absent:
         usual = (
             " (the method's own, where none is given)" if size == config.method.protocol.replay_size else ""
@@ -264,11 +267,11 @@ def reader(config: Config, dataset: Dataset) -> Callable[[Progress], list[Task]]
             f"give at most {images}, or strategy=joint"
         )
     if config.stream.kind == "blurred":
-        counts = {
+        of_tasks = {
             "+".join(group): sum(len(dataset.samples(name, "train")) for name in group)
             for group in categories
         }
-        blurred.check_transition(config.stream.transition, counts)
+        blurred.check_transition(config.stream.transition, of_tasks)
     cache, defects = Path(config.cache), need(config.metrics.further, "saturations")
     return lambda progress: stream.load_tasks(
         dataset, categories, geometry, cache, progress, defects, absent, cut

@@ -350,6 +350,19 @@ def test_tasks_may_differ_in_size_where_images_are_cut_and_one_task_may_not(tmp_
         load(None, ["16x32-16x32"], ["20x16-20x16"])
 
 
+def test_a_buffer_may_have_all_tiles_of_tasks_that_differ_in_size(tmp_path: Path) -> None:
+    names = ["16x16-16x16", "48x32-48x32"]  # two tiles, and twelve
+
+    def read(size: int) -> None:
+        given = "dataset.tile=16", "dataset.overlap=0", "dataset.resize=null", f"replay.size={size}"
+        config = check(composed(*given, f"task_order.tasks={names}", "method=stfpm", f"cache={tmp_path}/c"))
+        assembly.reader(config, Sizes(tmp_path, *names))
+
+    read(14)
+    with pytest.raises(UserError, match=r"replay\.size=15 is larger than all of 14 tiles of the stream"):
+        read(15)
+
+
 # From a run to a line
 
 
