@@ -180,15 +180,17 @@ def main() -> None:
     engine.fit(model=model, datamodule=data)
     model.eval().to(settings["device"])
     maps, scores, paths, seconds = [], [], [], 0.0
-    with torch.no_grad():
+    # In the precision that it was trained in, as its own engine predicts.
+    mixed = torch.autocast(settings["device"], torch.bfloat16, settings["precision"] == "bf16-mixed")
+    with torch.no_grad(), mixed:
         for batch in data.test_dataloader():
             begin = time.perf_counter()
             images = batch.image.to(settings["device"])
             prediction = model.model(model.pre_processor.transform(images))
-            found = prediction.anomaly_map.cpu()
+            found = prediction.anomaly_map.float().cpu()
             seconds += time.perf_counter() - begin
             maps.append(found.reshape(len(batch.image), *found.shape[-2:]).numpy())
-            scores.append(prediction.pred_score.cpu().reshape(-1).numpy())
+            scores.append(prediction.pred_score.float().cpu().reshape(-1).numpy())
             paths += [str(Path(path).relative_to(settings["root"])) for path in batch.image_path]
     np.savez(
         settings["output"],
