@@ -27,7 +27,7 @@ ROWS: dict[str, Sequence[str]] = {
     "AnomalyDINO, native": ("method=anomalydino", *_CNN, "method.memory_size=1000"),
     "CADIC, native": ("method=cadic", *_CNN, "method.memory_size=100"),
     "DINOSaur, native": ("method=dinosaur", *_CNN, "method.smallest=1"),
-    "DINOSaur, native, `memory_mb`": ("method=dinosaur", *_CNN, "method.memory_mb=4"),
+    "DINOSaur, native, `memory_mb=2`": ("method=dinosaur", *_CNN, "method.memory_mb=2"),
     "UCAD, native": ("method=ucad", *_VIT, "method.epochs=1", "method.held_out=0", "method.batch_size=2"),
     "STFPM, finetune": (*_STFPM, "strategy=finetune"),
     "STFPM, replay of 8": (*_STFPM, "strategy=replay", "replay.size=8"),
