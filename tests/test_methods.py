@@ -15,7 +15,7 @@ from clbench.feature_store import FeatureStore
 from clbench.methods.base import Detector
 from clbench.methods.maps import to_image_size
 from clbench.methods.nearest import nearest
-from clbench.methods.padim import PaDiM
+from clbench.methods.padim import PaDiM, lower_square
 from clbench.methods.patchcore import PatchCore
 
 
@@ -250,3 +250,10 @@ def test_a_transformer_s_tokens_go_through_its_normalisation() -> None:
 
 def test_a_detector_that_holds_nothing_is_on_the_cpu() -> None:
     assert Detector().device == torch.device("cpu")
+
+
+def test_the_square_of_a_triangle_is_right_up_to_its_diagonal() -> None:
+    random = torch.Generator().manual_seed(0)
+    for size in (1, 3, 4, 10):
+        lower = torch.randn(2, size, size, generator=random, dtype=torch.float64).tril()
+        assert torch.allclose(lower_square(lower).tril(), (lower @ lower.mT).tril())
