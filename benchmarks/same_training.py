@@ -214,7 +214,8 @@ def main() -> int:
     table, worst = Table("trained by both loops, same draws", "difference"), 0.0
     for what, ours, theirs in trained(images, test, given):
         difference = float((ours - theirs).norm() / theirs.norm())
-        if test is None or ":" in what:  # after hundreds of steps weights are apart by what was rounded; metrics are not
+        # After hundreds of steps weights are apart by what was rounded, and metrics are not.
+        if test is None or ":" in what:
             worst = max(worst, difference)
         table.add_row(what, f"{difference:.1e}" + (" !" if difference > TOLERANCE else ""))
     Console(width=120).print(table)
