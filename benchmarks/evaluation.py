@@ -108,7 +108,7 @@ def _stream(tasks: int) -> tuple[list[int], list[int], list[float], int]:
             evaluations += 1
             found = []
             for way, recollection in enumerate(ways):
-                detector._search = searches[way]  # neither has what the other has prepared
+                detector._search = searches[way]  # none has what another has prepared
                 never = mock.patch.multiple(nearest, _WORTH=math.inf, _LEAST=0) if way == 0 else nullcontext()
                 with _Counting() as counted, never:
                     begin = time.process_time()

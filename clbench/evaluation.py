@@ -149,15 +149,15 @@ def check_room(tasks: Sequence[Task]) -> None:
     Raises:
         UserError: it has not.
     """
+    most = 0  # bytes that were found to be free
     for test, name in ((category.test, category.name) for task in tasks for category in task.categories):
         height, width = test.masks.shape[1:]
         each = _BYTES_A_PIXEL + (_BYTES_OF_COPIES if test.unknown else 0)
-        check_free(
-            f"evaluating '{name}'",
-            (each * len(test) + _BYTES_OF_ONE * (len(test) > 0)) * height * width,
-            f"{counted(len(test), 'map')} of {width}x{height} pixels and their metrics",
-            "fewer test images",
-        )
+        needed = (each * len(test) + _BYTES_OF_ONE * (len(test) > 0)) * height * width
+        if needed > most:
+            what = f"{counted(len(test), 'map')} of {width}x{height} pixels and their metrics"
+            check_free(f"evaluating '{name}'", needed, what, "fewer test images")
+            most = needed
 
 
 def check_free(phase: str, needed: float, what: str, way_out: str) -> None:

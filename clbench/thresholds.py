@@ -160,31 +160,39 @@ def check_room(strategy: Strategy, tasks: Sequence[Task]) -> None:
     Raises:
         UserError: it has not.
     """
-    stages = strategy.stages(len(tasks))
-    enough = max(_LEARNED_FROM // (1 if strategy.task_known else len(stages)), 1)
-    share = strategy.detector.held_out
-    names, images, pixels, largest = list[str](), list[int](), list[int](), 0
-    for stage in stages:
-        learned = [tasks[task] for task in stage if len(tasks[task].train)]
-        count = sum(len(task.train) for task in learned)
-        if count:
+    learning, largest = strategy.stages(len(tasks)), 0
+    most, images_of_most, name = 0, 0, ""  # of the model that takes the most: models come one after the other
+    for model in _models(strategy, len(learning)):
+        pixels, images, names = 0, 0, list[str]()
+        for stage in model:
+            learned = [tasks[task] for task in learning[stage] if len(tasks[task].train)]
+            if not learned:
+                continue
+            count = sum(len(task.train) for task in learned)
+            used = held_out(count, strategy.detector.held_out) or min(count, _enough(model))
             size = max(math.prod(task.train.images.shape[-2:]) for task in learned)
+            pixels, images, largest = pixels + used * size, images + used, max(largest, size)
             names.append("+".join(task.name for task in learned))
-            images.append(held_out(count, share) or min(count, enough))
-            pixels.append(images[-1] * size)
-            largest = max(largest, size)
-    if not names:
-        return
-    name = f"'{names[0]}'" if len(names) == 1 else f"all {len(names)} stages together"
-    if strategy.task_known:  # one after the other
-        most = max(range(len(names)), key=pixels.__getitem__)
-        name, images, pixels = f"'{names[most]}'", [images[most]], [pixels[most]]
-    evaluation.check_free(
-        f"setting thresholds for {name}",
-        _BYTES_A_PIXEL * sum(pixels) + _BYTES_OF_ONE * largest,
-        f"the highest fifth of {sum(pixels) / 1e6:.2g} million pixels of {counted(sum(images), 'normal image')}",
-        "fewer images to set them on (method.held_out)",
-    )
+        if pixels > most:
+            most, images_of_most = pixels, images
+            name = f"'{names[0]}'" if len(names) == 1 else f"all {len(names)} stages together"
+    if most:
+        evaluation.check_free(
+            f"setting thresholds for {name}",
+            _BYTES_A_PIXEL * most + _BYTES_OF_ONE * largest,
+            f"the highest fifth of {most / 1e6:.2g} million pixels of {counted(images_of_most, 'normal image')}",
+            "fewer images to set them on (method.held_out)",
+        )
+
+
+def _models(strategy: Strategy, stages: int) -> list[list[int]]:
+    """The stages of each model that has thresholds of its own."""
+    return [[stage] for stage in range(stages)] if strategy.task_known else [list(range(stages))]
+
+
+def _enough(stages: Sequence[int]) -> int:
+    """How many images of each of a model's stages thresholds are set on, at most, where none was held out."""
+    return max(_LEARNED_FROM // len(stages), 1)
 
 
 def calibrate(
@@ -211,8 +219,7 @@ def calibrate(
     Raises:
         Diverged: a map or score is not finite.
     """
-    stages = range(len(strategy.stages(len(tasks))))
-    models = [[stage] for stage in stages] if strategy.task_known else [list(stages)]
+    models = _models(strategy, len(strategy.stages(len(tasks))))
     kept = {tuple(model["tasks"]): model for model in (earlier or {}).get("models", [])}
     found = []
     for model in models:
@@ -244,7 +251,7 @@ def of_stages(
     sets, all_held, all_there = [], True, True
     without: list[str] = []
     for stage in stages:
-        images, held = _normal(strategy, tasks, stage, _LEARNED_FROM // len(stages))
+        images, held = _normal(strategy, tasks, stage, _enough(stages))
         if not len(images):
             without += [tasks[task].name for task in learning[stage]]
             continue
@@ -322,12 +329,12 @@ def _normal(strategy: Strategy, tasks: list[Task], stage: int, enough: int) -> t
             return images, False
         pair = next(iter(strategy.replayed()[stage : stage + 1]), (images, images))
         stored, unseen = map(Images.of, pair)
-        return (unseen, True) if len(unseen) else (stored.some(slice(max(enough, 1))), False)
+        return (unseen, True) if len(unseen) else (stored.some(slice(enough)), False)
     learned, held = split_rows(len(images), strategy.detector.held_out, strategy.seed, stage)
     if len(held):
         return images.some(held), True
     order = torch.randperm(len(learned), generator=generator(strategy.seed, "thresholds", stage))
-    return images.some(order[: max(enough, 1)].sort().values), False
+    return images.some(order[:enough].sort().values), False
 
 
 @checked_dataclass(frozen=True)

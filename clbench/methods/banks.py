@@ -45,9 +45,8 @@ class Numbers:
     _all = itertools.count()
 
     def __init__(self) -> None:
-        self._known: tuple[weakref.ref[Tensor], int, tuple[int, ...]] | None = (
-            None  # buffer, its version, numbers
-        )
+        # buffer, its version, and numbers
+        self._known: tuple[weakref.ref[Tensor], int, tuple[int, ...]] | None = None
 
     def of(self, buffer: Tensor, tasks: int) -> tuple[int, ...]:
         """The numbers of the tasks whose parts a buffer has."""

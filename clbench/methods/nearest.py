@@ -37,9 +37,7 @@ from clbench.precision import single_precision
 _BYTES = 1 << 24  # of numbers held at a time on the CPU: about the caches' size
 _GPU_BYTES = 1 << 28  # on a GPU: enough work for a launch
 _PIECE = 4096  # entries searched at a time on the CPU
-_WORTH = (
-    8  # bounds are prepared for a bank that was asked for so many whole queries a feature: that takes as long
-)
+_WORTH = 8  # bounds are prepared for a bank after so many whole queries a feature: that takes about as long
 _LEAST = 512  # entries of a bank, on average, from which on bounds are tried
 _TRIALS = 2  # blocks of queries that bounds are timed on
 _CROWDED = 8  # where bounds leave more than one pair in so many, plain products are quicker

@@ -204,22 +204,22 @@ class UCAD(Detector):
         recollection = self.recollection
         numbers = self._numbers.of(self.keys, len(self.keys)) if recollection else ()
         kept = recollection.get(images, numbers) if recollection else None
-        sums = list(kept.tensors[0]) if kept else []  # of distances to each key; those to earlier ones stay
+        sums = list(kept.tensors[0].T) if kept else []  # of distances to each key; those to earlier ones stay
         if len(sums) < len(self.keys):
             plain = self.plain(images)
             with single_precision(images.device):
                 for key in self.keys[len(sums) :]:
                     sums.append(nearest_squared(plain, key.expand(len(images), -1, -1)).sqrt().sum(1))
-        summed = torch.stack(sums)
-        chosen = summed.argmin(0)
-        if kept and torch.equal(chosen, kept.tensors[1]):
-            squared = kept.tensors[2]
+        summed = torch.stack(sums, 1)
+        chosen = summed.argmin(1)
+        if kept and torch.equal(chosen, kept.tensors[0].argmin(1)):
+            squared = kept.tensors[1]
         else:
             patches = self.prompted(images, self.prompts[chosen]).float()
             with single_precision(images.device):
                 squared = nearest_squared(patches, self.knowledge[chosen])
         if recollection:
-            recollection.put(images, numbers, summed, chosen, squared)
+            recollection.put(images, numbers, summed, squared)
         grid = squared.unflatten(1, self.encoder.network.grid(images.shape[-2:]))  # type: ignore[operator]
         return Prediction(to_image_size(grid, images.shape[-2:], self.sigma), squared.amax(1), chosen)
 

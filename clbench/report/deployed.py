@@ -162,12 +162,12 @@ def routes(row: Row) -> bool:
 
 def chosen_shares(row: Row, category: str) -> list[tuple[str, float]]:
     """The share of a category's test images that the model of each task was chosen for at the end, over seeds."""
-    counts = dict.fromkeys(row.runs[0].tasks, 0)
+    counts: dict[str, int] = {}
     for run in row.runs:
         found = run.summary["routing"][category]
         if isinstance(found, list):  # an earlier version counted all tasks, in their order
             found = dict(zip(run.tasks, found, strict=True))
-        for task, count in found.items():
-            counts[task] += count
+        for task in run.tasks:
+            counts[task] = counts.get(task, 0) + found.get(task, 0)
     total = sum(counts.values())
     return [(task, count / total) for task, count in counts.items()]

@@ -56,9 +56,8 @@ class Buffer:
         self._stored: list[tuple[Stored, Stored]] = []
         self._ready = False  # whether the storage knows what is stored now
         self._seen = torch.empty(0, len(_KINDS), dtype=torch.int64)  # images of each stage, for the reservoir
-        self._least: dict[
-            int, float
-        ] = {}  # stage of which nothing is left -> the least that an image of it drew
+        # Stage of which nothing is left -> the least that an image of it drew.
+        self._least: dict[int, float] = {}
 
     @property
     def _room(self) -> int:

@@ -99,7 +99,7 @@ class _Pixels(Stored):
         self.pixels = pixels
 
     def __len__(self) -> int:
-        return self.pixels.shape[0]  # len() takes six times as long
+        return self.pixels.shape[0]  # len() takes four times as long
 
     @property
     def images(self) -> Tensor | Images:
@@ -263,7 +263,7 @@ class _Reduced(_Made):
         self.pixels = pixels
 
     def __len__(self) -> int:
-        return self.pixels.shape[0]  # len() takes six times as long
+        return self.pixels.shape[0]  # len() takes four times as long
 
     def costs(self) -> Tensor:
         return torch.full((len(self),), self.pixels[:1].nbytes)
